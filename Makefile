@@ -1,0 +1,69 @@
+# The few commands of the project. Everything runs from .venv, which is made where it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed
+SETUP := setup.py settings.ini pyproject.toml
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+CHECK := $(BIN)/python .ci/check.py
+RUN := $(BIN)/papermill --kernel python3 --no-progress-bar
+NEED_GB ?= 9
+
+export PATH := $(BIN):$(PATH)
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test parity docs notebooks toy wheel-test clean
+
+help:  ## List the commands
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## */\t/' | expand -t 14
+
+install: $(STAMP)  ## Make .venv and install the package into it, editable, with the developers' tools
+
+$(STAMP): $(SETUP)
+	@command -v $(PYTHON) >/dev/null || { echo "Python is missing: install Python 3.10 or newer, or name one with 'make PYTHON=...'."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$$($(PYTHON) -V) is too old: samtok needs Python 3.10 or newer; name one with 'make PYTHON=...'."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "The venv module is missing: install the package python3-venv of your system."; exit 1; }
+	@test -x $(BIN)/python || test "$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}')" -ge $(NEED_GB) || { echo "Less than $(NEED_GB) GB of disk space are free here, and torch and its libraries need them: make room, or set VENV to a folder on another disk and NEED_GB=0."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (some minutes the first time)"
+	@$(PIP) install -qq torch torchvision setuptools wheel
+	@SAM2_BUILD_CUDA=0 $(PIP) install -qq --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## Run the quickstart notebook: masks of a scene to words and back
+	@mkdir -p runs/demo
+	@$(RUN) nbs/tutorials/quickstart.ipynb runs/demo/quickstart.ipynb -p out runs/demo/quickstart.png
+	@test -s runs/demo/quickstart.png
+	@echo "Executed notebook: runs/demo/quickstart.ipynb"
+	@echo "Picture:           runs/demo/quickstart.png"
+
+test: $(STAMP)  ## Check the repository and run every notebook
+	@$(CHECK) all
+
+parity: $(STAMP)  ## Compare the tokenizer with recorded values of the reference
+	@$(CHECK) tests nbs/02b_*.ipynb
+
+docs: $(STAMP)  ## Render the site into _docs (plain pages where Quarto is missing)
+	@$(CHECK) docs
+
+notebooks: $(STAMP)  ## Export, execute every notebook in place, clean, renew README.md
+	@nbdev_export
+	@mkdir -p runs/demo nbs/images
+	@$(RUN) nbs/tutorials/quickstart.ipynb runs/demo/quickstart.ipynb -p out nbs/images/overview.png
+	@$(CHECK) execute
+	@nbdev_clean
+	@$(CHECK) readme --write
+
+toy: $(STAMP)  ## Train the toy tokenizer (minutes on two CPU cores)
+	@mkdir -p runs/toy
+	@$(RUN) nbs/02a_train_tokenizer.ipynb runs/toy/02a_train_tokenizer.ipynb -p scale toy -p out runs/train_tokenizer_toy
+	@echo "Executed notebook: runs/toy/02a_train_tokenizer.ipynb; tokenizer: runs/train_tokenizer_toy/tokenizer"
+
+wheel-test: $(STAMP)  ## Build a wheel, install it in an empty environment, use it there
+	@.ci/wheel_test $(BIN)/python
+
+clean:  ## Remove what can be made again; .venv and runs/ stay
+	@rm -rf build dist _proc _docs *.egg-info
+	@find . -name __pycache__ -not -path './$(VENV)/*' -not -path './.git/*' -prune -exec rm -rf {} +
+	@find nbs \( -name .ipynb_checkpoints -o -name .hypothesis -o -name .last_checked -o -name '*_files' \) -prune -exec rm -rf {} +
