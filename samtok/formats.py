@@ -7,7 +7,7 @@ __all__ = ['VOC_NAMES', 'CITY_NAMES', 'REGISTRY', 'CocoInstances', 'Lvis', 'Enti
            'Sa1b', 'Labelme', 'ReasonSeg', 'IdMaps', 'AdeChallenge', 'Voc', 'Cityscapes', 'CityscapesPolygons',
            'Ade20k', 'YoloSeg', 'SaV', 'VideoRles', 'Mevis', 'Revos', 'VideoPngs', 'RefYtvos', 'Davis', 'open_dataset']
 
-# %% ../nbs/00f_formats.ipynb #f334557a
+# %% ../nbs/00f_formats.ipynb #44477fbb
 import base64
 import inspect
 import json
@@ -19,7 +19,7 @@ import numpy as np
 from .data import IMAGE_SUFFIXES, DataError, MaskDataset, read_ids, read_image, walk_files
 from .masks import MaskError, polygons_to_mask, rle_area
 
-# %% ../nbs/00f_formats.ipynb #1c0528d1
+# %% ../nbs/00f_formats.ipynb #0dabd456
 def _read_json(path, *keys): # -> dict with these keys; raises DataError
     name = os.path.basename(path)
     try: data = Path(path).read_bytes()
@@ -42,7 +42,7 @@ def _check_folder(path): # -> str; raises DataError
     if not os.path.isdir(path): raise DataError(f"The folder {os.path.basename(path) or path} does not exist.")
     return os.fspath(path)
 
-# %% ../nbs/00f_formats.ipynb #c1b729db
+# %% ../nbs/00f_formats.ipynb #b16d85e1
 class CocoInstances(MaskDataset):
     "Read a COCO instances JSON and its image folder."
     name = "coco"
@@ -66,7 +66,7 @@ class CocoInstances(MaskDataset):
         return self.build(_find_image(self.folder, self.file_name(row)), regions, row["id"], (row["height"], row["width"]) if "height" in row else None, **kept)
     def file_name(self, row): return row["file_name"]
 
-# %% ../nbs/00f_formats.ipynb #450bf210
+# %% ../nbs/00f_formats.ipynb #76ae3e01
 class Lvis(CocoInstances):
     "Read LVIS: COCO instances with 1203 categories; meta tells which of them are known to be absent."
     name, image_keys = "lvis", ("neg_category_ids", "not_exhaustive_category_ids")
@@ -80,12 +80,12 @@ class PixelWeb(CocoInstances):
     "Read PixelWeb: the elements of web pages."
     name = "pixelweb"
 
-# %% ../nbs/00f_formats.ipynb #82112975
+# %% ../nbs/00f_formats.ipynb #93d7a1b6
 def _id_regions(ids, ignore=()): # yields (id, function that makes the mask (H,W) bool)
     for i in np.unique(ids).tolist():
         if i not in ignore: yield i, lambda i=i: ids == i
 
-# %% ../nbs/00f_formats.ipynb #8cf7b8a5
+# %% ../nbs/00f_formats.ipynb #05c965b1
 class CocoPanoptic(MaskDataset):
     "Read a COCO panoptic JSON, its folder of PNGs, and the image folder."
     name = "coco_panoptic"
@@ -111,7 +111,7 @@ class Coconut(CocoPanoptic):
     "Read COCONut, which has COCO's panoptic form."
     name = "coconut"
 
-# %% ../nbs/00f_formats.ipynb #7906de0d
+# %% ../nbs/00f_formats.ipynb #bf8e8590
 class Sa1b(MaskDataset):
     "Read SA-1B: folders of sa_x.json beside sa_x.jpg."
     name = "sa1b"
@@ -126,7 +126,7 @@ class Sa1b(MaskDataset):
         regions = [dict(mask=a["segmentation"], **{k: a[k] for k in ("id", "predicted_iou", "stability_score") if k in a}) for a in data["annotations"]]
         return self.build(_find_image(os.path.dirname(path), row["file_name"]), regions, row["image_id"], (row["height"], row["width"]))
 
-# %% ../nbs/00f_formats.ipynb #a5cebedd
+# %% ../nbs/00f_formats.ipynb #28c90422
 def _shape_mask(shape, size): # labelme shape -> (H,W) bool; raises MaskError
     kind, points = shape.get("shape_type") or "polygon", np.asarray(shape["points"], dtype=float)
     if kind == "polygon": return polygons_to_mask([points.ravel().tolist()], size)
@@ -143,10 +143,10 @@ def _shape_mask(shape, size): # labelme shape -> (H,W) bool; raises MaskError
         return mask
     raise MaskError(f"The shape {shape.get('label')!r} is a {kind}, which has no area.")
 
-# %% ../nbs/00f_formats.ipynb #5f187683
+# %% ../nbs/00f_formats.ipynb #8881a8cc
 class Labelme(MaskDataset):
     "Read labelme: one JSON for each image, the image inside or beside it."
-    name, void = "labelme", ("__ignore__",)
+    name, void, skip = "labelme", ("__ignore__",), ()
     def __init__(self, root, max_masks=None): # folder, see MaskDataset
         super().__init__(max_masks)
         self.root = _check_folder(root)
@@ -158,7 +158,7 @@ class Labelme(MaskDataset):
         image = base64.b64decode(data["imageData"]) if data.get("imageData") else self._beside(path, data)
         if size is None: image = read_image(image); size = image.shape[:2]
         objects = defaultdict(list)
-        for i, shape in enumerate(data["shapes"]): objects[self.group(shape, i)].append(shape)
+        for i, shape in enumerate(data["shapes"]): shape["label"] in self.skip or objects[self.group(shape, i)].append(shape)
         void = [s for shapes in objects.values() for s in shapes if s["label"] in self.void]
         regions = [dict(mask=lambda shapes=shapes: _union(shapes, size), label=shapes[0]["label"]) for shapes in objects.values() if shapes[0] not in void]
         more = {"void": _union(void, size)} if void else {}
@@ -170,15 +170,15 @@ class Labelme(MaskDataset):
 
 def _union(shapes, size): return np.any([_shape_mask(s, size) for s in shapes], 0)
 
-# %% ../nbs/00f_formats.ipynb #7011de9f
+# %% ../nbs/00f_formats.ipynb #3cd7eddc
 class ReasonSeg(Labelme):
     "Read ReasonSeg: one target for each image; the questions are in meta."
-    name, void = "reasonseg", ("ignore",)
+    name, void, skip = "reasonseg", ("ignore",), ("flag",)
     def group(self, shape, i): return shape["label"]
     def extra(self, data): return {"texts": tuple([data["text"]] if isinstance(data["text"], str) else data["text"]), "is_sentence": bool(data.get("is_sentence"))}
     def _beside(self, path, data): return _find_image(os.path.dirname(path), os.path.basename(path)[:-5] + ".jpg")
 
-# %% ../nbs/00f_formats.ipynb #a1fd99b5
+# %% ../nbs/00f_formats.ipynb #51285942
 class IdMaps(MaskDataset):
     "Read a folder of images and a folder of PNGs whose pixels are the numbers of regions or classes."
     name, ending, ignore = "id_maps", ".png", (0,)                              # ending of the map files; numbers that are no region
@@ -199,7 +199,7 @@ class AdeChallenge(IdMaps):
     "Read the ADE20K challenge (150 classes): images/ and annotations/, 0 is everything else."
     name = "ade20k_challenge"
 
-# %% ../nbs/00f_formats.ipynb #f57211e7
+# %% ../nbs/00f_formats.ipynb #b4a1857a
 VOC_NAMES = "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep sofa train tvmonitor".split()
 
 class Voc(IdMaps):
@@ -216,7 +216,7 @@ class Voc(IdMaps):
         regions = [dict(mask=mask, **self.region(int(np.bincount(classes[mask()]).argmax()))) for _, mask in _id_regions(objects, self.ignore)]
         return self.build(_find_image(self.images, key), regions, key, objects.shape)
 
-# %% ../nbs/00f_formats.ipynb #7489b881
+# %% ../nbs/00f_formats.ipynb #8bb29a86
 CITY_NAMES = ("unlabeled,ego vehicle,rectification border,out of roi,static,dynamic,ground,road,sidewalk,parking,rail track,building,wall,fence,guard rail,bridge,tunnel,"
               "pole,polegroup,traffic light,traffic sign,vegetation,terrain,sky,person,rider,car,truck,bus,caravan,trailer,train,motorcycle,bicycle").split(",")
 
@@ -240,7 +240,7 @@ class CityscapesPolygons(Cityscapes):
         regions = [dict(mask=mask, label=labels[i]) for i, mask in _id_regions(painted, (0,)) if labels[i] not in void]
         return self.build(_find_image(self.images, self.image_name(key)), regions, key, size)
 
-# %% ../nbs/00f_formats.ipynb #f626707d
+# %% ../nbs/00f_formats.ipynb #cb4e02f5
 def _ade_map(path): # -> classes (H,W), instances (H,W)
     ids = read_ids(path)
     return ids % 256 // 10 * 256 + ids // 256 % 256, ids // 65536
@@ -252,7 +252,7 @@ def _ade_instance(o, classes, instances): # object of the JSON, its map -> (H,W)
     if not len(votes): raise MaskError(f"Object {o['id']} ({o['raw_name']}) is not in the map of its class.")
     return same & (instances == np.bincount(votes).argmax())
 
-# %% ../nbs/00f_formats.ipynb #f2f24d6b
+# %% ../nbs/00f_formats.ipynb #18cbc52c
 class Ade20k(MaskDataset):
     "Read ADE20K 2021: objects and parts, from their PNGs or from the colour maps."
     name = "ade20k"
@@ -275,7 +275,7 @@ class Ade20k(MaskDataset):
         if self.hidden: raise MaskError(f"Object {o['id']} has no PNG of its own, and the maps do not show what is covered.")
         return _ade_instance(o, *maps(level))
 
-# %% ../nbs/00f_formats.ipynb #0187479a
+# %% ../nbs/00f_formats.ipynb #960ca050
 class YoloSeg(MaskDataset):
     "Read YOLO segmentation: images/x.jpg and labels/x.txt."
     name = "yolo_seg"
@@ -297,7 +297,7 @@ class YoloSeg(MaskDataset):
         if len(line) == 5: raise MaskError("The line has five numbers: a box, not a polygon.")
         return polygons_to_mask([[float(v) * size[1 - i % 2] for i, v in enumerate(line[1:])]], size)
 
-# %% ../nbs/00f_formats.ipynb #aa292eb1
+# %% ../nbs/00f_formats.ipynb #05cf5b94
 def _seen(rle): # keep what has pixels, and what is broken, so that build counts it
     try: return rle is not None and rle_area(rle) > 0
     except MaskError: return True
@@ -305,7 +305,7 @@ def _seen(rle): # keep what has pixels, and what is broken, so that build counts
 @lru_cache(4)                                                                   # frames of one video come together
 def _read_masklets(path): return _read_json(path, "masklet", "video_id")
 
-# %% ../nbs/00f_formats.ipynb #d16ff7d2
+# %% ../nbs/00f_formats.ipynb #4d3f9c3c
 class SaV(MaskDataset):
     "Read SA-V: sav_x_manual.json and sav_x_auto.json with extracted frames; a sample is an annotated frame."
     name = "sav"
@@ -327,7 +327,7 @@ class SaV(MaskDataset):
         frame = self.frame_name.format(i * self.step)
         return self.build(os.path.join(self.frames, data["video_id"], frame), regions, f"{Path(path).stem}/{i * self.step}")
 
-# %% ../nbs/00f_formats.ipynb #c9779ba7
+# %% ../nbs/00f_formats.ipynb #db99ceda
 class VideoRles(MaskDataset):
     "Read videos as frames with mask_dict.json and meta_expressions.json."
     name = "video_rles"
@@ -352,7 +352,7 @@ class Revos(VideoRles):
     "Read ReVOS."
     name = "revos"
 
-# %% ../nbs/00f_formats.ipynb #a3086681
+# %% ../nbs/00f_formats.ipynb #90c56b55
 class VideoPngs(IdMaps):
     "Read videos as frames with palette PNGs, Annotations/video/00000.png, and expressions where a file has them."
     name, ignore = "video_pngs", (0, 255)
@@ -375,7 +375,7 @@ class Davis(VideoPngs):
     "Read DAVIS."
     name = "davis"
 
-# %% ../nbs/00f_formats.ipynb #a872022b
+# %% ../nbs/00f_formats.ipynb #b8768cb2
 REGISTRY = {cls.name: cls for cls in (CocoInstances, Lvis, EntitySeg, PixelWeb, CocoPanoptic, Coconut, Sa1b, Labelme, ReasonSeg, IdMaps, AdeChallenge, Voc,
                                       Cityscapes, CityscapesPolygons, Ade20k, YoloSeg, SaV, VideoRles, Mevis, Revos, VideoPngs, RefYtvos, Davis)}
 
@@ -387,4 +387,5 @@ def open_dataset(
     if name not in REGISTRY: raise DataError(f"There is no format {name!r}; choose one of {', '.join(REGISTRY)}.")
     try: inspect.signature(REGISTRY[name]).bind(**paths)
     except TypeError as e: raise DataError(f"The format {name} takes {inspect.signature(REGISTRY[name])}: {e}.") from e
-    return REGISTRY[name](**paths)
+    try: return REGISTRY[name](**paths)
+    except (KeyError, TypeError, AttributeError) as e: raise DataError(f"The files are not in the form of {name} ({type(e).__name__}: {e}).") from e
