@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-DATA = ('params/*.json', 'toy/**/*', 'shapeworld/*')  # of data/, found at run time by samtok.runs.data_file
+DATA = ('params/*.json', 'mixtures/*.json', 'toy/**/*', 'shapeworld/*')  # of data/, found at run time by samtok.runs.data_file
 
 here = Path(__file__).resolve().parent
 config = ConfigParser(delimiters=['='])

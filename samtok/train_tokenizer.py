@@ -7,7 +7,7 @@ __all__ = ['load_params', 'tokenizer_config', 'training_data', 'heldout_data', '
            'step_loss', 'lr_at', 'evaluate_tokenizer', 'summarise', 'start_codebooks', 'save_checkpoint',
            'load_checkpoint', 'Trainer', 'train', 'run_training', 'same_metrics', 'masks_per_second', 'main']
 
-# %% ../nbs/02a_train_tokenizer.ipynb #88742161
+# %% ../nbs/02a_train_tokenizer.ipynb #4528dfc7
 import json, math, os, sys, time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,11 +20,11 @@ from .formats import open_dataset
 from .losses import candidate_loss, logit_iou, mask_terms
 from .masks import mask_iou_pairs
 from .quantizer import code_usage
-from .runs import Run, check_gpus, launch, load_scale, mean_ci, parse_args, progress, seed_everything, watch
+from .runs import Run, check_gpus, data_file, launch, load_scale, mean_ci, parse_args, progress, seed_everything, watch
 from .shapeworld import ShapeWorld
 from .tokenizer import MaskTokenizer, TokenizerConfig, mask_prompts, prepare_image
 
-# %% ../nbs/02a_train_tokenizer.ipynb #44529f4f
+# %% ../nbs/02a_train_tokenizer.ipynb #10f707d9
 def load_params(scale='auto', gpus=0, **overrides): # -> dict; see data/params/train_tokenizer_*.json
     "Read the parameter file of a scale; overrides that are not None win; unknown names raise RunError."
     return load_scale('train_tokenizer', scale, gpus, **overrides)
@@ -33,19 +33,21 @@ def tokenizer_config(params): # dict -> dict of TokenizerConfig fields
     "Pick the arguments of MaskTokenizer out of a run's parameters."
     return {f.name: params[f.name] for f in fields(TokenizerConfig) if f.name in params}
 
-# %% ../nbs/02a_train_tokenizer.ipynb #26294cd2
+# %% ../nbs/02a_train_tokenizer.ipynb #20de27d0
+def _shipped(name): return Path(name) if Path(name).exists() else data_file(name)  # a file of the user's, or one of the package's data folder
+
 def training_data(params): # -> MaskDataset
     "Open the training data of a run: ShapeWorld, or the mixture that a JSON file describes."
     if params['data'] == 'shapeworld': return ShapeWorld(params['scenes'], 'train', seed=params['seed'])
-    rows = json.loads(Path(params['data']).read_text())
+    rows = json.loads(_shipped(params['data']).read_text())
     return Mixture({open_dataset(r['name'], **{k: v for k, v in r.items() if k not in ('name', 'weight')}): r.get('weight', 1.) for r in rows}, repeat=True)
 
 def heldout_data(params, n=None): # -> MaskDataset of scenes or files that training never sees
     "Open the held-out data of a run."
     if not params['heldout']: return ShapeWorld(n or params['eval_scenes'], 'heldout', seed=params['seed'])
-    return open_dataset(**json.loads(Path(params['heldout']).read_text()))
+    return open_dataset(**json.loads(_shipped(params['heldout']).read_text()))
 
-# %% ../nbs/02a_train_tokenizer.ipynb #21740641
+# %% ../nbs/02a_train_tokenizer.ipynb #22c0d180
 @dataclass
 class Batch:
     "`pixels` (B,3,S,S), `dense` (N,1,4h,4w), `corners` (N,2,2), `index` (N,) image of each mask, `truth` (N,R,R) in [0,1]."
@@ -71,7 +73,7 @@ def make_batch(samples, # list of MaskSample, each with at least one mask
         parts.append((prepare_image(s.image, config.image_size)[None], *mask_prompts(masks, boxes, config.image_size, config.grid), torch.full((len(keep),), i), truth[:, 0]))
     return Batch(*(torch.cat(p) for p in zip(*parts)))
 
-# %% ../nbs/02a_train_tokenizer.ipynb #616cd914
+# %% ../nbs/02a_train_tokenizer.ipynb #9c420788
 def build_tokenizer(params): # -> (MaskTokenizer, report dict)
     "Make the tokenizer of a run: from scratch, from a saved tokenizer, or from SAM 2 with frozen encoders."
     model, report = MaskTokenizer(**tokenizer_config(params)), {}
@@ -86,7 +88,7 @@ def build_tokenizer(params): # -> (MaskTokenizer, report dict)
     if not params['iou_weight']: model.sam_mask_decoder.iou_prediction_head.requires_grad_(False)
     return model, report
 
-# %% ../nbs/02a_train_tokenizer.ipynb #1afef269
+# %% ../nbs/02a_train_tokenizer.ipynb #67557358
 def step_loss(out,   # TokenizerOutput
               truth, # (N,R,R) float in [0,1]
               params): # ce_weight, dice_weight, points, candidates, commitment, iou_weight -> (loss (), dict of floats)
@@ -100,7 +102,7 @@ def step_loss(out,   # TokenizerOutput
     terms = dict(loss=loss, mask=mask, ce=ce.mean(), dice=dice.mean(), commitment=out.commitment, iou_error=iou_error, iou=chosen)
     return loss, {k: v.detach() for k, v in terms.items()}
 
-# %% ../nbs/02a_train_tokenizer.ipynb #d414c27e
+# %% ../nbs/02a_train_tokenizer.ipynb #65a11740
 def lr_at(step,   # int, from 0
           params  # steps, warmup (steps), lr
          ): # float
@@ -109,7 +111,7 @@ def lr_at(step,   # int, from 0
     t = (step - params['warmup']) / max(1, params['steps'] - params['warmup'])
     return params['lr'] * (.01 + .99 * .5 * (1 + math.cos(math.pi * min(1, t))))
 
-# %% ../nbs/02a_train_tokenizer.ipynb #7a36b71f
+# %% ../nbs/02a_train_tokenizer.ipynb #37f9f62f
 def evaluate_tokenizer(tokenizer, # MaskTokenizer
                        dataset,   # MaskDataset
                        n=None,    # number of images; None: all
@@ -136,7 +138,7 @@ def summarise(rows, size): # rows of evaluate_tokenizer -> dict: iou and iou_con
     usage = code_usage(torch.tensor(rows['codes']), size)
     return dict(iou=mean_ci(rows['iou']), **(dict(iou_continuous=mean_ci(rows['iou_continuous'])) if rows['iou_continuous'] else {}), **usage)
 
-# %% ../nbs/02a_train_tokenizer.ipynb #f2873685
+# %% ../nbs/02a_train_tokenizer.ipynb #47b8e91c
 @torch.no_grad()
 def start_codebooks(model, params, batches=None):
     "Place the codebooks by k-means on the encoder's vectors of training images; returns how many vectors were used."
@@ -156,7 +158,7 @@ def _take(stream, n): # the next n samples that have masks
         if len(got) == n: return got
     raise RuntimeError('The training data ended in the middle of a run: use repeat=True in the mixture or more scenes.')
 
-# %% ../nbs/02a_train_tokenizer.ipynb #1f0f3df2
+# %% ../nbs/02a_train_tokenizer.ipynb #010a5988
 def save_checkpoint(path, step, model, opt, rng, taken):
     "Write a training checkpoint atomically."
     state = dict(step=step, model=model.state_dict(), opt=opt.state_dict(), taken=taken, torch_rng=torch.get_rng_state(), numpy_rng=json.dumps(rng.bit_generator.state))
@@ -172,7 +174,7 @@ def load_checkpoint(path, model, opt, rng): # -> (step, taken)
     if 'cuda_rng' in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state['cuda_rng'])
     return state['step'], state['taken']
 
-# %% ../nbs/02a_train_tokenizer.ipynb #7c5c9510
+# %% ../nbs/02a_train_tokenizer.ipynb #7a5b6f3f
 class Trainer:
     "The state of a training run; `train` drives it."
     def __init__(self, params, run):
@@ -193,7 +195,7 @@ class Trainer:
         if self.acc.is_main_process: run.truncate(self.step)
         self.wrapped, self.opt = self.acc.prepare(self.model, self.opt)
 
-# %% ../nbs/02a_train_tokenizer.ipynb #1ec596fc
+# %% ../nbs/02a_train_tokenizer.ipynb #831372ea
 def _trainer_step(self, stream): # one optimizer step -> dict of floats
     "Draw a batch, move weights and codebooks by one step."
     p = self.params
@@ -215,12 +217,12 @@ def _trainer_step(self, stream): # one optimizer step -> dict of floats
 
 Trainer.train_step = _trainer_step
 
-# %% ../nbs/02a_train_tokenizer.ipynb #14efe453
+# %% ../nbs/02a_train_tokenizer.ipynb #33b18623
 def train(params, # dict of load_params
           path,   # run folder; a finished run is not repeated, an unfinished one resumes
           on_log=None): # called with all rows so far after each logged step -> the run's result (dict), None on other ranks than 0
     "Train a tokenizer; writes metrics.jsonl, checkpoints, the tokenizer and result.json into the run folder."
-    run = Run(path, params)
+    run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.finished: return run.result
     t, started = Trainer(params, run), time.time()
     p, main, seen, window = params, t.acc.is_main_process, 0, []
@@ -233,7 +235,7 @@ def train(params, # dict of load_params
         if t.step % p['checkpoint_every'] == 0 and t.step < p['steps']: save_checkpoint(t.ckpt, t.step, t.model, t.opt, t.rng, t.taken)
     return _finish(t, time.time() - started) if main else None
 
-# %% ../nbs/02a_train_tokenizer.ipynb #b1b1d699
+# %% ../nbs/02a_train_tokenizer.ipynb #60aca0aa
 def _log(t, window, started, on_log):
     row = {k: torch.stack([w[k] for w in window]).mean() for k in window[0] if k != 'masks'}
     row = {k: t.acc.reduce(v, 'mean').item() for k, v in row.items()}
@@ -258,7 +260,7 @@ def _finish(t, seconds):
     t.run.save_result(metrics, n=len(rows['iou']), seconds=round(seconds, 1), command=command)
     return t.run.result
 
-# %% ../nbs/02a_train_tokenizer.ipynb #28f54b2a
+# %% ../nbs/02a_train_tokenizer.ipynb #bbdffece
 def run_training(params, path, on_log=None): # -> result dict
     "Train in this process, or with gpus > 1 in processes of their own that are watched."
     check_gpus(params['gpus'])
@@ -266,14 +268,14 @@ def run_training(params, path, on_log=None): # -> result dict
     watch(path, launch('samtok.train_tokenizer', dict(out=str(path), **{k: v for k, v in params.items() if not isinstance(v, dict)}), gpus=params['gpus'], run_dir=path), on_log)
     return Run(path, params).result
 
-# %% ../nbs/02a_train_tokenizer.ipynb #ddcf0e5f
+# %% ../nbs/02a_train_tokenizer.ipynb #7f6a355f
 def same_metrics(a, b, # lists of metric rows
                  ignore=('seconds',)): # -> float, the largest difference over all steps and keys; inf if rows or keys differ
     "Compare two metric files, as the resume test does."
     if len(a) != len(b) or any(set(x) - set(ignore) != set(y) - set(ignore) for x, y in zip(a, b)): return math.inf
     return max((abs(x[k] - y[k]) for x, y in zip(a, b) for k in x if k not in ignore and isinstance(x[k], (int, float))), default=0.)
 
-# %% ../nbs/02a_train_tokenizer.ipynb #1e04e2f4
+# %% ../nbs/02a_train_tokenizer.ipynb #ba553971
 def masks_per_second(params, masks_per_image, n=16, repeats=3): # n masks in all -> float
     "Measure training throughput (forward, loss, backward) for n masks in n / masks_per_image images."
     seed_everything(0)
@@ -287,7 +289,7 @@ def masks_per_second(params, masks_per_image, n=16, repeats=3): # n masks in all
         step_loss(out, batch.truth, params)[0].backward()
     return len(batch.index) * repeats / (time.perf_counter() - t)
 
-# %% ../nbs/02a_train_tokenizer.ipynb #e3642411
+# %% ../nbs/02a_train_tokenizer.ipynb #4db639f3
 def main(argv=None):
     "Train from the command line; every parameter of the scale's file is an option."
     argv = sys.argv[1:] if argv is None else argv
@@ -298,5 +300,5 @@ def main(argv=None):
     result = train(args, path) if 'RANK' in os.environ else run_training(args, path)
     if result: print(json.dumps(result['metrics'], indent=1))
 
-# %% ../nbs/02a_train_tokenizer.ipynb #9b05f05c
+# %% ../nbs/02a_train_tokenizer.ipynb #4981d7d7
 if __name__ == '__main__' and '__file__' in globals(): main()
