@@ -7,7 +7,7 @@ __all__ = ['SHAPES', 'LETTERS', 'COLORS', 'TEXTURES', 'SIZES', 'SIZE_SHARE', 'SP
            'texture', 'SceneObject', 'Scene', 'render', 'scene_regions', 'scene_relations', 'scene_graph', 'draw_scene',
            'scene_seed', 'ShapeWorld']
 
-# %% ../nbs/00e_shapeworld.ipynb #3dfd3854
+# %% ../nbs/00e_shapeworld.ipynb #7ccccfde
 import math, hashlib
 from functools import lru_cache
 from dataclasses import dataclass, asdict
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from .data import MaskDataset, MaskSample
 
-# %% ../nbs/00e_shapeworld.ipynb #e6fffeb5
+# %% ../nbs/00e_shapeworld.ipynb #d4ba2acc
 _VERSION = 1  # part of every scene's seed: change it when the drawing changes
 SHAPES = ('circle', 'square', 'triangle', 'pentagon', 'star', 'cross', 'ring', 'ellipse', 'diamond')
 LETTERS = ('L', 'T', 'H', 'E')
@@ -27,14 +27,14 @@ SIZE_SHARE = dict(tiny=.03, small=.15, medium=.42, large=.4)
 _LETTER_SHARE = .12
 SPLITS = ('train', 'heldout', 'unseen')
 
-# %% ../nbs/00e_shapeworld.ipynb #8a9a3856
+# %% ../nbs/00e_shapeworld.ipynb #fb2a54c0
 def is_kept_back(shape, # one of SHAPES or LETTERS
                  color  # one of COLORS
                 ): # bool: True if this pair never occurs in the splits `train` and `heldout`
     "Tell whether a combination of shape and colour is reserved for the split `unseen`."
     return ((SHAPES + LETTERS).index(shape) * 3 + list(COLORS).index(color)) % 7 == 0
 
-# %% ../nbs/00e_shapeworld.ipynb #ac4960bb
+# %% ../nbs/00e_shapeworld.ipynb #3966b916
 def _ring(n, r=1., phase=0., flat=1.):
     a = np.arange(n) * 2 * math.pi / n + phase
     return np.stack([r * np.cos(a), flat * r * np.sin(a)], 1)
@@ -51,7 +51,7 @@ _OUTLINES = dict(circle=[_ring(40)], square=[_ring(4, phase=math.pi / 4)], trian
                  H=_strokes((-.8, -1, -.3, 1), (.3, -1, .8, 1), (-.5, -.25, .5, .25)), E=_strokes((-.7, -1, -.2, 1), (-.7, -1, .7, -.6), (-.7, -.2, .5, .2), (-.7, .6, .7, 1)))
 _HOLES = dict(ring=[_ring(40, r=.5)])
 
-# %% ../nbs/00e_shapeworld.ipynb #dea555e7
+# %% ../nbs/00e_shapeworld.ipynb #e5390184
 def shape_mask(shape, # one of SHAPES or LETTERS
                x, y,  # centre in pixels, x to the right, y down
                r,     # radius in pixels
@@ -65,7 +65,7 @@ def shape_mask(shape, # one of SHAPES or LETTERS
         for p in polygons: draw.polygon([tuple(q) for q in (p * r) @ rot.T + (x, y)], fill=fill)
     return np.array(img)
 
-# %% ../nbs/00e_shapeworld.ipynb #a2bcd654
+# %% ../nbs/00e_shapeworld.ipynb #5c74a9bf
 _PATTERNS = dict(plain=lambda x, y: x >= 0, striped=lambda x, y: (x + y) % 8 < 4, checked=lambda x, y: (x // 4 + y // 4) % 2 == 0,
                  dotted=lambda x, y: (x % 6 - 3)**2 + (y % 6 - 3)**2 > 3)
 
@@ -77,7 +77,7 @@ def texture(name, # one of TEXTURES
     y, x = np.mgrid[:size[0], :size[1]]
     return np.where(_PATTERNS[name](x, y), 1, .65).astype(np.float32)
 
-# %% ../nbs/00e_shapeworld.ipynb #e8da94cf
+# %% ../nbs/00e_shapeworld.ipynb #d7e2e19f
 @dataclass
 class SceneObject:
     "One thing in a scene; lengths in pixels of the scene, angle in radians."
@@ -94,7 +94,7 @@ class SceneObject:
     @property
     def name(self): return f'{self.size} {self.texture} {self.color} {self.shape}'
 
-# %% ../nbs/00e_shapeworld.ipynb #578ece23
+# %% ../nbs/00e_shapeworld.ipynb #186c2c3c
 class Scene:
     "A list of objects, back to front, and everything that can be derived from it."
     def __init__(self, objects, # list[SceneObject], back to front
@@ -110,7 +110,7 @@ class Scene:
         self.visible = np.stack([top == k + 1 for k in range(len(objects))]) if objects else self.amodal
         self.parts = {k: shape_mask('circle', o.x, o.y, .42 * o.r, 0, hw) & self.visible[k] for k, o in enumerate(objects) if o.part}
 
-# %% ../nbs/00e_shapeworld.ipynb #2f0d58bd
+# %% ../nbs/00e_shapeworld.ipynb #b136a4f6
 def render(scene # Scene
           ): # (H,W,3) uint8 RGB
     "Draw a scene: noisy background, then textured objects and their dots."
@@ -123,7 +123,7 @@ def render(scene # Scene
     img += rng.normal(0, 5, (*hw, 1)).astype(np.float32)
     return img.clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/00e_shapeworld.ipynb #c4f7c6a7
+# %% ../nbs/00e_shapeworld.ipynb #64a40d68
 def scene_regions(scene,      # Scene
                   min_area=16 # pixels; smaller regions are left out
                  ): # list of (label, object index, kind, mask (H,W) bool), kind "object" or "part"
@@ -132,7 +132,7 @@ def scene_regions(scene,      # Scene
     rows += [(f'{scene.objects[k].part} dot', k, 'part', m) for k, m in scene.parts.items()]
     return [r for r in rows if r[3].sum() >= min_area]
 
-# %% ../nbs/00e_shapeworld.ipynb #67f6d5fb
+# %% ../nbs/00e_shapeworld.ipynb #713a4d54
 INVERSE = {'left of': 'right of', 'above': 'below', 'in front of': 'behind', 'inside': 'around'}
 
 def scene_relations(scene,   # Scene
@@ -149,7 +149,7 @@ def scene_relations(scene,   # Scene
             if b.shape == 'ring' and math.hypot(a.x - b.x, a.y - b.y) + a.r <= .5 * b.r: rows.append((i, 'inside', j))
     return rows
 
-# %% ../nbs/00e_shapeworld.ipynb #c26a39ff
+# %% ../nbs/00e_shapeworld.ipynb #910c9957
 def scene_graph(scene # Scene
                ): # dict with `objects` (list of dict) and `relations` (list of dict)
     "Describe a scene as plain data: attributes, place, visible share, ranks, relations."
@@ -166,7 +166,7 @@ def scene_graph(scene # Scene
 
 Scene.graph = scene_graph
 
-# %% ../nbs/00e_shapeworld.ipynb #2257fd82
+# %% ../nbs/00e_shapeworld.ipynb #8c35ffaa
 def _draw_object(rng, split, scale):
     while True:
         shape = str(rng.choice(LETTERS if rng.random() < _LETTER_SHARE else SHAPES))
@@ -181,7 +181,7 @@ def _draw_object(rng, split, scale):
     return SceneObject(shape, color, TEXTURES[rng.integers(len(TEXTURES))], size, float(x), float(y), float(r),
                        float(rng.uniform(-.5, .5)), None if part == color else part)
 
-# %% ../nbs/00e_shapeworld.ipynb #864a1c28
+# %% ../nbs/00e_shapeworld.ipynb #b561bde4
 def _fits(scene, objects, new, seen):
     mask = shape_mask(new.shape, new.x, new.y, new.r, new.angle, (scene, scene))
     left = [s & ~mask for s in seen]
@@ -204,7 +204,7 @@ def draw_scene(rng,         # np.random.Generator
             if fit is not None: objects.append(new); seen = fit; break
     return Scene(objects, size, background, int(rng.integers(2**31)))
 
-# %% ../nbs/00e_shapeworld.ipynb #1ceb9e89
+# %% ../nbs/00e_shapeworld.ipynb #d11e5262
 def scene_seed(split, # one of SPLITS
                seed,  # int, the seed of the data set
                index  # int, the number of the scene
@@ -213,7 +213,7 @@ def scene_seed(split, # one of SPLITS
     text = f'shapeworld/{_VERSION}/{split}/{seed}/{index}'
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big')
 
-# %% ../nbs/00e_shapeworld.ipynb #3e9a27bc
+# %% ../nbs/00e_shapeworld.ipynb #a0df2a33
 class ShapeWorld(MaskDataset):
     "A data set of `n` procedural scenes; scene `i` of a split and seed is always the same."
     name = 'shapeworld'
@@ -231,7 +231,7 @@ class ShapeWorld(MaskDataset):
     def records(self): return iter(range(self.n))
     def load(self, record): return self.sample(record)
 
-# %% ../nbs/00e_shapeworld.ipynb #1fea2d82
+# %% ../nbs/00e_shapeworld.ipynb #01dac6d7
     # the scene and its sample
 def _scene(self, i):
     "Draw scene `i` of this data set."

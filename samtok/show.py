@@ -6,11 +6,11 @@
 __all__ = ['PALETTE', 'color_of', 'outline', 'overlay', 'figure_png', 'show_image', 'show_grid', 'error_image', 'show_comparison',
            'plot_curves', 'LiveFigure', 'words_html', 'table']
 
-# %% ../nbs/00b_show.ipynb #ab6ca944
+# %% ../nbs/00b_show.ipynb #a53ddb37
 import html, io, os, time
 import numpy as np
 
-# %% ../nbs/00b_show.ipynb #10ef8876
+# %% ../nbs/00b_show.ipynb #2afd0e34
 PALETTE = np.array([(0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0), (204, 121, 167), (86, 180, 233), (240, 228, 66),
                     (120, 94, 240), (220, 38, 127), (100, 143, 255), (160, 90, 44), (150, 150, 150)], np.uint8)  # (12,3) RGB
 _ERROR = dict(right=(0, 158, 115), missed=(0, 114, 178), extra=(213, 94, 0))
@@ -19,7 +19,7 @@ def color_of(i): # number of a region -> (3,) uint8 RGB
     "Pick the colour of a region."
     return PALETTE[i % len(PALETTE)]
 
-# %% ../nbs/00b_show.ipynb #65842ccd
+# %% ../nbs/00b_show.ipynb #e044c593
 def outline(mask): # (H,W) bool -> (H,W) bool
     "Find the pixels of a mask that touch its outside (or the border of the image)."
     p = np.pad(mask, 1)
@@ -38,22 +38,25 @@ def overlay(image, # (H,W,3) uint8
         out[outline(m)] = c
     return out.round().astype(np.uint8)
 
-# %% ../nbs/00b_show.ipynb #98d59696
+# %% ../nbs/00b_show.ipynb #771742b1
 def _axes(n, cols, ratio=1., width=8.): # n panels -> figure, list of n axes; ratio = height / width of a panel
     from matplotlib.figure import Figure
     cols = max(1, min(cols, n)); rows = -(-n // cols)
     w = min(width, 2.7 * cols)
-    fig = Figure(figsize=(w, w / cols * ratio * rows + .3 * rows), dpi=80, layout='constrained')
+    fig = type('Figure', (Figure,), dict(_repr_png_=figure_png))(figsize=(w, w / cols * ratio * rows + .3 * rows), dpi=80, layout='constrained')
     axes = np.atleast_1d(fig.subplots(rows, cols)).ravel()
     for ax in axes: ax.set_axis_off()
     return fig, list(axes[:n])
 
-def figure_png(fig): # matplotlib figure -> bytes
+def figure_png(fig, colors=160): # matplotlib figure -> bytes; few colours keep pictures of noisy images small
     "Render a figure as PNG."
-    buffer = io.BytesIO(); fig.savefig(buffer, format='png')
-    return buffer.getvalue()
+    from PIL import Image
+    drawn, out = io.BytesIO(), io.BytesIO()
+    fig.savefig(drawn, format='png')
+    Image.open(drawn).convert('RGB').quantize(colors, dither=Image.Dither.NONE).save(out, format='png', optimize=True)
+    return out.getvalue()
 
-# %% ../nbs/00b_show.ipynb #a8ad99e3
+# %% ../nbs/00b_show.ipynb #93900258
 def show_image(image, # (H,W,3) uint8
                masks=None,  # (N,H,W) bool
                boxes=None,  # (M,4) xyxy pixels
@@ -71,7 +74,7 @@ def show_image(image, # (H,W,3) uint8
         ax.text(px, py, text, fontsize=7, color='white', bbox=dict(facecolor=color_of(i) / 255, pad=1, lw=0))
     return fig
 
-# %% ../nbs/00b_show.ipynb #dd26b9b2
+# %% ../nbs/00b_show.ipynb #25445217
 def show_grid(items, # list of dict: image and other arguments of show_image
               cols=4): # panels in a row; returns a figure
     "Show several images in a grid."
@@ -81,7 +84,7 @@ def show_grid(items, # list of dict: image and other arguments of show_image
     for item, ax in zip(items, axes): show_image(**item, ax=ax)
     return fig
 
-# %% ../nbs/00b_show.ipynb #cfb89fe0
+# %% ../nbs/00b_show.ipynb #8e1d20f9
 def error_image(truth, pred): # (N,H,W) bool each, in pairs -> (H,W,3) uint8
     "Colour where predictions are right, missing or too much."
     truth, pred = (np.asarray(m, bool).reshape(-1, *np.shape(m)[-2:]) for m in (truth, pred))
@@ -90,7 +93,7 @@ def error_image(truth, pred): # (N,H,W) bool each, in pairs -> (H,W,3) uint8
     for name, where in (('right', (truth & pred).any(0)), ('missed', (truth & ~pred).any(0)), ('extra', (pred & ~truth).any(0))): out[where] = _ERROR[name]
     return out
 
-# %% ../nbs/00b_show.ipynb #665c75dd
+# %% ../nbs/00b_show.ipynb #ae991abc
 def show_comparison(image, # (H,W,3) uint8
                     truth, pred, # (N,H,W) bool, in pairs
                     titles=('image', 'truth', 'prediction', 'error')): # of the panels; returns a figure
@@ -100,7 +103,7 @@ def show_comparison(image, # (H,W,3) uint8
     for i, (name, c) in enumerate(_ERROR.items()): axes[3].text(.02 + .36 * i, .02, name, fontsize=7, color='white', transform=axes[3].transAxes, bbox=dict(facecolor=np.array(c) / 255, pad=1, lw=0))
     return fig
 
-# %% ../nbs/00b_show.ipynb #e1bed4b5
+# %% ../nbs/00b_show.ipynb #5d1a41ff
 def plot_curves(rows, # list of dict
                 keys, # names to draw, one panel each
                 x='step', ax=None): # name of the x values; one axes for all keys instead of panels; returns a figure
@@ -114,7 +117,7 @@ def plot_curves(rows, # list of dict
         a.set_xlabel(x, fontsize=8); a.tick_params(labelsize=7)
     return fig
 
-# %% ../nbs/00b_show.ipynb #d0a6702a
+# %% ../nbs/00b_show.ipynb #16bce77b
 class LiveFigure:
     "A figure that is drawn again in place while something runs."
     def __init__(self, every=1.): # seconds between two updates
@@ -142,7 +145,7 @@ class LiveFigure:
             from IPython.display import HTML
             self.handle.update(HTML(''))
 
-# %% ../nbs/00b_show.ipynb #6a8d53aa
+# %% ../nbs/00b_show.ipynb #f4df314c
 class _Html(str):
     def _repr_html_(self): return str(self)
 
@@ -158,7 +161,7 @@ def words_html(text, # str
         k += s.ok
     return _Html(f'<div style="font-family:monospace">{"".join(out)}{html.escape(text[at:])}</div>')
 
-# %% ../nbs/00b_show.ipynb #b4ea1e05
+# %% ../nbs/00b_show.ipynb #f857bf99
 def _cell(v):
     if v is None: return '-'
     if isinstance(v, (float, np.floating)): return f'{v:.4g}' if abs(v) < 1 else f'{v:,.2f}'.rstrip('0').rstrip('.')

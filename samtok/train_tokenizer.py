@@ -7,7 +7,7 @@ __all__ = ['load_params', 'tokenizer_config', 'training_data', 'heldout_data', '
            'step_loss', 'lr_at', 'evaluate_tokenizer', 'summarise', 'start_codebooks', 'save_checkpoint',
            'load_checkpoint', 'Trainer', 'train', 'run_training', 'same_metrics', 'masks_per_second', 'main']
 
-# %% ../nbs/02a_train_tokenizer.ipynb #555ac84a
+# %% ../nbs/02a_train_tokenizer.ipynb #4f6bdfdc
 import json, math, os, sys, time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,7 +24,7 @@ from .runs import Run, check_gpus, data_file, launch, load_scale, mean_ci, parse
 from .shapeworld import ShapeWorld
 from .tokenizer import MaskTokenizer, TokenizerConfig, mask_prompts, prepare_image
 
-# %% ../nbs/02a_train_tokenizer.ipynb #14cbd3b8
+# %% ../nbs/02a_train_tokenizer.ipynb #a2c7b27f
 def load_params(scale='auto', gpus=0, **overrides): # -> dict; see data/params/train_tokenizer_*.json
     "Read the parameter file of a scale; overrides that are not None win; unknown names raise RunError."
     return load_scale('train_tokenizer', scale, gpus, **overrides)
@@ -33,7 +33,7 @@ def tokenizer_config(params): # dict -> dict of TokenizerConfig fields
     "Pick the arguments of MaskTokenizer out of a run's parameters."
     return {f.name: params[f.name] for f in fields(TokenizerConfig) if f.name in params}
 
-# %% ../nbs/02a_train_tokenizer.ipynb #08d10e12
+# %% ../nbs/02a_train_tokenizer.ipynb #5370fec3
 def _shipped(name): return Path(name) if Path(name).exists() else data_file(name)  # a file of the user's, or one of the package's data folder
 
 def training_data(params): # -> MaskDataset
@@ -47,7 +47,7 @@ def heldout_data(params, n=None): # -> MaskDataset of scenes or files that train
     if not params['heldout']: return ShapeWorld(n or params['eval_scenes'], 'heldout', seed=params['seed'])
     return open_dataset(**json.loads(_shipped(params['heldout']).read_text()))
 
-# %% ../nbs/02a_train_tokenizer.ipynb #9cc1ca09
+# %% ../nbs/02a_train_tokenizer.ipynb #e5d8fdc0
 @dataclass
 class Batch:
     "`pixels` (B,3,S,S), `dense` (N,1,4h,4w), `corners` (N,2,2), `index` (N,) image of each mask, `truth` (N,R,R) in [0,1]."
@@ -73,7 +73,7 @@ def make_batch(samples, # list of MaskSample, each with at least one mask
         parts.append((prepare_image(s.image, config.image_size)[None], *mask_prompts(masks, boxes, config.image_size, config.grid), torch.full((len(keep),), i), truth[:, 0]))
     return Batch(*(torch.cat(p) for p in zip(*parts)))
 
-# %% ../nbs/02a_train_tokenizer.ipynb #ea1531b1
+# %% ../nbs/02a_train_tokenizer.ipynb #c2f42233
 def build_tokenizer(params): # -> (MaskTokenizer, report dict)
     "Make the tokenizer of a run: from scratch, from a saved tokenizer, or from SAM 2 with frozen encoders."
     model, report = MaskTokenizer(**tokenizer_config(params)), {}
@@ -88,7 +88,7 @@ def build_tokenizer(params): # -> (MaskTokenizer, report dict)
     if not params['iou_weight']: model.sam_mask_decoder.iou_prediction_head.requires_grad_(False)
     return model, report
 
-# %% ../nbs/02a_train_tokenizer.ipynb #90b31fff
+# %% ../nbs/02a_train_tokenizer.ipynb #a4b75bca
 def step_loss(out,   # TokenizerOutput
               truth, # (N,R,R) float in [0,1]
               params): # ce_weight, dice_weight, points, candidates, commitment, iou_weight -> (loss (), dict of floats)
@@ -102,7 +102,7 @@ def step_loss(out,   # TokenizerOutput
     terms = dict(loss=loss, mask=mask, ce=ce.mean(), dice=dice.mean(), commitment=out.commitment, iou_error=iou_error, iou=chosen)
     return loss, {k: v.detach() for k, v in terms.items()}
 
-# %% ../nbs/02a_train_tokenizer.ipynb #be4fd3ff
+# %% ../nbs/02a_train_tokenizer.ipynb #fc351dc2
 def lr_at(step,   # int, from 0
           params  # steps, warmup (steps), lr
          ): # float
@@ -111,7 +111,7 @@ def lr_at(step,   # int, from 0
     t = (step - params['warmup']) / max(1, params['steps'] - params['warmup'])
     return params['lr'] * (.01 + .99 * .5 * (1 + math.cos(math.pi * min(1, t))))
 
-# %% ../nbs/02a_train_tokenizer.ipynb #aa39d537
+# %% ../nbs/02a_train_tokenizer.ipynb #27880b22
 def evaluate_tokenizer(tokenizer, # MaskTokenizer
                        dataset,   # MaskDataset
                        n=None,    # number of images; None: all
@@ -138,7 +138,7 @@ def summarise(rows, size): # rows of evaluate_tokenizer -> dict: iou and iou_con
     usage = code_usage(torch.tensor(rows['codes']), size)
     return dict(iou=mean_ci(rows['iou']), **(dict(iou_continuous=mean_ci(rows['iou_continuous'])) if rows['iou_continuous'] else {}), **usage)
 
-# %% ../nbs/02a_train_tokenizer.ipynb #e903d4da
+# %% ../nbs/02a_train_tokenizer.ipynb #08256bef
 @torch.no_grad()
 def start_codebooks(model, params, batches=None):
     "Place the codebooks by k-means on the encoder's vectors of training images; returns how many vectors were used."
@@ -158,7 +158,7 @@ def _take(stream, n): # the next n samples that have masks
         if len(got) == n: return got
     raise RuntimeError('The training data ended in the middle of a run: use repeat=True in the mixture or more scenes.')
 
-# %% ../nbs/02a_train_tokenizer.ipynb #303bf05a
+# %% ../nbs/02a_train_tokenizer.ipynb #a8ab0f91
 def save_checkpoint(path, step, model, opt, rng, taken):
     "Write a training checkpoint atomically."
     state = dict(step=step, model=model.state_dict(), opt=opt.state_dict(), taken=taken, torch_rng=torch.get_rng_state(), numpy_rng=json.dumps(rng.bit_generator.state))
@@ -174,7 +174,7 @@ def load_checkpoint(path, model, opt, rng): # -> (step, taken)
     if 'cuda_rng' in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state['cuda_rng'])
     return state['step'], state['taken']
 
-# %% ../nbs/02a_train_tokenizer.ipynb #17818c8b
+# %% ../nbs/02a_train_tokenizer.ipynb #cb2d3194
 class Trainer:
     "The state of a training run; `train` drives it."
     def __init__(self, params, run):
@@ -195,7 +195,7 @@ class Trainer:
         if self.acc.is_main_process: run.truncate(self.step)
         self.wrapped, self.opt = self.acc.prepare(self.model, self.opt)
 
-# %% ../nbs/02a_train_tokenizer.ipynb #9ff2187e
+# %% ../nbs/02a_train_tokenizer.ipynb #1b1f2efb
 def _trainer_step(self, stream): # one optimizer step -> dict of floats
     "Draw a batch, move weights and codebooks by one step."
     p = self.params
@@ -217,7 +217,7 @@ def _trainer_step(self, stream): # one optimizer step -> dict of floats
 
 Trainer.train_step = _trainer_step
 
-# %% ../nbs/02a_train_tokenizer.ipynb #ad50cc68
+# %% ../nbs/02a_train_tokenizer.ipynb #eec34541
 def train(params, # dict of load_params
           path,   # run folder; a finished run is not repeated, an unfinished one resumes
           on_log=None): # called with all rows so far after each logged step -> the run's result (dict), None on other ranks than 0
@@ -225,17 +225,18 @@ def train(params, # dict of load_params
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.finished: return run.result
     t, started = Trainer(params, run), time.time()
-    p, main, seen, window = params, t.acc.is_main_process, 0, []
+    p, window = params, []
     stream = training_data(p).stream(seed=p['seed'], rank=t.acc.process_index, world=t.acc.num_processes, shuffle=p['shuffle'], skip=t.taken)
+    every = -(-p['checkpoint_every'] // p['log_every']) * p['log_every']  # after a logged step: a resumed run averages over the same steps
     t.model.train()
     for _ in progress(range(t.step, p['steps']), 'train'):
         window.append(t.train_step(stream))
         if t.step % p['log_every'] == 0 or t.step == p['steps']:
             _log(t, window, started, on_log); window = []
-        if t.step % p['checkpoint_every'] == 0 and t.step < p['steps']: save_checkpoint(t.ckpt, t.step, t.model, t.opt, t.rng, t.taken)
-    return _finish(t, time.time() - started) if main else None
+        if t.step % every == 0 and t.step < p['steps']: save_checkpoint(t.ckpt, t.step, t.model, t.opt, t.rng, t.taken)
+    return _finish(t, time.time() - started) if t.acc.is_main_process else None
 
-# %% ../nbs/02a_train_tokenizer.ipynb #ebb8a161
+# %% ../nbs/02a_train_tokenizer.ipynb #29ab5ce2
 def _log(t, window, started, on_log):
     row = {k: torch.stack([w[k] for w in window]).mean() for k in window[0] if k != 'masks'}
     row = {k: t.acc.reduce(v, 'mean').item() for k, v in row.items()}
@@ -260,7 +261,7 @@ def _finish(t, seconds):
     t.run.save_result(metrics, n=len(rows['iou']), seconds=round(seconds, 1), command=command)
     return t.run.result
 
-# %% ../nbs/02a_train_tokenizer.ipynb #2ca868cb
+# %% ../nbs/02a_train_tokenizer.ipynb #5be6b719
 def run_training(params, path, on_log=None): # -> result dict
     "Train in this process, or with gpus > 1 in processes of their own that are watched."
     check_gpus(params['gpus'])
@@ -268,14 +269,14 @@ def run_training(params, path, on_log=None): # -> result dict
     watch(path, launch('samtok.train_tokenizer', dict(out=str(path), **{k: v for k, v in params.items() if not isinstance(v, dict)}), gpus=params['gpus'], run_dir=path), on_log)
     return Run(path, params).result
 
-# %% ../nbs/02a_train_tokenizer.ipynb #cca6dce4
+# %% ../nbs/02a_train_tokenizer.ipynb #9b4cac60
 def same_metrics(a, b, # lists of metric rows
                  ignore=('seconds',)): # -> float, the largest difference over all steps and keys; inf if rows or keys differ
     "Compare two metric files, as the resume test does."
     if len(a) != len(b) or any(set(x) - set(ignore) != set(y) - set(ignore) for x, y in zip(a, b)): return math.inf
     return max((abs(x[k] - y[k]) for x, y in zip(a, b) for k in x if k not in ignore and isinstance(x[k], (int, float))), default=0.)
 
-# %% ../nbs/02a_train_tokenizer.ipynb #97185c8a
+# %% ../nbs/02a_train_tokenizer.ipynb #bf1ba864
 def masks_per_second(params, masks_per_image, n=16, repeats=3): # n masks in all -> float
     "Measure training throughput (forward, loss, backward) for n masks in n / masks_per_image images."
     seed_everything(0)
@@ -289,7 +290,7 @@ def masks_per_second(params, masks_per_image, n=16, repeats=3): # n masks in all
         step_loss(out, batch.truth, params)[0].backward()
     return len(batch.index) * repeats / (time.perf_counter() - t)
 
-# %% ../nbs/02a_train_tokenizer.ipynb #0ccce72a
+# %% ../nbs/02a_train_tokenizer.ipynb #84d12da0
 def main(argv=None):
     "Train from the command line; every parameter of the scale's file is an option."
     argv = sys.argv[1:] if argv is None else argv
@@ -300,5 +301,5 @@ def main(argv=None):
     result = train(args, path) if 'RANK' in os.environ else run_training(args, path)
     if result: print(json.dumps(result['metrics'], indent=1))
 
-# %% ../nbs/02a_train_tokenizer.ipynb #a6a3348e
+# %% ../nbs/02a_train_tokenizer.ipynb #db4076df
 if __name__ == '__main__' and '__file__' in globals(): main()
