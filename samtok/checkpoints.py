@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CheckpointError', 'read_checkpoint', 'load_checked', 'sam2_state', 'published_state', 'to_published']
 
-# %% ../nbs/01b_checkpoints.ipynb #933fcd80
+# %% ../nbs/01b_checkpoints.ipynb #6914cb47
 import pickle
 from pathlib import Path
 import torch
 
-# %% ../nbs/01b_checkpoints.ipynb #ff9bbcda
+# %% ../nbs/01b_checkpoints.ipynb #f8eb2f75
 class CheckpointError(ValueError):
     "A checkpoint that is missing, damaged, unsafe or made for another architecture."
 
@@ -26,7 +26,7 @@ def _load(path):
         raise CheckpointError(f'{path.name} is not a checkpoint of torch or is damaged: {str(e).splitlines()[0]}') from e
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e: raise CheckpointError(f'{path.name} is damaged or truncated ({str(e).splitlines()[0] if str(e) else type(e).__name__}): copy or download it again.') from e
 
-# %% ../nbs/01b_checkpoints.ipynb #1ed3585c
+# %% ../nbs/01b_checkpoints.ipynb #eeee8f15
 def read_checkpoint(path # .pth, .pt, .bin or .safetensors
                    ): # dict name -> tensor on the CPU; raises CheckpointError
     "Read the tensors in a checkpoint file, without running anything in it."
@@ -40,7 +40,7 @@ def read_checkpoint(path # .pth, .pt, .bin or .safetensors
         raise CheckpointError(f'{path.name} holds no dictionary of tensors: is it a checkpoint of a model?')
     return state
 
-# %% ../nbs/01b_checkpoints.ipynb #d1787283
+# %% ../nbs/01b_checkpoints.ipynb #cf754af4
 def load_checked(model, # torch module
                  state, # dict name -> tensor, in the model's names
                  name,  # of the checkpoint, for the message
@@ -56,7 +56,7 @@ def load_checked(model, # torch module
     model.load_state_dict(state, strict=False)
     return missing
 
-# %% ../nbs/01b_checkpoints.ipynb #fd0f82a8
+# %% ../nbs/01b_checkpoints.ipynb #cbfa8d80
 _VIDEO = ('memory_attention.', 'memory_encoder.', 'maskmem_tpos_enc', 'no_mem_pos_enc', 'no_obj_ptr', 'no_obj_embed_spatial', 'obj_ptr_proj.', 'obj_ptr_tpos_proj.', 'mask_downsample.')
 
 def sam2_state(raw # dict of a sam2.1 checkpoint
@@ -65,7 +65,7 @@ def sam2_state(raw # dict of a sam2.1 checkpoint
     state = {k: v for k, v in raw.items() if not k.startswith(_VIDEO)}
     return state, dict(unused=[k for k in raw if k.startswith(_VIDEO)], note='SAM 2 was loaded; the mask encoder and the quantizer are fresh and have to be trained.')
 
-# %% ../nbs/01b_checkpoints.ipynb #970f7aba
+# %% ../nbs/01b_checkpoints.ipynb #afa2a36c
 _PREFIX = 'model.sam2_model.'
 _BOOK = dict(weight='codebook', cluster_size_ema='cluster_size', embed_ema='embed_sum')
 
@@ -81,7 +81,7 @@ def published_state(raw # dict of the authors' .pth file
         else: raise CheckpointError(f'{k} is not a name of a published tokenizer (model.sam2_model.*, quantizer.codebooks.*): is this a checkpoint of something else?')
     return state, dict(unused=unused, note='A published tokenizer was loaded whole.')
 
-# %% ../nbs/01b_checkpoints.ipynb #0722d83c
+# %% ../nbs/01b_checkpoints.ipynb #41ffa9c4
 def to_published(state # dict in our names (MaskTokenizer.state_dict())
                 ): # dict in the authors' names, padding rows included
     "Translate a tokenizer's weights into the published layout."

@@ -56,6 +56,7 @@ def load_scale(name, # of the run, for example "train_tokenizer"
 # %% ../nbs/00d_runs.ipynb #0e515c5c
 def check_gpus(gpus): # number of GPUs asked for
     "Refuse with a sentence if this machine has fewer GPUs than asked for."
+    if gpus < 0: raise RunError(f'{gpus} GPUs were asked for: give 0 for the CPU, or a number of GPUs.')
     if not gpus: return
     import torch
     if (have := torch.cuda.device_count()) < gpus: raise RunError(f'{gpus} GPUs were asked for and this machine has {have}: give -p gpus {have}' + (' (the CPU).' if not have else '.'))
@@ -79,25 +80,39 @@ def _git(*args): # output of git in this package's repository, or None outside o
     try: return subprocess.run(['git', '-C', str(_package()), *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError): return None
 
+def _commit(): # of the checkout -> (hash, are tracked files changed?); (None, None) for an installed wheel, even one inside somebody's repository
+    top = _git('rev-parse', '--show-toplevel')
+    if not top or Path(top).resolve() != _package().parent: return None, None
+    changes = _git('status', '--porcelain', '--untracked-files=no')
+    return _git('rev-parse', 'HEAD'), None if changes is None else bool(changes)
+
 def environment(): # -> dict of plain values
     "Describe what a run ran on."
     torch = sys.modules.get('torch')
+    commit, dirty = _commit()
     gpu = torch.cuda.get_device_name(0) if torch and torch.cuda.is_available() else None
     return dict(python=platform.python_version(), system=platform.system(), machine=platform.machine(), cpus=os.cpu_count(), gpu=gpu,
-                packages={p: v for p in _PACKAGES if (v := _version(p))}, commit=_git('rev-parse', 'HEAD'), dirty=bool(_git('status', '--porcelain', '--untracked-files=no')))
+                packages={p: v for p in _PACKAGES if (v := _version(p))}, commit=commit, dirty=dirty)
 
 # %% ../nbs/00d_runs.ipynb #5aadcba8
-def _clean(row): # floats that are not finite become None and are counted
-    out = {k: (float(v) if isinstance(v, np.floating) else int(v) if isinstance(v, np.integer) else v) for k, v in row.items()}
-    bad = [k for k, v in out.items() if isinstance(v, float) and not math.isfinite(v)]
-    return {**out, **{k: None for k in bad}, **(dict(not_finite=len(bad)) if bad else {})}
+def _plain(v, bad): # what JSON can hold; arrays and tensors become lists, other objects text; `bad` collects what is not finite
+    if isinstance(v, dict): return {str(k): _plain(x, bad) for k, x in v.items()}
+    if isinstance(v, (list, tuple)): return [_plain(x, bad) for x in v]
+    if isinstance(v, float) and not math.isfinite(v): return bad.append(v)
+    if v is None or type(v) in (bool, int, float, str): return v
+    return _plain(v.tolist(), bad) if hasattr(v, 'tolist') else str(v)
+
+def _clean(row): # numbers that are not finite become None and are counted in `not_finite`, at any depth
+    out = _plain(row, bad := [])
+    return {**out, 'not_finite': len(bad)} if bad else out
 
 def read_rows(path): # metrics.jsonl -> list of dict; lines that were cut by a kill are left out
     "Read a metrics file."
     rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
-        try: rows.append(json.loads(line))
+    for line in Path(path).read_text(errors='replace').splitlines() if Path(path).exists() else []:
+        try: row = json.loads(line)
         except ValueError: continue
+        if isinstance(row, dict): rows.append(row)
     return rows
 
 # %% ../nbs/00d_runs.ipynb #83352b62
@@ -106,7 +121,7 @@ class Run:
     def __init__(self, path, # folder, made if missing
                  params,     # dict of plain values
                  main=True): # False on ranks that must not write
-        self.path, self.params, self.main = Path(path), json.loads(json.dumps(params)), main
+        self.path, self.params, self.main = Path(path), _plain(params, []), main
         self.metrics_path, self.result_path = self.path / 'metrics.jsonl', self.path / 'result.json'
         self.checkpoint_path = self.path / 'checkpoint.pt'
         old = self.path / 'params.json'
@@ -125,7 +140,10 @@ class Run:
 def _log(self, step, **metrics): # step: int; metrics: plain numbers
     "Append a line of metrics; nothing on ranks that must not write."
     if not self.main: return
-    with open(self.metrics_path, 'a') as f: f.write(json.dumps(_clean(dict(step=step, **metrics))) + '\n')
+    with open(self.metrics_path, 'ab+') as f:
+        if f.tell(): f.seek(-1, 2)
+        torn = f.read(1) not in (b'', b'\n')                                    # a kill cut the last line: start a new one
+        f.write(b'\n' * torn + json.dumps(_clean(dict(step=step, **metrics))).encode() + b'\n')
 
 def _rows(self): return read_rows(self.metrics_path)  # -> list of dict, in the order of writing
 
@@ -140,11 +158,11 @@ def _save_result(self, metrics, # dict; values: numbers, lists, or dicts of mean
                  n,        # number of samples behind the metrics
                  seconds,  # of the run
                  command=None): # that makes it again
-    "Write result.json once; a finished result is never overwritten."
+    "Write result.json once; a finished result is never overwritten. As in the metrics, NaN is null and counted in `not_finite`."
     if not self.main: return
     if self.finished: raise RunError(f'The run {self.path.name} has a result already: it is not overwritten.')
     env = environment()
-    result = dict(params=self.params, command=command, commit=env['commit'], environment=env, n=n, seconds=seconds, metrics=metrics)
+    result = _clean(dict(params=self.params, command=command, commit=env['commit'], environment=env, n=n, seconds=seconds, metrics=metrics))
     atomic_write(self.result_path, json.dumps(result, indent=1, allow_nan=False) + '\n')
 
 Run.save_result = _save_result
@@ -175,7 +193,7 @@ def _typed(default):
 def parse_args(defaults, # dict name -> value
                argv=None, prog=None, help=None): # help: dict name -> text; returns dict
     "Read `--name value` options with the types of their defaults."
-    p = argparse.ArgumentParser(prog=prog)
+    p = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
     for k, v in defaults.items(): p.add_argument(f'--{k}', type=_typed(v), default=v, help=(help or {}).get(k, '') + f' (default: {v})'.replace('%', '%%'))
     return vars(p.parse_args(argv))
 
@@ -186,7 +204,7 @@ def launch(module,   # name of a module with a command line, "samtok.train_token
            run_dir='.', env=None): # folder of worker.log; extra environment variables -> subprocess.Popen
     "Start a module as worker processes."
     head = [sys.executable, '-m'] + (['torch.distributed.run', '--standalone', f'--nproc-per-node={gpus}', '-m'] if gpus > 1 else []) + [module]
-    options = [str(w) for k, v in args.items() for w in (f'--{k}', json.dumps(v) if isinstance(v, (list, dict)) else v)]
+    options = [f'--{k}={json.dumps(v) if isinstance(v, (list, dict)) else v}' for k, v in args.items()]
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     with open(Path(run_dir) / 'worker.log', 'ab') as log:
         return subprocess.Popen(head + options, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
@@ -194,21 +212,25 @@ def launch(module,   # name of a module with a command line, "samtok.train_token
 def watch(path, proc, on_log=None, every=1.): # run folder, process of launch, called with all rows when there are new ones
     "Follow a run until its processes end; raises RunError with the end of their log if they fail."
     seen = 0
-    while True:
-        ended = proc.poll() is not None
-        rows = read_rows(Path(path) / 'metrics.jsonl')
-        if on_log and len(rows) > seen: on_log(rows); seen = len(rows)
-        if ended: break
-        time.sleep(every)
+    try:
+        while True:
+            ended = proc.poll() is not None
+            rows = read_rows(Path(path) / 'metrics.jsonl')
+            if on_log and len(rows) != seen: on_log(rows); seen = len(rows)      # fewer rows: a resumed run forgot some
+            if ended: break
+            time.sleep(every)
+    finally:
+        if proc.poll() is None: proc.terminate(); proc.wait()                   # an interrupt or a failing on_log leaves no workers behind
     if proc.returncode:
         tail = (Path(path) / 'worker.log').read_text(errors='replace').splitlines()[-12:]
         raise RunError(f'The workers ended with code {proc.returncode}. Their last lines:\n' + '\n'.join(tail))
 
 # %% ../nbs/00d_runs.ipynb #b4b6b6c3
 def _demo(argv=None):
-    args = parse_args(dict(out='', steps=3, fail=False), argv)
+    args = parse_args(dict(out='', steps=3, wait=0., fail=False), argv)
     run = Run(args['out'], dict(steps=args['steps']), main=os.environ.get('RANK', '0') == '0')
     for s in range(args['steps']): run.log(s, loss=1 / (s + 1))
+    time.sleep(args['wait'])
     if args['fail']: raise SystemExit('the disk is full')
 
 # %% ../nbs/00d_runs.ipynb #48e86ab2

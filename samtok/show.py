@@ -31,7 +31,9 @@ def overlay(image, # (H,W,3) uint8
             colors=None  # (N,3) uint8; None: the palette
            ): # (H,W,3) uint8
     "Paint masks over an image, with outlines."
-    out, masks = image.astype(np.float32), np.asarray(masks, bool).reshape(-1, *image.shape[:2])
+    masks = np.asarray(masks, bool)
+    if masks.size and masks.shape[-2:] != image.shape[:2]: raise ValueError(f'The masks are {masks.shape} and the image is {image.shape[:2]}: resize the masks to the image.')
+    out, masks = image.astype(np.float32), masks.reshape(-1, *image.shape[:2])
     for i, m in enumerate(masks):
         c = np.asarray(color_of(i) if colors is None else colors[i], np.float32)
         out[m] = (1 - alpha) * out[m] + alpha * c
@@ -164,6 +166,7 @@ def words_html(text, # str
 # %% ../nbs/00b_show.ipynb #f857bf99
 def _cell(v):
     if v is None: return '-'
+    if isinstance(v, dict) and {'mean', 'low', 'high'} <= set(v): return f"{_cell(v['mean'])} ({_cell(v['low'])} to {_cell(v['high'])})"
     if isinstance(v, (float, np.floating)): return f'{v:.4g}' if abs(v) < 1 else f'{v:,.2f}'.rstrip('0').rstrip('.')
     return str(v).replace('|', '\\|').replace('<', '&lt;')
 

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['load_params', 'tokenizer_config', 'training_data', 'heldout_data', 'Batch', 'make_batch', 'build_tokenizer',
            'step_loss', 'lr_at', 'evaluate_tokenizer', 'summarise', 'start_codebooks', 'save_checkpoint',
-           'load_checkpoint', 'Trainer', 'train', 'run_training', 'same_metrics', 'masks_per_second', 'main']
+           'load_checkpoint', 'last_checkpoint', 'Trainer', 'train', 'run_training', 'same_metrics', 'masks_per_second',
+           'main']
 
-# %% ../nbs/02a_train_tokenizer.ipynb #4f6bdfdc
-import json, math, os, sys, time
+# %% ../nbs/02a_train_tokenizer.ipynb #bc4d6506
+import argparse, json, math, os, sys, time
 from dataclasses import dataclass, fields
 from pathlib import Path
 import numpy as np
@@ -24,7 +25,7 @@ from .runs import Run, check_gpus, data_file, launch, load_scale, mean_ci, parse
 from .shapeworld import ShapeWorld
 from .tokenizer import MaskTokenizer, TokenizerConfig, mask_prompts, prepare_image
 
-# %% ../nbs/02a_train_tokenizer.ipynb #a2c7b27f
+# %% ../nbs/02a_train_tokenizer.ipynb #28d34be1
 def load_params(scale='auto', gpus=0, **overrides): # -> dict; see data/params/train_tokenizer_*.json
     "Read the parameter file of a scale; overrides that are not None win; unknown names raise RunError."
     return load_scale('train_tokenizer', scale, gpus, **overrides)
@@ -33,7 +34,7 @@ def tokenizer_config(params): # dict -> dict of TokenizerConfig fields
     "Pick the arguments of MaskTokenizer out of a run's parameters."
     return {f.name: params[f.name] for f in fields(TokenizerConfig) if f.name in params}
 
-# %% ../nbs/02a_train_tokenizer.ipynb #5370fec3
+# %% ../nbs/02a_train_tokenizer.ipynb #53c0386b
 def _shipped(name): return Path(name) if Path(name).exists() else data_file(name)  # a file of the user's, or one of the package's data folder
 
 def training_data(params): # -> MaskDataset
@@ -47,7 +48,7 @@ def heldout_data(params, n=None): # -> MaskDataset of scenes or files that train
     if not params['heldout']: return ShapeWorld(n or params['eval_scenes'], 'heldout', seed=params['seed'])
     return open_dataset(**json.loads(_shipped(params['heldout']).read_text()))
 
-# %% ../nbs/02a_train_tokenizer.ipynb #e5d8fdc0
+# %% ../nbs/02a_train_tokenizer.ipynb #ce028943
 @dataclass
 class Batch:
     "`pixels` (B,3,S,S), `dense` (N,1,4h,4w), `corners` (N,2,2), `index` (N,) image of each mask, `truth` (N,R,R) in [0,1]."
@@ -73,7 +74,7 @@ def make_batch(samples, # list of MaskSample, each with at least one mask
         parts.append((prepare_image(s.image, config.image_size)[None], *mask_prompts(masks, boxes, config.image_size, config.grid), torch.full((len(keep),), i), truth[:, 0]))
     return Batch(*(torch.cat(p) for p in zip(*parts)))
 
-# %% ../nbs/02a_train_tokenizer.ipynb #c2f42233
+# %% ../nbs/02a_train_tokenizer.ipynb #2b1fbf64
 def build_tokenizer(params): # -> (MaskTokenizer, report dict)
     "Make the tokenizer of a run: from scratch, from a saved tokenizer, or from SAM 2 with frozen encoders."
     model, report = MaskTokenizer(**tokenizer_config(params)), {}
@@ -88,7 +89,7 @@ def build_tokenizer(params): # -> (MaskTokenizer, report dict)
     if not params['iou_weight']: model.sam_mask_decoder.iou_prediction_head.requires_grad_(False)
     return model, report
 
-# %% ../nbs/02a_train_tokenizer.ipynb #a4b75bca
+# %% ../nbs/02a_train_tokenizer.ipynb #a8c44fba
 def step_loss(out,   # TokenizerOutput
               truth, # (N,R,R) float in [0,1]
               params): # ce_weight, dice_weight, points, candidates, commitment, iou_weight -> (loss (), dict of floats)
@@ -102,7 +103,7 @@ def step_loss(out,   # TokenizerOutput
     terms = dict(loss=loss, mask=mask, ce=ce.mean(), dice=dice.mean(), commitment=out.commitment, iou_error=iou_error, iou=chosen)
     return loss, {k: v.detach() for k, v in terms.items()}
 
-# %% ../nbs/02a_train_tokenizer.ipynb #fc351dc2
+# %% ../nbs/02a_train_tokenizer.ipynb #12d2661b
 def lr_at(step,   # int, from 0
           params  # steps, warmup (steps), lr
          ): # float
@@ -111,7 +112,7 @@ def lr_at(step,   # int, from 0
     t = (step - params['warmup']) / max(1, params['steps'] - params['warmup'])
     return params['lr'] * (.01 + .99 * .5 * (1 + math.cos(math.pi * min(1, t))))
 
-# %% ../nbs/02a_train_tokenizer.ipynb #27880b22
+# %% ../nbs/02a_train_tokenizer.ipynb #a516c8ad
 def evaluate_tokenizer(tokenizer, # MaskTokenizer
                        dataset,   # MaskDataset
                        n=None,    # number of images; None: all
@@ -138,7 +139,7 @@ def summarise(rows, size): # rows of evaluate_tokenizer -> dict: iou and iou_con
     usage = code_usage(torch.tensor(rows['codes']), size)
     return dict(iou=mean_ci(rows['iou']), **(dict(iou_continuous=mean_ci(rows['iou_continuous'])) if rows['iou_continuous'] else {}), **usage)
 
-# %% ../nbs/02a_train_tokenizer.ipynb #08256bef
+# %% ../nbs/02a_train_tokenizer.ipynb #04d3ec00
 @torch.no_grad()
 def start_codebooks(model, params, batches=None):
     "Place the codebooks by k-means on the encoder's vectors of training images; returns how many vectors were used."
@@ -158,7 +159,7 @@ def _take(stream, n): # the next n samples that have masks
         if len(got) == n: return got
     raise RuntimeError('The training data ended in the middle of a run: use repeat=True in the mixture or more scenes.')
 
-# %% ../nbs/02a_train_tokenizer.ipynb #a8ab0f91
+# %% ../nbs/02a_train_tokenizer.ipynb #64387cd8
 def save_checkpoint(path, step, model, opt, rng, taken):
     "Write a training checkpoint atomically."
     state = dict(step=step, model=model.state_dict(), opt=opt.state_dict(), taken=taken, torch_rng=torch.get_rng_state(), numpy_rng=json.dumps(rng.bit_generator.state))
@@ -174,7 +175,12 @@ def load_checkpoint(path, model, opt, rng): # -> (step, taken)
     if 'cuda_rng' in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state['cuda_rng'])
     return state['step'], state['taken']
 
-# %% ../nbs/02a_train_tokenizer.ipynb #cb2d3194
+def last_checkpoint(path, world): # run folder, number of ranks -> step, or None; a kill may leave a step that not all ranks have written
+    "Find the last step whose checkpoint is complete."
+    steps = {int(f.stem.split('_')[1]) for f in Path(path).glob('checkpoint_*_0.pt')}
+    return max((s for s in steps if all((Path(path) / f'checkpoint_{s}_{r}.pt').exists() for r in range(world))), default=None)
+
+# %% ../nbs/02a_train_tokenizer.ipynb #9fe19af2
 class Trainer:
     "The state of a training run; `train` drives it."
     def __init__(self, params, run):
@@ -190,12 +196,12 @@ class Trainer:
         self.opt = torch.optim.AdamW(learn, lr=params['lr'], betas=(.9, params['beta2']), weight_decay=params['weight_decay'], fused=True)
         self.rng, self.step, self.taken, self.codes = np.random.default_rng([params['seed'], self.acc.process_index]), 0, 0, []
         torch.manual_seed(params['seed'] + self.acc.process_index)
-        self.ckpt = Path(run.path) / f'checkpoint_{self.acc.process_index}.pt'
-        if self.ckpt.exists(): self.step, self.taken = load_checkpoint(self.ckpt, self.model, self.opt, self.rng)
+        if (last := last_checkpoint(run.path, self.acc.num_processes)) is not None:
+            self.step, self.taken = load_checkpoint(run.path / f'checkpoint_{last}_{self.acc.process_index}.pt', self.model, self.opt, self.rng)
         if self.acc.is_main_process: run.truncate(self.step)
         self.wrapped, self.opt = self.acc.prepare(self.model, self.opt)
 
-# %% ../nbs/02a_train_tokenizer.ipynb #1b1f2efb
+# %% ../nbs/02a_train_tokenizer.ipynb #6196ee58
 def _trainer_step(self, stream): # one optimizer step -> dict of floats
     "Draw a batch, move weights and codebooks by one step."
     p = self.params
@@ -215,9 +221,16 @@ def _trainer_step(self, stream): # one optimizer step -> dict of floats
     if quantize: self.codes = (self.codes + [out.codes.cpu()])[-p['log_every']:]
     return {k: v.float() for k, v in terms.items()} | dict(masks=torch.tensor(float(len(batch.index)), device=self.acc.device))
 
-Trainer.train_step = _trainer_step
+def _trainer_save(self): # every rank writes its own file; older ones go when all have written
+    rank = self.acc.process_index
+    save_checkpoint(self.run.path / f'checkpoint_{self.step}_{rank}.pt', self.step, self.model, self.opt, self.rng, self.taken)
+    self.acc.wait_for_everyone()
+    for f in self.run.path.glob(f'checkpoint_*_{rank}.pt'):
+        if f.name != f'checkpoint_{self.step}_{rank}.pt': f.unlink()
 
-# %% ../nbs/02a_train_tokenizer.ipynb #eec34541
+Trainer.train_step, Trainer.save = _trainer_step, _trainer_save
+
+# %% ../nbs/02a_train_tokenizer.ipynb #d31ea803
 def train(params, # dict of load_params
           path,   # run folder; a finished run is not repeated, an unfinished one resumes
           on_log=None): # called with all rows so far after each logged step -> the run's result (dict), None on other ranks than 0
@@ -233,10 +246,10 @@ def train(params, # dict of load_params
         window.append(t.train_step(stream))
         if t.step % p['log_every'] == 0 or t.step == p['steps']:
             _log(t, window, started, on_log); window = []
-        if t.step % every == 0 and t.step < p['steps']: save_checkpoint(t.ckpt, t.step, t.model, t.opt, t.rng, t.taken)
+        if t.step % every == 0 and t.step < p['steps']: t.save()
     return _finish(t, time.time() - started) if t.acc.is_main_process else None
 
-# %% ../nbs/02a_train_tokenizer.ipynb #29ab5ce2
+# %% ../nbs/02a_train_tokenizer.ipynb #d4415c9b
 def _log(t, window, started, on_log):
     row = {k: torch.stack([w[k] for w in window]).mean() for k in window[0] if k != 'masks'}
     row = {k: t.acc.reduce(v, 'mean').item() for k, v in row.items()}
@@ -261,22 +274,22 @@ def _finish(t, seconds):
     t.run.save_result(metrics, n=len(rows['iou']), seconds=round(seconds, 1), command=command)
     return t.run.result
 
-# %% ../nbs/02a_train_tokenizer.ipynb #5be6b719
+# %% ../nbs/02a_train_tokenizer.ipynb #2791710a
 def run_training(params, path, on_log=None): # -> result dict
     "Train in this process, or with gpus > 1 in processes of their own that are watched."
     check_gpus(params['gpus'])
     if params['gpus'] <= 1: return train(params, path, on_log)
-    watch(path, launch('samtok.train_tokenizer', dict(out=str(path), **{k: v for k, v in params.items() if not isinstance(v, dict)}), gpus=params['gpus'], run_dir=path), on_log)
+    watch(path, launch('samtok.train_tokenizer', dict(out=str(path), **params), gpus=params['gpus'], run_dir=path), on_log)
     return Run(path, params).result
 
-# %% ../nbs/02a_train_tokenizer.ipynb #9b4cac60
+# %% ../nbs/02a_train_tokenizer.ipynb #93ff544b
 def same_metrics(a, b, # lists of metric rows
                  ignore=('seconds',)): # -> float, the largest difference over all steps and keys; inf if rows or keys differ
     "Compare two metric files, as the resume test does."
     if len(a) != len(b) or any(set(x) - set(ignore) != set(y) - set(ignore) for x, y in zip(a, b)): return math.inf
     return max((abs(x[k] - y[k]) for x, y in zip(a, b) for k in x if k not in ignore and isinstance(x[k], (int, float))), default=0.)
 
-# %% ../nbs/02a_train_tokenizer.ipynb #bf1ba864
+# %% ../nbs/02a_train_tokenizer.ipynb #7a806554
 def masks_per_second(params, masks_per_image, n=16, repeats=3): # n masks in all -> float
     "Measure training throughput (forward, loss, backward) for n masks in n / masks_per_image images."
     seed_everything(0)
@@ -290,16 +303,17 @@ def masks_per_second(params, masks_per_image, n=16, repeats=3): # n masks in all
         step_loss(out, batch.truth, params)[0].backward()
     return len(batch.index) * repeats / (time.perf_counter() - t)
 
-# %% ../nbs/02a_train_tokenizer.ipynb #84d12da0
+# %% ../nbs/02a_train_tokenizer.ipynb #f7526999
 def main(argv=None):
     "Train from the command line; every parameter of the scale's file is an option."
     argv = sys.argv[1:] if argv is None else argv
-    first = parse_args(dict(scale='auto', gpus=0), [a for pair in zip(argv[::2], argv[1::2]) if pair[0] in ('--scale', '--gpus') for a in pair])
-    defaults = load_params(**first)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument('--scale', default='auto'); first.add_argument('--gpus', type=int, default=0)
+    defaults = load_params(**vars(first.parse_known_args(argv)[0]))
     args = parse_args({**defaults, 'out': f"runs/train_tokenizer_{defaults['scale']}"}, argv, prog='samtok.train_tokenizer')
     path = args.pop('out')
     result = train(args, path) if 'RANK' in os.environ else run_training(args, path)
     if result: print(json.dumps(result['metrics'], indent=1))
 
-# %% ../nbs/02a_train_tokenizer.ipynb #db4076df
+# %% ../nbs/02a_train_tokenizer.ipynb #47b91b7e
 if __name__ == '__main__' and '__file__' in globals(): main()
