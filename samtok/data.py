@@ -6,7 +6,7 @@
 __all__ = ['IMAGE_SUFFIXES', 'ImageError', 'DataError', 'read_image', 'read_ids', 'MaskSample', 'Report', 'MaskDataset',
            'walk_files', 'MaskFolder', 'Mixture', 'as_iterable_dataset']
 
-# %% ../nbs/00c_data.ipynb #456e7207
+# %% ../nbs/00c_data.ipynb #eb66a121
 import heapq
 import itertools
 import logging
@@ -19,14 +19,14 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from .masks import MaskError, check_mask, check_masks, id_map_to_masks, masks_to_boxes, resize_mask, segmentation_to_mask
 
-# %% ../nbs/00c_data.ipynb #b3c8ab02
+# %% ../nbs/00c_data.ipynb #b84929b5
 class ImageError(ValueError):
     "Say why an image cannot be read."
 
 class DataError(ValueError):
     "Say what is wrong with a data set as a whole."
 
-# %% ../nbs/00c_data.ipynb #581da2c0
+# %% ../nbs/00c_data.ipynb #aa5d3c93
 def read_image(
     source, # path, bytes, PIL image, or array: (H,W), (H,W,1), (H,W,3) or (H,W,4) of uint8, uint16, bool, or float in [0,1]
 ): # (H,W,3) uint8 RGB, turned as its EXIF orientation says; raises ImageError
@@ -51,7 +51,7 @@ def _io(source):
     import io
     return io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else source
 
-# %% ../nbs/00c_data.ipynb #4ed25de5
+# %% ../nbs/00c_data.ipynb #64985585
 def _from_pil(image): # -> (H,W,3) uint8, turn or None
     try: turn = _TURNS.get(image.getexif().get(0x0112))
     except Exception: turn = None                                               # a broken EXIF block turns nothing
@@ -76,7 +76,7 @@ def _from_array(a): # -> (H,W,3) uint8
         a = np.rint(a[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(a, (*a.shape[:2], 3)))
 
-# %% ../nbs/00c_data.ipynb #2642c316
+# %% ../nbs/00c_data.ipynb #80195a2d
 def _to_uint8(a): # (H,W,C) any dtype -> uint8
     if a.dtype == np.uint8: return a
     if a.dtype == bool: return a * np.uint8(255)
@@ -89,7 +89,7 @@ def _to_uint8(a): # (H,W,C) any dtype -> uint8
     if a.min() < 0 or a.max() > high: raise ImageError("The image has values out of range: floats must be in [0,1], whole numbers in 0..255 (uint16: 0..65535).")
     return np.rint(a).astype(np.uint8)
 
-# %% ../nbs/00c_data.ipynb #41783be7
+# %% ../nbs/00c_data.ipynb #9577e606
 def read_ids(
     source, # path or bytes of a PNG (or any lossless image): 1 bit, palette, 8 or 16 bits gray, or RGB
 ): # (H,W) int64: palette index, gray value, or R + 256 G + 65536 B; raises ImageError
@@ -104,7 +104,7 @@ def read_ids(
     if a.ndim != 2 or 0 in a.shape or a.dtype.kind == "f": raise ImageError(f"{name} has mode {mode} and shape {a.shape}; give palette, gray or RGB.")
     return a.astype(np.int64)
 
-# %% ../nbs/00c_data.ipynb #5c4cbd04
+# %% ../nbs/00c_data.ipynb #4cdedbb4
 @dataclass(eq=False)
 class MaskSample:
     "Hold one image with its masks; sizes are checked. Raises ImageError and MaskError."
@@ -130,7 +130,7 @@ class MaskSample:
     @property
     def boxes(self): return masks_to_boxes(self.masks)                          # (N,4) float64 xyxy pixels, max exclusive
 
-# %% ../nbs/00c_data.ipynb #1e667a51
+# %% ../nbs/00c_data.ipynb #0b48161f
 def _select(self,
     index, # list of int, slice or (N,) bool
 ): # MaskSample
@@ -154,14 +154,14 @@ def _drop_empty(self): # MaskSample
     keep = self.masks.any((1, 2))
     return self if keep.all() else self.select(keep)
 
-# %% ../nbs/00c_data.ipynb #7c7bc853
+# %% ../nbs/00c_data.ipynb #19eeca42
 def _sample_png(self):
     from samtok.show import figure_png, show_image
     return figure_png(show_image(self.image, self.masks, labels=self.labels, title=self.id))
 
 MaskSample.select, MaskSample.resize, MaskSample.drop_empty, MaskSample._repr_png_ = _select, _resize, _drop_empty, _sample_png
 
-# %% ../nbs/00c_data.ipynb #7c6f6fa7
+# %% ../nbs/00c_data.ipynb #8519722e
 class Report(Counter):
     "Count what was read and what was left out; `examples` keeps the first case of each reason."
     def __init__(self, *args, **kwargs):
@@ -186,7 +186,7 @@ class Report(Counter):
         rows = [f"| {k} | {n} | {self.examples.get(k, '').replace('|', '/')} |" for k, n in sorted(self.items(), key=lambda row: (row[0] not in ("ok", "masks"), row[0]))]
         return "\n".join(["| what | count | first case |", "| --- | --- | --- |", *rows])
 
-# %% ../nbs/00c_data.ipynb #e28b6503
+# %% ../nbs/00c_data.ipynb #59d6565e
 def _shuffled(items, size, rng): # yields all items; holds `size` of them
     buffer = []
     for item in items:
@@ -213,7 +213,7 @@ class _Stream: # iterates over samples; .taken is the number of records drawn, t
                 first = next(iter(self.dataset.report.examples.values()), "none was kept")
                 raise DataError(f"The first 1000 records of {self.dataset.name} cannot be read; is the path right? First case: {first}")
 
-# %% ../nbs/00c_data.ipynb #876ad8a3
+# %% ../nbs/00c_data.ipynb #d004ad07
 class MaskDataset:
     "Read samples as a stream; subclasses define `records()` and `load(record)`."
     name = "masks"
@@ -230,7 +230,7 @@ class MaskDataset:
 
     def _order(self, seed, epoch): return ((epoch, record) for record in self.records())
 
-# %% ../nbs/00c_data.ipynb #5828a24f
+# %% ../nbs/00c_data.ipynb #b63a6987
 def _read(self, record, epoch): # -> MaskSample, or None when it was counted and left out
     self.epoch = epoch
     try: sample = self.load(record)
@@ -248,7 +248,7 @@ def _brief(record): return ", ".join(map(_brief, record)) if isinstance(record, 
 
 MaskDataset._read = _read
 
-# %% ../nbs/00c_data.ipynb #4fcbf528
+# %% ../nbs/00c_data.ipynb #548c20e0
 def _stream(self,
     seed=0, # int >= 0
     epoch=0, # int >= 0; another epoch has another order
@@ -267,7 +267,7 @@ def _stream(self,
 
 MaskDataset.stream = _stream
 
-# %% ../nbs/00c_data.ipynb #363de130
+# %% ../nbs/00c_data.ipynb #740b62b8
 def _choose(regions, most, id, epoch): # -> at most `most` regions, in file order
     if most is None or len(regions) <= most: return regions
     order = np.random.default_rng(zlib.crc32(str(id).encode("utf-8", "replace"))).permutation(len(regions))
@@ -281,7 +281,7 @@ def _region_mask(mask, size, shown, turn): # -> (H,W) bool in the frame of the s
 
 def _lying(size, shown, turn): return turn in (2, 4, 5, 6) and tuple(size) == tuple(shown)[::-1]  # the raw frame of a turned image
 
-# %% ../nbs/00c_data.ipynb #110d8ad5
+# %% ../nbs/00c_data.ipynb #288f64dd
 def _build(self,
     image, # whatever read_image takes
     regions, # list of {"mask": (H,W) array, polygons, RLE or a function that returns one; "label": str; anything else}
@@ -307,7 +307,7 @@ def _build(self,
 
 MaskDataset.build = _build
 
-# %% ../nbs/00c_data.ipynb #24d24779
+# %% ../nbs/00c_data.ipynb #4207dc4d
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 def walk_files(
@@ -322,7 +322,7 @@ def walk_files(
         if entry.is_dir(): yield from walk_files(entry.path, suffixes)
         elif entry.name.lower().endswith(suffixes): yield entry.path
 
-# %% ../nbs/00c_data.ipynb #a6ffec5a
+# %% ../nbs/00c_data.ipynb #cf4d5aa2
 class MaskFolder(MaskDataset):
     "Read images/x.jpg with masks/x.png (an id map) or masks/x_label.png (one region each)."
     name = "folder"
@@ -347,7 +347,7 @@ class MaskFolder(MaskDataset):
         masks, ids = id_map_to_masks(read_ids(path), self.ignore)
         return [dict(mask=m, label=label if label or ids.tolist() == [255] else int(i)) for m, i in zip(masks, ids)]
 
-# %% ../nbs/00c_data.ipynb #8317dee9
+# %% ../nbs/00c_data.ipynb #9792ac6d
 class Mixture(MaskDataset):
     "Read several data sets as one, each as many times an epoch as its weight says."
     name = "mixture"
@@ -371,7 +371,7 @@ class Mixture(MaskDataset):
     def _read(self, record, epoch): return self.parts[record[0]][0]._read(record[1], epoch)
     def __len__(self): return sum(self._share(k, 0, 0)[0] for k in range(len(self.parts))) # records of one epoch
 
-# %% ../nbs/00c_data.ipynb #1240ac1d
+# %% ../nbs/00c_data.ipynb #13459345
 def _share(self, k, seed, epoch): # -> records of part k in this epoch, whole passes, rest, where the rest starts
     dataset, weight = self.parts[k]
     whole, rest = divmod(weight, 1)
@@ -395,7 +395,7 @@ def _mixture_order(self, seed, epoch):
 
 Mixture._share, Mixture._places, Mixture._order = _share, _places, _mixture_order
 
-# %% ../nbs/00c_data.ipynb #de308d03
+# %% ../nbs/00c_data.ipynb #5bd2a7cb
 def as_iterable_dataset(
     dataset, # MaskDataset
     seed=0, epoch=0, shuffle=0, # as in stream
@@ -420,7 +420,7 @@ def as_iterable_dataset(
             finally: _log_report(dataset) if info else None
     return Shards()
 
-# %% ../nbs/00c_data.ipynb #a5aee750
+# %% ../nbs/00c_data.ipynb #3e43a931
 def _find_rank(rank, world):
     import torch.distributed as dist
     here = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
