@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['CheckpointError', 'read_checkpoint', 'load_checked', 'sam2_state', 'published_state', 'to_published']
 
-# %% ../nbs/01b_checkpoints.ipynb #6914cb47
+# %% ../nbs/01b_checkpoints.ipynb #7e8c81cc
 import pickle
 from pathlib import Path
+from zipfile import is_zipfile
 import torch
 
-# %% ../nbs/01b_checkpoints.ipynb #f8eb2f75
+# %% ../nbs/01b_checkpoints.ipynb #c16ce3d5
 class CheckpointError(ValueError):
     "A checkpoint that is missing, damaged, unsafe or made for another architecture."
 
@@ -20,13 +21,13 @@ def _load(path):
         from safetensors.torch import load_file
         try: return load_file(path)
         except SafetensorError as e: raise CheckpointError(f'{path.name} is damaged or truncated ({e}): copy or download it again.') from e
-    try: return torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as e:
-        if 'nsupported' in str(e) or 'WeightsUnpickler' in str(e): raise CheckpointError(f'{path.name} holds Python objects beside its tensors, which could run code; it was not loaded and nothing in it was executed. Ask for a file with weights only.') from e
-        raise CheckpointError(f'{path.name} is not a checkpoint of torch or is damaged: {str(e).splitlines()[0]}') from e
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e: raise CheckpointError(f'{path.name} is damaged or truncated ({str(e).splitlines()[0] if str(e) else type(e).__name__}): copy or download it again.') from e
+    with path.open('rb') as file: head = file.read(16)
+    if head and head[:1] != b'\x80' and head[:2] != b'PK': raise CheckpointError(f'{path.name} is not a checkpoint of torch (it begins with {head!r}): download the file itself.')
+    try: return torch.load(path, map_location='cpu', weights_only=True, mmap=is_zipfile(path))  # mapped: read when copied into a network
+    except pickle.UnpicklingError as e: raise CheckpointError(f'{path.name} holds Python objects beside its tensors, which could run code; it was not loaded and nothing in it was executed. Ask for a file with weights only.') from e
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e: raise CheckpointError(f'{path.name} is damaged or truncated ({str(e).partition(". ")[0].splitlines()[0] if str(e) else type(e).__name__}): copy or download it again.') from e
 
-# %% ../nbs/01b_checkpoints.ipynb #eeee8f15
+# %% ../nbs/01b_checkpoints.ipynb #8c258a7d
 def read_checkpoint(path # .pth, .pt, .bin or .safetensors
                    ): # dict name -> tensor on the CPU; raises CheckpointError
     "Read the tensors in a checkpoint file, without running anything in it."
@@ -40,7 +41,7 @@ def read_checkpoint(path # .pth, .pt, .bin or .safetensors
         raise CheckpointError(f'{path.name} holds no dictionary of tensors: is it a checkpoint of a model?')
     return state
 
-# %% ../nbs/01b_checkpoints.ipynb #cf754af4
+# %% ../nbs/01b_checkpoints.ipynb #6b7c3191
 def load_checked(model, # torch module
                  state, # dict name -> tensor, in the model's names
                  name,  # of the checkpoint, for the message
@@ -56,16 +57,21 @@ def load_checked(model, # torch module
     model.load_state_dict(state, strict=False)
     return missing
 
-# %% ../nbs/01b_checkpoints.ipynb #cbfa8d80
+# %% ../nbs/01b_checkpoints.ipynb #2dda943f
 _VIDEO = ('memory_attention.', 'memory_encoder.', 'maskmem_tpos_enc', 'no_mem_pos_enc', 'no_obj_ptr', 'no_obj_embed_spatial', 'obj_ptr_proj.', 'obj_ptr_tpos_proj.', 'mask_downsample.')
 
-def sam2_state(raw # dict of a sam2.1 checkpoint
+_DECODER, _ENCODER = 'sam_mask_decoder.transformer.', 'sam_mask_encoder.transformer.'
+
+def sam2_state(raw, # dict of a sam2.1 checkpoint
+               warm_mask_encoder=False # start the mask encoder's transformer from the decoder's, which has the same shape
               ): # (dict in our names, report dict with `unused` and `note`)
     "Select what a tokenizer uses of a SAM 2.1 checkpoint."
     state = {k: v for k, v in raw.items() if not k.startswith(_VIDEO)}
-    return state, dict(unused=[k for k in raw if k.startswith(_VIDEO)], note='SAM 2 was loaded; the mask encoder and the quantizer are fresh and have to be trained.')
+    if warm_mask_encoder: state |= {k.replace(_DECODER, _ENCODER): v.clone() for k, v in state.items() if k.startswith(_DECODER)}
+    encoder = 'the mask encoder starts from the mask decoder, its token' if warm_mask_encoder else 'the mask encoder'
+    return state, dict(unused=[k for k in raw if k.startswith(_VIDEO)], note=f'SAM 2 was loaded; {encoder} and the quantizer are fresh and have to be trained.')
 
-# %% ../nbs/01b_checkpoints.ipynb #afa2a36c
+# %% ../nbs/01b_checkpoints.ipynb #fc1f43be
 _PREFIX = 'model.sam2_model.'
 _BOOK = dict(weight='codebook', cluster_size_ema='cluster_size', embed_ema='embed_sum')
 
@@ -81,7 +87,7 @@ def published_state(raw # dict of the authors' .pth file
         else: raise CheckpointError(f'{k} is not a name of a published tokenizer (model.sam2_model.*, quantizer.codebooks.*): is this a checkpoint of something else?')
     return state, dict(unused=unused, note='A published tokenizer was loaded whole.')
 
-# %% ../nbs/01b_checkpoints.ipynb #41ffa9c4
+# %% ../nbs/01b_checkpoints.ipynb #a228ee6d
 def to_published(state # dict in our names (MaskTokenizer.state_dict())
                 ): # dict in the authors' names, padding rows included
     "Translate a tokenizer's weights into the published layout."
