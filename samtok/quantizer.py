@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['nearest_codes', 'kmeans', 'gather_rows', 'VectorQuantize', 'CodeError', 'ResidualVQ', 'code_usage']
 
-# %% ../nbs/01_quantizer.ipynb #abe845ca
+# %% ../nbs/01_quantizer.ipynb #fefffc15
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/01_quantizer.ipynb #704145c1
+# %% ../nbs/01_quantizer.ipynb #b682602e
 def nearest_codes(x,        # (N,D) float vectors
                   codebook  # (S,D) float rows
                  ): # (N,) int64 in [0,S)
     "Find the nearest row of a codebook for each vector."
     return (codebook.pow(2).sum(1) - 2 * x @ codebook.T).argmin(1)
 
-# %% ../nbs/01_quantizer.ipynb #84ff1a2c
+# %% ../nbs/01_quantizer.ipynb #76525808
 def kmeans(x,        # (N,D) float vectors, N >= 1
            k,        # number of centres
            steps=20, # Lloyd steps
@@ -43,7 +43,7 @@ def _lloyd(x, centres):
     centres[empty[:len(far)]] = x[far]
     return centres
 
-# %% ../nbs/01_quantizer.ipynb #ffe10a89
+# %% ../nbs/01_quantizer.ipynb #d82ebbf5
 def _world(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 def gather_rows(x): # (N,...) tensor, N may differ between ranks; returns (sum of N,...)
@@ -56,7 +56,7 @@ def gather_rows(x): # (N,...) tensor, N may differ between ranks; returns (sum o
     dist.all_gather(parts, padded)
     return torch.cat([p[:int(n)] for p, n in zip(parts, sizes)])
 
-# %% ../nbs/01_quantizer.ipynb #c395c11a
+# %% ../nbs/01_quantizer.ipynb #25d08229
 class VectorQuantize(nn.Module):
     "A codebook that follows the vectors it quantizes by exponential moving averages."
     def __init__(self, dim,      # D, width of the vectors
@@ -79,7 +79,7 @@ class VectorQuantize(nn.Module):
 
     def codes_to_vectors(self, codes): return self.codebook[codes]  # (N,) int64 -> (N,D)
 
-# %% ../nbs/01_quantizer.ipynb #469ceadb
+# %% ../nbs/01_quantizer.ipynb #c48bd5be
 @torch.no_grad()
 def _update(self, x, codes, order=None):
     "Move the averages by one batch (x (N,D), codes (N,)); `order` fixes the rows that restarts take, for tests."
@@ -103,19 +103,22 @@ def _restart(self, x, order=None):
 
 VectorQuantize.update, VectorQuantize._restart = _update, _restart
 
-# %% ../nbs/01_quantizer.ipynb #4150dbde
+# %% ../nbs/01_quantizer.ipynb #e25609ec
+def _start_local(book, x, seed):
+    rows = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:20_000].to(x.device)]
+    book.codebook.copy_(kmeans(rows, len(book.codebook), seed=seed))
+    n = torch.bincount(nearest_codes(rows, book.codebook), minlength=len(book.codebook)).to(x)
+    book.cluster_size.copy_((n * len(n) / len(rows)).clamp_min(1))
+    book.embed_sum.copy_(book.codebook * book.cluster_size[:, None])
+
 @torch.no_grad()
 def _start(self, x, seed=0):
     "Put the rows on the k-means centres of vectors x (N,D), with the clusters' sizes as counts."
-    x = gather_rows(x.detach().float())
-    self.codebook.copy_(kmeans(x, len(self.codebook), seed=seed))
-    n = torch.bincount(nearest_codes(x, self.codebook), minlength=len(self.codebook)).to(x)
-    self.cluster_size.copy_((n * len(self.codebook) / len(x)).clamp_min(1))
-    self.embed_sum.copy_(self.codebook * self.cluster_size[:, None])
+    _start_local(self, gather_rows(x.detach().float()), seed)
 
 VectorQuantize.start = _start
 
-# %% ../nbs/01_quantizer.ipynb #126081a6
+# %% ../nbs/01_quantizer.ipynb #944f5e29
 class CodeError(ValueError):
     "A code that no codebook has, or codes of the wrong shape."
 
@@ -138,14 +141,7 @@ class ResidualVQ(nn.Module):
             if book not in list(self.codebooks)[:i]: _start_local(book, x, seed + i)
             x = x - book.codes_to_vectors(nearest_codes(x, book.codebook))
 
-# %% ../nbs/01_quantizer.ipynb #393e10aa
-def _start_local(book, x, seed):
-    rows = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:20_000].to(x.device)]
-    book.codebook.copy_(kmeans(rows, len(book.codebook), seed=seed))
-    n = torch.bincount(nearest_codes(rows, book.codebook), minlength=len(book.codebook)).to(x)
-    book.cluster_size.copy_((n * len(n) / len(rows)).clamp_min(1))
-    book.embed_sum.copy_(book.codebook * book.cluster_size[:, None])
-
+# %% ../nbs/01_quantizer.ipynb #881e691c
 def _rvq_forward(self, x):
     "Quantize x (...,D) in float32: returns quantized (...,D) with straight-through gradient, codes (...,K) int64, commitment loss ()."
     with torch.autocast(x.device.type, enabled=False):
@@ -160,7 +156,7 @@ def _rvq_forward(self, x):
 
 ResidualVQ.forward = _rvq_forward
 
-# %% ../nbs/01_quantizer.ipynb #6457322b
+# %% ../nbs/01_quantizer.ipynb #67f29484
 def _codes_to_vectors(self, codes): # (...,K') int, K' <= K, values in [0,S) or -1 for a missing later level
     "Sum the rows that codes point to: (...,K') -> (...,D); raises CodeError for codes no book has."
     if codes.shape[-1] > self.depth or codes.shape[-1] == 0:
@@ -173,7 +169,7 @@ def _codes_to_vectors(self, codes): # (...,K') int, K' <= K, values in [0,S) or 
 
 ResidualVQ.codes_to_vectors = _codes_to_vectors
 
-# %% ../nbs/01_quantizer.ipynb #581b7229
+# %% ../nbs/01_quantizer.ipynb #ad9630c0
 def code_usage(codes, # (N,K) int64 codes of many masks
                size   # S, rows in each codebook
               ): # dict of lists of K floats: usage in [0,1], perplexity in [1,S]
@@ -183,7 +179,7 @@ def code_usage(codes, # (N,K) int64 codes of many masks
     return dict(usage=[round(float((n > 0).double().mean()), 4) for n in counts],
                 perplexity=[round(float(torch.exp(-(q * q.clamp_min(1e-12).log()).sum())), 3) for q in p])
 
-# %% ../nbs/01_quantizer.ipynb #4d3710c4
+# %% ../nbs/01_quantizer.ipynb #d2d1ffb4
 def _rank_check(rank, world, folder, split):
     dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=world)
     state = torch.load(f'{folder}/start.pt', weights_only=True)
