@@ -8,7 +8,7 @@ __all__ = ['RewardError', 'reply_text', 'split_reply', 'ColumnError', 'MaskRewar
            'PhraseReward', 'TripletReward', 'WeightedReward', 'combine', 'task_rewards', 'SafeReward', 'safe',
            'advantages', 'find_exploits', 'RewardReport', 'reward_report']
 
-# %% ../nbs/05_rewards.ipynb #76536bcb
+# %% ../nbs/05_rewards.ipynb #3834a784
 import json, math, re
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from .runs import mean_ci
 from .show import table
 from .words import MaskVocab
 
-# %% ../nbs/05_rewards.ipynb #a694d51b
+# %% ../nbs/05_rewards.ipynb #4b27a23d
 class RewardError(ValueError):
     "Say which reward cannot be computed and what to do."
 
@@ -37,11 +37,15 @@ def _short(reply, most=60): # one line of a reply, [0010 0300] for mask words
     text = " ".join(text.split())
     return text if len(text) <= most else text[:most - 3] + "..."
 
-# %% ../nbs/05_rewards.ipynb #f7d0bbb5
+# %% ../nbs/05_rewards.ipynb #4d15bcdb
+def _inside(text, start, end): # linear, also for a reply that says <think> ten thousand times
+    at = text.find(start) + len(start)
+    stop = text.find(end, at)
+    return text[at:stop] if start in text and stop >= 0 else None
+
 def split_reply(text): # str -> (think, answer), each a str, or None where there is none
     "Cut a reply into its reasoning and its answer."
-    found = [re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL) for tag in ("think", "answer")]
-    think, answer = (f and f[1] for f in found)
+    think, answer = (_inside(text, f"<{tag}>", f"</{tag}>") for tag in ("think", "answer"))
     cut = next((tag for tag in ("<answer>", "</think>") if tag in text), None)
     if cut and (think is None or answer is None):
         head, tail = text.split(cut, 1)
@@ -57,7 +61,7 @@ def _parts(reply, reference, answer_part): # -> the scored part of both; that of
     target = _answer(reference, bool(answer_part))
     return _answer(reply, answer_part), reference if target is None else target
 
-# %% ../nbs/05_rewards.ipynb #2322b39d
+# %% ../nbs/05_rewards.ipynb #f19380bc
 def _paper(found, wanted, alpha): return len(set(found) & set(wanted))
 
 def _released(found, wanted, alpha):
@@ -81,7 +85,7 @@ def _read(text, vocab, policy): # -> list of (span, group): what counts as a mas
 def _ratio(total, n, m): # sum of grades over max(n, m), with 0/0 defined
     return total / max(n, m) if n and m else float(n == m)
 
-# %% ../nbs/05_rewards.ipynb #45f1fb36
+# %% ../nbs/05_rewards.ipynb #f4f8a3a7
 class ColumnError(RewardError):
     "A column of the data set is missing or has the wrong length."
 
@@ -105,7 +109,7 @@ class _Reward:
         answer = _column("answer", answer, len(completions)) if self.needs_answer else [""] * len(completions)
         return [None if a is None else self.score(reply_text(c), reply_text(a)) for c, a in zip(completions, answer)]
 
-# %% ../nbs/05_rewards.ipynb #b68dfd0a
+# %% ../nbs/05_rewards.ipynb #eb5a9418
 @dataclass
 class MaskReward(_Reward):
     "Score the masks of a reply against those of the reference, by their words alone."
@@ -132,7 +136,7 @@ class MaskReward(_Reward):
         found, wanted = self.groups(answer), self.groups(target)
         return _ratio(_MODES[self.mode](found, wanted, self.alpha), len(found), len(wanted))
 
-# %% ../nbs/05_rewards.ipynb #339bbe28
+# %% ../nbs/05_rewards.ipynb #4be8caf2
 def best_matching(
     weights, # (N,M) finite numbers
 ): # rows (K,), columns (K,) int64, K = min(N,M): pairs with the greatest sum; raises RewardError
@@ -159,7 +163,7 @@ def best_matching(
     columns = np.flatnonzero(owner[1:])
     return owner[1:][columns] - 1, columns
 
-# %% ../nbs/05_rewards.ipynb #8ba3b5a7
+# %% ../nbs/05_rewards.ipynb #240e5422
 class _Decoded:
     "Decode codes into run lengths, each image and each code once while they are in the cache."
     def __init__(self, decoder, embed, masks, images):
@@ -186,7 +190,7 @@ class _Decoded:
 
     def __getstate__(self): return {**vars(self), "masks": OrderedDict(), "images": OrderedDict()}
 
-# %% ../nbs/05_rewards.ipynb #74a2cd9b
+# %% ../nbs/05_rewards.ipynb #2472d754
 def _image_key(sample_id, image):
     if sample_id is not None or image is None or isinstance(image, (str, bytes, int)): return image if sample_id is None else sample_id
     pixels = np.ascontiguousarray(image)
@@ -209,7 +213,7 @@ class DecodedMaskReward(_Reward):
         part = _answer(reply_text(text), answer_part)
         return None if part is None else [s.codes for s in self.vocab.parse(part, self.policy) if s.ok]
 
-# %% ../nbs/05_rewards.ipynb #995259bd
+# %% ../nbs/05_rewards.ipynb #7b2dc70d
 def _score_all(self, completions, answer=None, masks=None, image=None, images=None, sample_id=None, **columns): # -> list of N floats in [0,1], None where there is no truth
     "Score all replies; each image is embedded once and its masks are decoded in one call."
     n = len(completions)
@@ -234,13 +238,14 @@ def _match(self, found, truth): # lists of RLEs -> float in [0,1]
 
 DecodedMaskReward.__call__, DecodedMaskReward.match = _score_all, _match
 
-# %% ../nbs/05_rewards.ipynb #3ef0b99b
+# %% ../nbs/05_rewards.ipynb #cf18c7b4
 @dataclass
 class FormatReward(_Reward):
     "Reward replies that are reasoning and answer in their tags, and nothing else."
     title, needs_answer = "format", False
     def score(self, reply, reference=""): # -> 0.0 or 1.0
-        return float(bool(re.fullmatch(r"<think>.*?</think>\s*<answer>.*?</answer>", reply, re.DOTALL)))
+        framed = reply.startswith("<think>") and reply.endswith("</answer>")
+        return float(framed and bool(re.search(r"</think>\s*<answer>", reply[7:-9])))
 
 @dataclass
 class NoTargetReward(_Reward):
@@ -257,7 +262,7 @@ class NoTargetReward(_Reward):
         if answer is None or self.vocab.parse(answer): return 0.
         return 1. if self.text in answer else self.other
 
-# %% ../nbs/05_rewards.ipynb #73138820
+# %% ../nbs/05_rewards.ipynb #a966f8f9
 def read_triplets(text): # str -> list of (subject label, predicate, object label, subject words, object words)
     "Read the triplets of a scene graph from a text that holds JSON."
     decoder, at, found = json.JSONDecoder(), text.find("{"), []
@@ -274,7 +279,7 @@ def _triplet(value):
     except (TypeError, KeyError): return None
     return fields if all(isinstance(f, str) for f in fields) else None
 
-# %% ../nbs/05_rewards.ipynb #3b278c60
+# %% ../nbs/05_rewards.ipynb #e159277f
 @dataclass
 class NonRepeatReward(_Reward):
     "Punish a part of the reply in which one mask, or one triplet, occurs again and again."
@@ -292,7 +297,7 @@ class NonRepeatReward(_Reward):
         things = read_triplets(text) if self.what == "triplets" else [g for _, g in _read(text, self.vocab, "released")]
         return float(max(Counter(things).values(), default=0) <= self.limit)
 
-# %% ../nbs/05_rewards.ipynb #ec23c7a4
+# %% ../nbs/05_rewards.ipynb #c97a3542
 _PHRASE = re.compile(r"<\|object_ref_start\|>((?:(?!<\|object_ref_).)*)<\|object_ref_end\|>\s*", re.DOTALL)
 
 def grounded(text, vocab=MaskVocab(), policy="strict"): # -> list of (phrase, group): phrase in lower case with single blanks, group as a tuple
@@ -321,7 +326,7 @@ class PhraseReward(_Reward):
         found, wanted = ([phrase for phrase, _ in grounded(t or "", self.vocab, self.policy) if phrase] for t in (answer, target))
         return 0. if answer is None else _ratio(len(set(found) & set(wanted)), len(found), len(wanted)) if wanted else 1.
 
-# %% ../nbs/05_rewards.ipynb #01f77eb2
+# %% ../nbs/05_rewards.ipynb #52ba5b53
 @dataclass
 class TripletReward(_Reward):
     "Score the triplets of a scene graph: labels, predicate and both masks."
@@ -350,7 +355,7 @@ class TripletReward(_Reward):
         grades = np.array([[self.grade(p, q) for q in wanted] for p in (dict.fromkeys(found) if self.mode == "released" else found)])
         return float(grades.max(1).sum() if self.mode == "released" else grades[best_matching(grades)].sum()) / max(len(found), len(wanted))
 
-# %% ../nbs/05_rewards.ipynb #99a5539e
+# %% ../nbs/05_rewards.ipynb #d9119208
 def _as_array(values): return np.array([np.nan if v is None else v for v in values], float)
 
 def _weighted(terms, weights): # (T,N) with NaN for None -> (N,) sums, NaN where all terms are
@@ -375,22 +380,22 @@ def combine(rewards, weights=None, name="total"): # list of rewards, list of flo
     "Make one reward of several."
     return WeightedReward(rewards, weights, name)
 
-# %% ../nbs/05_rewards.ipynb #0df70bf4
+# %% ../nbs/05_rewards.ipynb #76756ef1
 def task_rewards(
-    task, # "thinking" (answers in tags), "caption", "scene", "no_target"
-    mode=None, # of the mask term; None: "paper" for thinking, else "released"
+    task, # "gres" (masks, with reasoning in tags), "gcg" (captions), "psg" (scene graphs), "no_target"
+    mode=None, # of the mask term; None: "paper" for gres, else "released"
     vocab=MaskVocab(),
 ): # list of rewards, each of weight 1 in the released code
     "List the rewards that the released code adds up for a task."
     v = dict(vocab=vocab)
-    lists = dict(thinking=lambda: [MaskReward(mode or "paper", answer_part="required", **v), FormatReward(), NonRepeatReward("think", **v), NonRepeatReward("answer", **v)],
-                 caption=lambda: [GroundedMaskReward(mode or "released", **v), PhraseReward(**v), NonRepeatReward(**v)],
-                 scene=lambda: [TripletReward(mode or "released", **v), NonRepeatReward(what="triplets", limit=2, **v)],
+    lists = dict(gres=lambda: [MaskReward(mode or "paper", answer_part="required", **v), FormatReward(), NonRepeatReward("think", **v), NonRepeatReward("answer", **v)],
+                 gcg=lambda: [GroundedMaskReward(mode or "released", **v), PhraseReward(**v), NonRepeatReward(**v)],
+                 psg=lambda: [TripletReward(mode or "released", **v), NonRepeatReward(what="triplets", limit=2, **v)],
                  no_target=lambda: [NoTargetReward(**v), NonRepeatReward(**v)])
     if task not in lists: raise RewardError(f"There are no rewards for {task!r}; choose one of {', '.join(lists)}.")
     return lists[task]()
 
-# %% ../nbs/05_rewards.ipynb #1a4a57f9
+# %% ../nbs/05_rewards.ipynb #73e03ea6
 @dataclass
 class SafeReward:
     "Call another reward; what it cannot score becomes None and is reported."
@@ -420,7 +425,7 @@ class SafeReward:
         if columns.get("log_metric"): columns["log_metric"](f"rewards/{self.__name__}/failed", float(self.failed - before))
         return values
 
-# %% ../nbs/05_rewards.ipynb #154915fb
+# %% ../nbs/05_rewards.ipynb #bc124a7f
 def _judge(self, reply, value): # value or error -> value or None
     self.scored += 1
     if value is None or not isinstance(value, Exception) and math.isfinite(value): return value
@@ -434,7 +439,7 @@ def safe(reward): # any reward -> SafeReward
     "Wrap a reward so that it never ends a run."
     return reward if isinstance(reward, SafeReward) else SafeReward(reward)
 
-# %% ../nbs/05_rewards.ipynb #cd76d190
+# %% ../nbs/05_rewards.ipynb #8fcfe18b
 def advantages(
     rewards, # N numbers, None or NaN where there is none; the replies to one prompt stand together
     group_size, # replies to one prompt
@@ -450,7 +455,7 @@ def advantages(
     std = np.sqrt((centred**2).sum(1, keepdims=True) / np.maximum(n - 1, 1))
     return np.where(n > 1, centred / (std + 1e-4) if scale else centred, 0).ravel()
 
-# %% ../nbs/05_rewards.ipynb #eb5a0d2f
+# %% ../nbs/05_rewards.ipynb #b53961df
 def find_exploits(
     reply, # str or messages
     reference, # str
@@ -465,7 +470,7 @@ def find_exploits(
                   too_many=found.total() - wanted.total(), guesses=sum(guessed[first] - n for first, n in aimed.items() if guessed[first] > n))
     return {k: n for k, n in counts.items() if n > 0}
 
-# %% ../nbs/05_rewards.ipynb #f6a49a28
+# %% ../nbs/05_rewards.ipynb #cb702ac4
 _BARS = "·▁▂▃▄▅▆▇█"
 
 def _bars(values, bins=8): # histogram as characters, from the smallest to the largest value
@@ -475,7 +480,7 @@ def _bars(values, bins=8): # histogram as characters, from the smallest to the l
     counts = np.histogram(values, bins, (low, high))[0]
     return f"{low:.3g} {''.join(_BARS[math.ceil(8 * c / counts.max())] for c in counts)} {high:.3g}"
 
-@dataclass
+@dataclass(repr=False)
 class RewardReport:
     "Hold the rewards of a batch of replies and what they would teach."
     values: dict # name of a term, then "total" -> (N,) float64, NaN where there is none
@@ -485,6 +490,7 @@ class RewardReport:
     failures: list # rows with reward, problem, reply
     failed: int # replies that a reward could not score, counted over all terms
 
+    def __repr__(self): return f"RewardReport({len(self.replies)} replies in groups of {self.group_size})"
     @property
     def advantages(self): return advantages(self.values["total"], self.group_size) # (N,) float64
 
@@ -494,7 +500,7 @@ class RewardReport:
         spread = [np.ptp(v[~np.isnan(v)]) if (~np.isnan(v)).sum() > 1 else 0. for v in r]
         return float(np.mean([s < 1e-9 for s in spread])) if spread else 0.
 
-# %% ../nbs/05_rewards.ipynb #025501c4
+# %% ../nbs/05_rewards.ipynb #7b965156
 def _term_table(self): # one row for each term and the total
     "Summarise each term: mean with its interval over groups, histogram, silent groups."
     rows = table()
@@ -510,7 +516,7 @@ def _exploit_table(self): # one row for each kind that was found
     mean = lambda v: float(v[~np.isnan(v)].mean()) if (~np.isnan(v)).any() else None
     for kind in dict.fromkeys(k for e in self.exploits for k in e):
         at = np.array([kind in e for e in self.exploits])
-        rows.append(dict(found=kind.replace("_", " "), replies=int(at.sum()), share=f"{at.mean():.0%}", count=sum(e.get(kind, 0) for e in self.exploits), their_mean_total=mean(total[at]), mean_total_of_others=mean(total[~at])))
+        rows.append(dict(found=kind.replace("_", " "), replies=int(at.sum()), share=f"{at.mean():.0%}", count=sum(e.get(kind, 0) for e in self.exploits), mean_total=mean(total[at]), mean_total_of_others=mean(total[~at]), mean_advantage=mean(self.advantages[at])))
     return rows
 
 def _group_table(self, group=None): # number of the group; None: the one with the widest spread
@@ -521,7 +527,7 @@ def _group_table(self, group=None): # number of the group; None: the one with th
 
 RewardReport.terms, RewardReport.cheats, RewardReport.group = _term_table, _exploit_table, _group_table
 
-# %% ../nbs/05_rewards.ipynb #09d675ca
+# %% ../nbs/05_rewards.ipynb #2375a6dd
 def _report_markdown(self):
     n, rows = len(self.replies), self.failures
     if not n: return "No replies."
