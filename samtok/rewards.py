@@ -8,7 +8,7 @@ __all__ = ['RewardError', 'reply_text', 'split_reply', 'ColumnError', 'MaskRewar
            'PhraseReward', 'TripletReward', 'WeightedReward', 'combine', 'task_rewards', 'SafeReward', 'safe',
            'advantages', 'find_exploits', 'RewardReport', 'reward_report']
 
-# %% ../nbs/05_rewards.ipynb #3834a784
+# %% ../nbs/05_rewards.ipynb #2a85fce2
 import json, math, re
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from .runs import mean_ci
 from .show import table
 from .words import MaskVocab
 
-# %% ../nbs/05_rewards.ipynb #4b27a23d
+# %% ../nbs/05_rewards.ipynb #a152633d
 class RewardError(ValueError):
     "Say which reward cannot be computed and what to do."
 
@@ -37,7 +37,7 @@ def _short(reply, most=60): # one line of a reply, [0010 0300] for mask words
     text = " ".join(text.split())
     return text if len(text) <= most else text[:most - 3] + "..."
 
-# %% ../nbs/05_rewards.ipynb #4d15bcdb
+# %% ../nbs/05_rewards.ipynb #8b017f2b
 def _inside(text, start, end): # linear, also for a reply that says <think> ten thousand times
     at = text.find(start) + len(start)
     stop = text.find(end, at)
@@ -61,7 +61,7 @@ def _parts(reply, reference, answer_part): # -> the scored part of both; that of
     target = _answer(reference, bool(answer_part))
     return _answer(reply, answer_part), reference if target is None else target
 
-# %% ../nbs/05_rewards.ipynb #f19380bc
+# %% ../nbs/05_rewards.ipynb #9d43f43a
 def _paper(found, wanted, alpha): return len(set(found) & set(wanted))
 
 def _released(found, wanted, alpha):
@@ -85,7 +85,7 @@ def _read(text, vocab, policy): # -> list of (span, group): what counts as a mas
 def _ratio(total, n, m): # sum of grades over max(n, m), with 0/0 defined
     return total / max(n, m) if n and m else float(n == m)
 
-# %% ../nbs/05_rewards.ipynb #f4f8a3a7
+# %% ../nbs/05_rewards.ipynb #7af303c7
 class ColumnError(RewardError):
     "A column of the data set is missing or has the wrong length."
 
@@ -109,7 +109,7 @@ class _Reward:
         answer = _column("answer", answer, len(completions)) if self.needs_answer else [""] * len(completions)
         return [None if a is None else self.score(reply_text(c), reply_text(a)) for c, a in zip(completions, answer)]
 
-# %% ../nbs/05_rewards.ipynb #eb5a9418
+# %% ../nbs/05_rewards.ipynb #457aa2d5
 @dataclass
 class MaskReward(_Reward):
     "Score the masks of a reply against those of the reference, by their words alone."
@@ -136,7 +136,7 @@ class MaskReward(_Reward):
         found, wanted = self.groups(answer), self.groups(target)
         return _ratio(_MODES[self.mode](found, wanted, self.alpha), len(found), len(wanted))
 
-# %% ../nbs/05_rewards.ipynb #4be8caf2
+# %% ../nbs/05_rewards.ipynb #b96472ed
 def best_matching(
     weights, # (N,M) finite numbers
 ): # rows (K,), columns (K,) int64, K = min(N,M): pairs with the greatest sum; raises RewardError
@@ -163,7 +163,7 @@ def best_matching(
     columns = np.flatnonzero(owner[1:])
     return owner[1:][columns] - 1, columns
 
-# %% ../nbs/05_rewards.ipynb #240e5422
+# %% ../nbs/05_rewards.ipynb #b9bfb97a
 class _Decoded:
     "Decode codes into run lengths, each image and each code once while they are in the cache."
     def __init__(self, decoder, embed, masks, images):
@@ -190,7 +190,7 @@ class _Decoded:
 
     def __getstate__(self): return {**vars(self), "masks": OrderedDict(), "images": OrderedDict()}
 
-# %% ../nbs/05_rewards.ipynb #2472d754
+# %% ../nbs/05_rewards.ipynb #edd77afd
 def _image_key(sample_id, image):
     if sample_id is not None or image is None or isinstance(image, (str, bytes, int)): return image if sample_id is None else sample_id
     pixels = np.ascontiguousarray(image)
@@ -213,7 +213,7 @@ class DecodedMaskReward(_Reward):
         part = _answer(reply_text(text), answer_part)
         return None if part is None else [s.codes for s in self.vocab.parse(part, self.policy) if s.ok]
 
-# %% ../nbs/05_rewards.ipynb #7b2dc70d
+# %% ../nbs/05_rewards.ipynb #e24c3b8f
 def _score_all(self, completions, answer=None, masks=None, image=None, images=None, sample_id=None, **columns): # -> list of N floats in [0,1], None where there is no truth
     "Score all replies; each image is embedded once and its masks are decoded in one call."
     n = len(completions)
@@ -238,7 +238,7 @@ def _match(self, found, truth): # lists of RLEs -> float in [0,1]
 
 DecodedMaskReward.__call__, DecodedMaskReward.match = _score_all, _match
 
-# %% ../nbs/05_rewards.ipynb #cf18c7b4
+# %% ../nbs/05_rewards.ipynb #8db28dab
 @dataclass
 class FormatReward(_Reward):
     "Reward replies that are reasoning and answer in their tags, and nothing else."
@@ -262,7 +262,7 @@ class NoTargetReward(_Reward):
         if answer is None or self.vocab.parse(answer): return 0.
         return 1. if self.text in answer else self.other
 
-# %% ../nbs/05_rewards.ipynb #a966f8f9
+# %% ../nbs/05_rewards.ipynb #a860cbfa
 def read_triplets(text): # str -> list of (subject label, predicate, object label, subject words, object words)
     "Read the triplets of a scene graph from a text that holds JSON."
     decoder, at, found = json.JSONDecoder(), text.find("{"), []
@@ -279,7 +279,7 @@ def _triplet(value):
     except (TypeError, KeyError): return None
     return fields if all(isinstance(f, str) for f in fields) else None
 
-# %% ../nbs/05_rewards.ipynb #e159277f
+# %% ../nbs/05_rewards.ipynb #85f7df9a
 @dataclass
 class NonRepeatReward(_Reward):
     "Punish a part of the reply in which one mask, or one triplet, occurs again and again."
@@ -297,7 +297,7 @@ class NonRepeatReward(_Reward):
         things = read_triplets(text) if self.what == "triplets" else [g for _, g in _read(text, self.vocab, "released")]
         return float(max(Counter(things).values(), default=0) <= self.limit)
 
-# %% ../nbs/05_rewards.ipynb #c97a3542
+# %% ../nbs/05_rewards.ipynb #c0a840c2
 _PHRASE = re.compile(r"<\|object_ref_start\|>((?:(?!<\|object_ref_).)*)<\|object_ref_end\|>\s*", re.DOTALL)
 
 def grounded(text, vocab=MaskVocab(), policy="strict"): # -> list of (phrase, group): phrase in lower case with single blanks, group as a tuple
@@ -326,7 +326,7 @@ class PhraseReward(_Reward):
         found, wanted = ([phrase for phrase, _ in grounded(t or "", self.vocab, self.policy) if phrase] for t in (answer, target))
         return 0. if answer is None else _ratio(len(set(found) & set(wanted)), len(found), len(wanted)) if wanted else 1.
 
-# %% ../nbs/05_rewards.ipynb #52ba5b53
+# %% ../nbs/05_rewards.ipynb #0df07ca6
 @dataclass
 class TripletReward(_Reward):
     "Score the triplets of a scene graph: labels, predicate and both masks."
@@ -355,7 +355,7 @@ class TripletReward(_Reward):
         grades = np.array([[self.grade(p, q) for q in wanted] for p in (dict.fromkeys(found) if self.mode == "released" else found)])
         return float(grades.max(1).sum() if self.mode == "released" else grades[best_matching(grades)].sum()) / max(len(found), len(wanted))
 
-# %% ../nbs/05_rewards.ipynb #d9119208
+# %% ../nbs/05_rewards.ipynb #d4f3b2d1
 def _as_array(values): return np.array([np.nan if v is None else v for v in values], float)
 
 def _weighted(terms, weights): # (T,N) with NaN for None -> (N,) sums, NaN where all terms are
@@ -380,7 +380,7 @@ def combine(rewards, weights=None, name="total"): # list of rewards, list of flo
     "Make one reward of several."
     return WeightedReward(rewards, weights, name)
 
-# %% ../nbs/05_rewards.ipynb #76756ef1
+# %% ../nbs/05_rewards.ipynb #00cc7aad
 def task_rewards(
     task, # "gres" (masks, with reasoning in tags), "gcg" (captions), "psg" (scene graphs), "no_target"
     mode=None, # of the mask term; None: "paper" for gres, else "released"
@@ -395,7 +395,7 @@ def task_rewards(
     if task not in lists: raise RewardError(f"There are no rewards for {task!r}; choose one of {', '.join(lists)}.")
     return lists[task]()
 
-# %% ../nbs/05_rewards.ipynb #73e03ea6
+# %% ../nbs/05_rewards.ipynb #129190ef
 @dataclass
 class SafeReward:
     "Call another reward; what it cannot score becomes None and is reported."
@@ -425,7 +425,7 @@ class SafeReward:
         if columns.get("log_metric"): columns["log_metric"](f"rewards/{self.__name__}/failed", float(self.failed - before))
         return values
 
-# %% ../nbs/05_rewards.ipynb #bc124a7f
+# %% ../nbs/05_rewards.ipynb #4674144e
 def _judge(self, reply, value): # value or error -> value or None
     self.scored += 1
     if value is None or not isinstance(value, Exception) and math.isfinite(value): return value
@@ -439,7 +439,7 @@ def safe(reward): # any reward -> SafeReward
     "Wrap a reward so that it never ends a run."
     return reward if isinstance(reward, SafeReward) else SafeReward(reward)
 
-# %% ../nbs/05_rewards.ipynb #8fcfe18b
+# %% ../nbs/05_rewards.ipynb #afde5c62
 def advantages(
     rewards, # N numbers, None or NaN where there is none; the replies to one prompt stand together
     group_size, # replies to one prompt
@@ -455,7 +455,7 @@ def advantages(
     std = np.sqrt((centred**2).sum(1, keepdims=True) / np.maximum(n - 1, 1))
     return np.where(n > 1, centred / (std + 1e-4) if scale else centred, 0).ravel()
 
-# %% ../nbs/05_rewards.ipynb #b53961df
+# %% ../nbs/05_rewards.ipynb #945d5d25
 def find_exploits(
     reply, # str or messages
     reference, # str
@@ -470,7 +470,7 @@ def find_exploits(
                   too_many=found.total() - wanted.total(), guesses=sum(guessed[first] - n for first, n in aimed.items() if guessed[first] > n))
     return {k: n for k, n in counts.items() if n > 0}
 
-# %% ../nbs/05_rewards.ipynb #cb702ac4
+# %% ../nbs/05_rewards.ipynb #0feb9936
 _BARS = "·▁▂▃▄▅▆▇█"
 
 def _bars(values, bins=8): # histogram as characters, from the smallest to the largest value
@@ -500,7 +500,7 @@ class RewardReport:
         spread = [np.ptp(v[~np.isnan(v)]) if (~np.isnan(v)).sum() > 1 else 0. for v in r]
         return float(np.mean([s < 1e-9 for s in spread])) if spread else 0.
 
-# %% ../nbs/05_rewards.ipynb #7b965156
+# %% ../nbs/05_rewards.ipynb #1ddea455
 def _term_table(self): # one row for each term and the total
     "Summarise each term: mean with its interval over groups, histogram, silent groups."
     rows = table()
@@ -527,7 +527,7 @@ def _group_table(self, group=None): # number of the group; None: the one with th
 
 RewardReport.terms, RewardReport.cheats, RewardReport.group = _term_table, _exploit_table, _group_table
 
-# %% ../nbs/05_rewards.ipynb #2375a6dd
+# %% ../nbs/05_rewards.ipynb #4c16a9b7
 def _report_markdown(self):
     n, rows = len(self.replies), self.failures
     if not n: return "No replies."
