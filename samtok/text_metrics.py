@@ -6,14 +6,14 @@
 __all__ = ['greedy_pairs', 'coco_hits', 'average_precision', 'GCG', 'check_java', 'caption_tokens', 'meteor_score', 'Captions',
            'triplet_hits', 'PSG']
 
-# %% ../nbs/07a_text_metrics.ipynb #596ab5f3
+# %% ../nbs/07a_text_metrics.ipynb #ed7ef26b
 import shutil, subprocess
 from pathlib import Path
 import numpy as np
 from .masks import mask_iou
 from .metrics import Convention, Metric, MetricError, _mask, _ratio
 
-# %% ../nbs/07a_text_metrics.ipynb #779c5a24
+# %% ../nbs/07a_text_metrics.ipynb #c2059eec
 def greedy_pairs(iou, # (G,P) float; NaN stands for an IoU of 0/0
                  least=0., allowed=None, # smallest IoU of a pair (0: anything above 0); (G,P) bool: which pairs may be
                  stop=False): # end at the first pair that may not be -> list of (row, column); raises IndexError where `allowed` is too small
@@ -28,7 +28,7 @@ def greedy_pairs(iou, # (G,P) float; NaN stands for an IoU of 0/0
         else: found.append((i, j)); iou[i], iou[:, j] = -1, -1
     return found
 
-# %% ../nbs/07a_text_metrics.ipynb #71c929a9
+# %% ../nbs/07a_text_metrics.ipynb #750b75f8
 _LEVELS = np.linspace(.5, .95, 10)
 
 def coco_hits(iou, # (G,P) float, predictions in the order of their rank
@@ -53,7 +53,7 @@ def average_precision(hits, # (10,P) bool over all images, by rank
     best = np.concatenate([best, np.zeros((len(hits), 1))], 1)
     return np.array([b[np.searchsorted(r / n, np.linspace(0, 1, 101), 'left')].mean() for r, b in zip(right, best)])
 
-# %% ../nbs/07a_text_metrics.ipynb #58717e58
+# %% ../nbs/07a_text_metrics.ipynb #bc5c72f4
 class GCG(Metric):
     "Compare masks with phrases in a caption: AP, AP50, mIoU of pairs, recall."
     conventions = dict(plain=Convention(), glamm=Convention(empty=np.nan))
@@ -75,7 +75,7 @@ class GCG(Metric):
             pairs, hits = greedy_pairs(iou), self._hits(iou, text)
             row.update(n=1, mIoU=np.mean([iou[p] for p in pairs]) if pairs else 0., TP=len(hits), labels=len(labels), _pairs=hits, _hits=coco_hits(np.nan_to_num(iou)))
 
-# %% ../nbs/07a_text_metrics.ipynb #30e3bde4
+# %% ../nbs/07a_text_metrics.ipynb #7e708f74
 def _iou_matrix(gt, pred, empty): # lists of masks -> (G,P), both of one size
     gt = [_mask(m, 'true mask') for m in gt]
     size = gt[0].shape if gt else None
@@ -90,7 +90,7 @@ def _hits(self, iou, text): # (G,P) each -> list of pairs
     try: return greedy_pairs(iou, self.options['min_iou'], allowed, stop=True)
     except IndexError: return []                                                # the script catches it, and keeps the labels
 
-# %% ../nbs/07a_text_metrics.ipynb #7beced7b
+# %% ../nbs/07a_text_metrics.ipynb #d020ecfa
 def _figures(self, columns, weights=None):
     s = self._sums(columns, weights)
     out = dict(mIoU=_ratio(s['mIoU'], s['n']), recall=_ratio(s['TP'], s['labels']))
@@ -110,7 +110,7 @@ def _table(self):
 GCG._hits, GCG._figures, GCG.table = _hits, _figures, _table
 GCG.__getstate__ = lambda self: {**self.__dict__, 'similarity': None}           # a function may not travel between processes; rows do
 
-# %% ../nbs/07a_text_metrics.ipynb #39b6c248
+# %% ../nbs/07a_text_metrics.ipynb #c3857f4a
 def check_java(): # raises MetricError
     "Refuse with a sentence if captions cannot be scored here."
     try: import pycocoevalcap
@@ -129,7 +129,7 @@ def caption_tokens(captions): # list of str -> list of str, lower case, punctuat
     if done.returncode or len(lines) < len(captions): raise MetricError(f'The tokenizer gave {len(lines)} lines for {len(captions)} captions; it says: {done.stderr.strip()[-200:]}')
     return [' '.join(w for w in line.rstrip().split(' ') if w not in ptb.PUNCTUATIONS) for line in lines[:len(captions)]]
 
-# %% ../nbs/07a_text_metrics.ipynb #d9495ce5
+# %% ../nbs/07a_text_metrics.ipynb #e22ac475
 _STAGES, _DELTA, _ALPHA, _BETA, _GAMMA = np.array([1., .6, .8, .6]), .75, .85, .2, .6     # METEOR 1.5, English
 
 def meteor_score(stats): # (...,23) counts of METEOR 1.5, summed over sentences -> (...) float in [0,1]
@@ -150,7 +150,7 @@ def _meteor_counts(line): # str of METEOR's program -> list of 23; a perfect sen
     if counts[20] == 1 and counts[21:] == counts[:2]: counts[20] = 0.
     return counts
 
-# %% ../nbs/07a_text_metrics.ipynb #85d4dcd3
+# %% ../nbs/07a_text_metrics.ipynb #80e4d8a4
 class Captions(Metric):
     "Compare captions with true captions: METEOR, CIDEr."
     def update(self, caption, truth, id, group=None): # str; str or list of str; image id
@@ -176,7 +176,7 @@ def _read_captions(rows): # adds `_tokens` (caption, then its truths) and `_coun
         r['_tokens'] = [next(words) for _ in range(1 + len(r['_truth']))]
         r['_counts'] = _meteor_counts(meteor._stat(r['_tokens'][0], r['_tokens'][1:]))
 
-# %% ../nbs/07a_text_metrics.ipynb #f370880b
+# %% ../nbs/07a_text_metrics.ipynb #c3c5e43d
 def _graph(graph, name, size=None): # dict(labels, masks, relations) -> labels (N,), masks (N,H,W), relations (R,3)
     masks = [_mask(m, f'{name} mask', size) for m in graph['masks']]
     masks = [_mask(m, f'{name} mask', masks[0].shape) for m in masks]
@@ -199,7 +199,7 @@ def triplet_hits(gt, pred, # graphs as _graph reads them: (labels, masks, relati
         same[i, j] = mask_iou(a, b, empty=0.)[0, 0] >= min_iou
     return same
 
-# %% ../nbs/07a_text_metrics.ipynb #c2a5ead1
+# %% ../nbs/07a_text_metrics.ipynb #cca7e15d
 class PSG(Metric):
     "Count true triplets among the first k predicted ones: R@k, mR@k."
     conventions = dict(plain=Convention(), openpsg=Convention(missing='skip'))
@@ -224,7 +224,7 @@ class PSG(Metric):
                 each = np.bincount(predicate[found], minlength=o['predicates'] + 1)[1:]
                 row.update({f'R@{k}': found.mean() if n else 0., f'mR@{k}': np.nan_to_num(_ratio(each, has))})
 
-# %% ../nbs/07a_text_metrics.ipynb #56d58110
+# %% ../nbs/07a_text_metrics.ipynb #fd80d07d
 def _from_sums(self, s):
     r = {k: _ratio(s[k], s['n']) for k in (f'R@{k}' for k in self.options['ks'])}
     return {**r, **{f'mR@{k}': self._mean(_ratio(s[f'mR@{k}'], s['has'])) for k in self.options['ks']}}
