@@ -6,14 +6,14 @@
 __all__ = ['load_cases', 'published_spec', 'fill_array', 'parity_masks', 'parity_image', 'published_shapes', 'fill_part',
            'parity_prompts', 'compare_case']
 
-# %% ../nbs/02b_parity.ipynb #e56b6935
+# %% ../nbs/02b_parity.ipynb #f21e426c
 import json, math, zlib
 import numpy as np
 import torch
 from .runs import data_file
 from .tokenizer import MaskTokenizer
 
-# %% ../nbs/02b_parity.ipynb #74bcf3b6
+# %% ../nbs/02b_parity.ipynb #851551c6
 def load_cases(): # -> dict name -> array; values of the reference implementation (fp32 on a CPU)
     "Read the recorded numbers."
     return dict(np.load(data_file('fixtures', 'parity_cases.npz')))
@@ -22,7 +22,7 @@ def published_spec(): # -> dict(shapes: name -> shape of all 992 entries, crc32:
     "Read names and shapes of a published tokenizer checkpoint."
     return json.loads(data_file('fixtures', 'published_keys.json').read_text())
 
-# %% ../nbs/02b_parity.ipynb #afed7cbd
+# %% ../nbs/02b_parity.ipynb #6c9863ae
 _STD = dict([('positional_encoding_gaussian_matrix', 1.), ('pos_embed_window', .2), ('trunk.pos_embed', .2), ('maskmem_tpos_enc', .1), ('no_mem_embed', .1), ('no_mem_pos_enc', .1), ('no_obj_ptr', .1), ('no_obj_embed_spatial', .1),
              ('mask_tokens.weight', 1.), ('iou_token.weight', 1.), ('obj_score_token.weight', 1.), ('no_mask_embed.weight', .3), ('not_a_point_embed.weight', .7)] + [(f'point_embeddings.{i}.weight', .7) for i in range(4)])
 _GAIN = (('sam_mask_encoder', 'cross_attn_token_to_image.q_proj.weight', 4.), ('sam_mask_encoder', 'final_attn_token_to_image.q_proj.weight', 4.), ('sam_mask_encoder', 'token_to_image.out_proj.weight', 2.),
@@ -35,7 +35,7 @@ def _uniform(seed_text, n): # n float64 in [-1, 1), seeded by the CRC-32 of a te
 def _scaled(seed_text, shape, std, mean=0.): # uniform with a standard deviation, rounded once to float32
     return (_uniform(seed_text, int(np.prod(shape, dtype=np.int64))) * (std * 1.7320508075688772) + mean).astype(np.float32).reshape(shape)
 
-# %% ../nbs/02b_parity.ipynb #b21cdb55
+# %% ../nbs/02b_parity.ipynb #ab817b92
 def _fill_book(name, shape):
     head, leaf = name.rsplit('.', 1)
     if leaf == 'cluster_size_ema': return (26 + 24 * _uniform(name, shape[0])).astype(np.float32)
@@ -58,7 +58,7 @@ def fill_array(name, # published name of the entry
     fan_in = shape[0] if name.endswith(('output_upscaling.0.weight', 'output_upscaling.3.weight')) else int(np.prod(shape[1:]))
     return _scaled(name, shape, next((g for part, tail, g in _GAIN if part in name and tail in name), 1.) / math.sqrt(fan_in))
 
-# %% ../nbs/02b_parity.ipynb #4159485d
+# %% ../nbs/02b_parity.ipynb #8e46af39
 _SIZES = {0: (480, 640), 2: (64, 64)}
 
 def parity_masks(i): # case 0 or 2 -> (N,H,W) bool
@@ -71,7 +71,7 @@ def parity_masks(i): # case 0 or 2 -> (N,H,W) bool
     return np.stack([disc(420, 170, 110) & ~disc(430, 160, 45), rect(0, 300, 150, 479) & ~rect(60, 360, 90, 400), rect(301, 401, 303, 402),
                      disc(60, 60, 40) | disc(560, 400, 55) | rect(250, 30, 290, 120)])
 
-# %% ../nbs/02b_parity.ipynb #677f8805
+# %% ../nbs/02b_parity.ipynb #e939c5bd
 def parity_image(i): # case 0 or 2 -> (H,W,3) uint8 RGB
     "Draw the image of a recorded case: ramps, a checkerboard, noise, and its smaller masks painted in."
     h, w = _SIZES[i]
@@ -83,12 +83,12 @@ def parity_image(i): # case 0 or 2 -> (H,W,3) uint8 RGB
         if 2 * mask.sum() <= h * w: image[mask] = (np.array(color) + (noise // 2 - shade)[mask][:, None]).clip(0, 255)
     return image.clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/02b_parity.ipynb #6286860a
+# %% ../nbs/02b_parity.ipynb #54775728
 def published_shapes(): # -> dict name -> tensor without memory, in the published layout
     "Make the published key set as tensors on the meta device."
     return {k: torch.empty(s, device='meta') for k, s in published_spec()['shapes'].items()}
 
-# %% ../nbs/02b_parity.ipynb #1494ae91
+# %% ../nbs/02b_parity.ipynb #322b5168
 def fill_part(model, prefix): # fill the parameters of a part of a tokenizer in place
     "Fill those entries of a model that begin with a prefix."
     own = model.state_dict()
@@ -103,7 +103,7 @@ def parity_prompts(model, i): # -> dense prompts (N,1,256,256), sparse (N,3,256)
     sparse, embedded = model.sam_prompt_encoder((corners, torch.tensor([[2, 3]]).expand(len(masks), 2)), None, dense)
     return dense, sparse, embedded
 
-# %% ../nbs/02b_parity.ipynb #4a1960bb
+# %% ../nbs/02b_parity.ipynb #a532cdce
 def _compare_decode(model, e, name, codes, cases): # -> dict of largest distances; masks only where they were recorded
     codes = np.asarray(codes)
     (low, scores), = model.decode_vectors(e, model.quantizer.codes_to_vectors(torch.as_tensor(codes).to(model.device))[:, None])
@@ -114,7 +114,7 @@ def _compare_decode(model, e, name, codes, cases): # -> dict of largest distance
     iou = (masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2))
     return row | dict(scores=float(np.abs(scores.cpu().numpy() - cases[f'{name}.iou_scores'].max(1)).max()), iou=float(iou.min()), pixels_differ=int((masks ^ truth).sum()))
 
-# %% ../nbs/02b_parity.ipynb #16af84d9
+# %% ../nbs/02b_parity.ipynb #229bc6a3
 _EXTRA = {0: dict(img0_extra=[[0, 0], [255, 255], [17, 200]], img0_first_code_only=[[33, -1]], img0_minus_one_published=[[33, 0]]), 2: dict(img2_extra=[[0, 0], [255, 255]])}
 
 def compare_case(model, i, cases): # -> list of dict of figures for a table: the masks of case i, then codes that were recorded beside them

@@ -6,7 +6,7 @@
 __all__ = ['TokenizerConfig', 'backbone_args', 'MaskEncoder', 'MaskTokenizer', 'ImageEmbedding', 'prepare_image', 'mask_prompts',
            'TokenizerOutput']
 
-# %% ../nbs/02_tokenizer.ipynb #9b386c2e
+# %% ../nbs/02_tokenizer.ipynb #1bc2c06e
 import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -33,7 +33,7 @@ from .quantizer import CodeError, ResidualVQ
 from .runs import data_file
 from .words import MaskVocab
 
-# %% ../nbs/02_tokenizer.ipynb #5e790b14
+# %% ../nbs/02_tokenizer.ipynb #a15b4ef4
 @dataclass
 class TokenizerConfig:
     "Everything that fixes the shape of a mask tokenizer."
@@ -56,7 +56,7 @@ class TokenizerConfig:
     @property
     def num_codes(self): return self.num_mask_tokens * self.depth
 
-# %% ../nbs/02_tokenizer.ipynb #140721af
+# %% ../nbs/02_tokenizer.ipynb #e69599ce
 def backbone_args(backbone): # name of a sam2.1 config ("sam2.1_hiera_l") or dict -> dict of Hiera arguments
     "Look up the arguments of a Hiera trunk in the sam2 package."
     if isinstance(backbone, dict): return backbone
@@ -71,7 +71,7 @@ def _image_encoder(config):
     neck = FpnNeck(PositionEmbeddingSine(config.dim, normalize=True), config.dim, trunk.channel_list, fpn_top_down_levels=[2, 3], fpn_interp_model='nearest')
     return ImageEncoder(trunk=trunk, neck=neck, scalp=1)
 
-# %% ../nbs/02_tokenizer.ipynb #10ad2cde
+# %% ../nbs/02_tokenizer.ipynb #05c64f11
 class MaskEncoder(nn.Module):
     "Read a mask off image features into T vectors."
     def __init__(self, config):
@@ -87,7 +87,7 @@ class MaskEncoder(nn.Module):
         out, _ = self.transformer(features + dense, position.expand(len(sparse), -1, -1, -1), tokens)
         return out[:, :self.mask_tokens.num_embeddings]
 
-# %% ../nbs/02_tokenizer.ipynb #69680105
+# %% ../nbs/02_tokenizer.ipynb #49e00aab
 def _mask_decoder(config):
     transformer = TwoWayTransformer(depth=2, embedding_dim=config.dim, num_heads=config.heads, mlp_dim=config.mlp_dim)
     return MaskDecoder(transformer_dim=config.dim, transformer=transformer, num_multimask_outputs=3, iou_head_hidden_dim=config.dim, use_high_res_features=True,
@@ -111,7 +111,7 @@ class MaskTokenizer(nn.Module, PyTorchModelHubMixin):
     @property
     def device(self): return self.no_mem_embed.device
 
-# %% ../nbs/02_tokenizer.ipynb #91bcea87
+# %% ../nbs/02_tokenizer.ipynb #15221cea
 @dataclass
 class ImageEmbedding:
     "Features of B images: `features` (B,C,h,w), `fine` [(B,C/8,4h,4w), (B,C/4,2h,2w)], `sizes` [(H,W)] of the images."
@@ -130,7 +130,7 @@ def prepare_image(image, # (H,W,3) uint8 RGB
     resized = np.array(Image.fromarray(image).resize((size, size), Image.BICUBIC))
     return (torch.from_numpy(resized).permute(2, 0, 1).float() / 255 - _MEAN) / _STD
 
-# %% ../nbs/02_tokenizer.ipynb #74f50703
+# %% ../nbs/02_tokenizer.ipynb #cc32752d
 def _features(self, pixels): # (B,3,S,S) -> features (B,C,h,w), [fine 4h, fine 2h]
     frozen = not any(p.requires_grad for p in self.image_encoder.parameters())
     with torch.no_grad() if frozen else nullcontext():
@@ -149,7 +149,7 @@ def _embed_image(self, image): # (H,W,3) uint8, a path or a PIL image; or a list
 
 MaskTokenizer._features, MaskTokenizer.embed_image = _features, _embed_image
 
-# %% ../nbs/02_tokenizer.ipynb #77fed2fa
+# %% ../nbs/02_tokenizer.ipynb #94885347
 def mask_prompts(masks, # (N,H,W) bool
                  boxes, # (N,4) xyxy pixels, max exclusive
                  size,  # S, side of the model's square
@@ -161,7 +161,7 @@ def mask_prompts(masks, # (N,H,W) bool
     corners = (torch.as_tensor(np.asarray(boxes, np.float64)) - torch.tensor([0, 0, 1, 1])) * torch.tensor([size / w, size / h] * 2)
     return dense, corners.float().reshape(-1, 2, 2)
 
-# %% ../nbs/02_tokenizer.ipynb #c6d963f1
+# %% ../nbs/02_tokenizer.ipynb #dbcd84f4
 def _latents(self, features, dense, corners): # one row of each for each mask -> z (N,T,D)
     labels = torch.tensor([[2, 3]], device=self.device).expand(len(corners), 2)       # SAM's labels of a box's corners
     sparse, dense = self.sam_prompt_encoder((corners, labels), None, dense)
@@ -176,7 +176,7 @@ def _candidates(self, features, fine, vectors): # vectors (N,T,D) -> logits (N,3
 
 MaskTokenizer._latents, MaskTokenizer._candidates = _latents, _candidates
 
-# %% ../nbs/02_tokenizer.ipynb #316f6b50
+# %% ../nbs/02_tokenizer.ipynb #b5af9122
 def _as_lists(embedding, per_image, what):
     items = [per_image] if embedding.single else list(per_image)
     if len(items) != len(embedding): raise ValueError(f'{len(embedding)} images came with {len(items)} sets of {what}: give one set for each image.')
@@ -190,7 +190,7 @@ def _rows(self, embedding, counts, chunk): # yields (slice of all masks, feature
 
 MaskTokenizer._rows = _rows
 
-# %% ../nbs/02_tokenizer.ipynb #54aef7a7
+# %% ../nbs/02_tokenizer.ipynb #e7d078fa
 def _check_regions(masks, boxes, size): # -> masks (N,H,W) bool, boxes (N,4); MaskError with the number of the mask
     masks = check_masks(masks, size)
     if (empty := np.flatnonzero(~masks.any((1, 2)))).size:
@@ -215,7 +215,7 @@ def _mask_embeddings(self, image, masks, boxes=None, chunk=16):
 
 MaskTokenizer.mask_embeddings = _mask_embeddings
 
-# %% ../nbs/02_tokenizer.ipynb #97f67210
+# %% ../nbs/02_tokenizer.ipynb #39511784
 @torch.no_grad()
 def _encode(self, image, # one image (array, path, PIL) or an ImageEmbedding; or a list of images
             masks,       # (N,H,W) bool, of the image's size; for a list of images a list of them
@@ -229,7 +229,7 @@ def _encode(self, image, # one image (array, path, PIL) or an ImageEmbedding; or
 
 MaskTokenizer.encode = _encode
 
-# %% ../nbs/02_tokenizer.ipynb #a58d88fc
+# %% ../nbs/02_tokenizer.ipynb #62dc7164
 def _check_codes(codes, num_codes):
     codes = np.asarray(codes)
     if codes.size == 0: return np.zeros((0, num_codes), np.int64)
@@ -255,7 +255,7 @@ def _decode_vectors(self, image, vectors, chunk=16): # vectors (N,T,D), or a lis
 
 MaskTokenizer.decode_vectors = _decode_vectors
 
-# %% ../nbs/02_tokenizer.ipynb #89af425d
+# %% ../nbs/02_tokenizer.ipynb #3bea377d
 @torch.no_grad()
 def _decode(self, image, # one image or an ImageEmbedding; or a list of images
             codes,       # (N,K) int in [0,codebook_size), -1 for a missing later code; for a list of images a list of them
@@ -279,7 +279,7 @@ def _decode(self, image, # one image or an ImageEmbedding; or a list of images
 
 MaskTokenizer.decode = _decode
 
-# %% ../nbs/02_tokenizer.ipynb #2ee88ead
+# %% ../nbs/02_tokenizer.ipynb #db8d7d6f
 def _encode_words(self, image, masks, boxes=None): # -> list of N strings, for example "<|mt_start|><|mt_0007|><|mt_0041|><|mt_end|>"
     "Encode masks of one image into words."
     return [self.vocab.format(c) for c in self.encode(image, masks, boxes)]
@@ -290,7 +290,7 @@ def _decode_words(self, image, text, policy='strict', **kwargs): # text with any
 
 MaskTokenizer.encode_words, MaskTokenizer.decode_words = _encode_words, _decode_words
 
-# %% ../nbs/02_tokenizer.ipynb #292ad4c5
+# %% ../nbs/02_tokenizer.ipynb #d82a04cc
 @dataclass
 class TokenizerOutput:
     "What a training step needs: `logits` (N,3,4h,4w), `scores` (N,3), `codes` (N,K) or None, `commitment` (), `latents` (N,T,D)."
@@ -314,7 +314,7 @@ def _forward(self, pixels, # (B,3,S,S) float, as of prepare_image
 
 MaskTokenizer.forward = _forward
 
-# %% ../nbs/02_tokenizer.ipynb #a94b15ae
+# %% ../nbs/02_tokenizer.ipynb #7418168f
 @classmethod
 def _from_pretrained(cls, name, # a folder, "toy", or a hub id such as "user/tokenizer"
                      **kwargs): # device: str; others go to huggingface_hub
@@ -330,7 +330,7 @@ def _from_pretrained(cls, name, # a folder, "toy", or a hub id such as "user/tok
         if isinstance(e, CheckpointError): raise
         raise CheckpointError(f'The tokenizer {name} could not be fetched or read: {type(e).__name__}: {str(e).splitlines()[0][:200]}') from e
 
-# %% ../nbs/02_tokenizer.ipynb #c24ed0d0
+# %% ../nbs/02_tokenizer.ipynb #02185c0f
 def _load_folder(cls, path):
     for file in ('config.json', 'model.safetensors'):
         if not (path / file).is_file(): raise CheckpointError(f'The folder {path.name} has no {file}: a saved tokenizer has config.json and model.safetensors.')
@@ -339,7 +339,7 @@ def _load_folder(cls, path):
     load_checked(model, read_checkpoint(path / 'model.safetensors'), path.name)
     return model.eval()
 
-# %% ../nbs/02_tokenizer.ipynb #3d825871
+# %% ../nbs/02_tokenizer.ipynb #3d685f10
 def _save_pretrained(self, save_directory, **kwargs):
     "Write config.json and model.safetensors (and a model card) into a folder; with `push_to_hub=True` also to the hub."
     kwargs['config'] = {k: v for k, v in asdict(self.config).items()}
@@ -348,7 +348,7 @@ def _save_pretrained(self, save_directory, **kwargs):
 
 MaskTokenizer.from_pretrained, MaskTokenizer.save_pretrained = _from_pretrained, _save_pretrained
 
-# %% ../nbs/02_tokenizer.ipynb #1b2d1d40
+# %% ../nbs/02_tokenizer.ipynb #f4b8eb09
 @classmethod
 def _from_published(cls, tokenizer_ckpt=None, # the authors' .pth file; None: only SAM 2
                     sam2_ckpt=None,  # a sam2.1 .pt file; needed only if the first is None

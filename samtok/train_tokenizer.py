@@ -8,7 +8,7 @@ __all__ = ['load_params', 'tokenizer_config', 'training_data', 'heldout_data', '
            'load_checkpoint', 'last_checkpoint', 'Trainer', 'train', 'run_training', 'same_metrics', 'masks_per_second',
            'main']
 
-# %% ../nbs/02a_train_tokenizer.ipynb #6871ae5b
+# %% ../nbs/02a_train_tokenizer.ipynb #d566fbe6
 import argparse, json, math, os, sys, time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,7 +25,7 @@ from .runs import Run, check_gpus, data_file, launch, load_scale, mean_ci, parse
 from .shapeworld import ShapeWorld
 from .tokenizer import MaskTokenizer, TokenizerConfig, mask_prompts, prepare_image
 
-# %% ../nbs/02a_train_tokenizer.ipynb #ced3da6a
+# %% ../nbs/02a_train_tokenizer.ipynb #4b7c7264
 def load_params(scale='auto', gpus=0, **overrides): # -> dict; see data/params/train_tokenizer_*.json
     "Read the parameter file of a scale; overrides that are not None win; unknown names raise RunError."
     return load_scale('train_tokenizer', scale, gpus, **overrides)
@@ -34,7 +34,7 @@ def tokenizer_config(params): # dict -> dict of TokenizerConfig fields
     "Pick the arguments of MaskTokenizer out of a run's parameters."
     return {f.name: params[f.name] for f in fields(TokenizerConfig) if f.name in params}
 
-# %% ../nbs/02a_train_tokenizer.ipynb #30050f35
+# %% ../nbs/02a_train_tokenizer.ipynb #1eb1b74e
 def _shipped(name): return Path(name) if Path(name).exists() else data_file(name)  # a file of the user's, or one of the package's data folder
 
 def training_data(params): # -> MaskDataset
@@ -48,7 +48,7 @@ def heldout_data(params, n=None): # -> MaskDataset of scenes or files that train
     if not params['heldout']: return ShapeWorld(n or params['eval_scenes'], 'heldout', seed=params['seed'])
     return open_dataset(**json.loads(_shipped(params['heldout']).read_text()))
 
-# %% ../nbs/02a_train_tokenizer.ipynb #51d33e2a
+# %% ../nbs/02a_train_tokenizer.ipynb #c7317658
 @dataclass
 class Batch:
     "`pixels` (B,3,S,S), `dense` (N,1,4h,4w), `corners` (N,2,2), `index` (N,) image of each mask, `truth` (N,R,R) in [0,1]."
@@ -74,7 +74,7 @@ def make_batch(samples, # list of MaskSample, each with at least one mask
         parts.append((prepare_image(s.image, config.image_size)[None], *mask_prompts(masks, boxes, config.image_size, config.grid), torch.full((len(keep),), i), truth[:, 0]))
     return Batch(*(torch.cat(p) for p in zip(*parts)))
 
-# %% ../nbs/02a_train_tokenizer.ipynb #f95c2108
+# %% ../nbs/02a_train_tokenizer.ipynb #90b1d95e
 def build_tokenizer(params): # -> (MaskTokenizer, report dict)
     "Make the tokenizer of a run: from scratch, from a saved tokenizer, or from SAM 2 with frozen encoders."
     model, report = MaskTokenizer(**tokenizer_config(params)), {}
@@ -90,7 +90,7 @@ def build_tokenizer(params): # -> (MaskTokenizer, report dict)
     if not params['iou_weight']: model.sam_mask_decoder.iou_prediction_head.requires_grad_(False)
     return model, report
 
-# %% ../nbs/02a_train_tokenizer.ipynb #a2c1b734
+# %% ../nbs/02a_train_tokenizer.ipynb #abae017f
 def step_loss(out,   # TokenizerOutput
               truth, # (N,R,R) float in [0,1]
               params): # ce_weight, dice_weight, points, candidates, commitment, iou_weight -> (loss (), dict of floats)
@@ -104,7 +104,7 @@ def step_loss(out,   # TokenizerOutput
     terms = dict(loss=loss, mask=mask, ce=ce.mean(), dice=dice.mean(), commitment=out.commitment, iou_error=iou_error, iou=chosen)
     return loss, {k: v.detach() for k, v in terms.items()}
 
-# %% ../nbs/02a_train_tokenizer.ipynb #ce9771fd
+# %% ../nbs/02a_train_tokenizer.ipynb #9fd2566e
 def lr_at(step,   # int, from 0
           params  # steps, warmup (steps), lr
          ): # float
@@ -113,7 +113,7 @@ def lr_at(step,   # int, from 0
     t = (step - params['warmup']) / max(1, params['steps'] - params['warmup'])
     return params['lr'] * (.01 + .99 * .5 * (1 + math.cos(math.pi * min(1, t))))
 
-# %% ../nbs/02a_train_tokenizer.ipynb #487be132
+# %% ../nbs/02a_train_tokenizer.ipynb #d9f7b5f5
 def evaluate_tokenizer(tokenizer, # MaskTokenizer
                        dataset,   # MaskDataset
                        n=None,    # number of images; None: all
@@ -140,7 +140,7 @@ def summarise(rows, size): # rows of evaluate_tokenizer -> dict: iou and iou_con
     usage = code_usage(torch.tensor(rows['codes']), size)
     return dict(iou=mean_ci(rows['iou']), **(dict(iou_continuous=mean_ci(rows['iou_continuous'])) if rows['iou_continuous'] else {}), **usage)
 
-# %% ../nbs/02a_train_tokenizer.ipynb #8eaee811
+# %% ../nbs/02a_train_tokenizer.ipynb #c40bc086
 @torch.no_grad()
 def start_codebooks(model, params, batches=None):
     "Place the codebooks by k-means on the encoder's vectors of training images; returns how many vectors were used."
@@ -160,7 +160,7 @@ def _take(stream, n): # the next n samples that have masks
         if len(got) == n: return got
     raise RuntimeError('The training data ended in the middle of a run: use repeat=True in the mixture or more scenes.')
 
-# %% ../nbs/02a_train_tokenizer.ipynb #a8a2d52c
+# %% ../nbs/02a_train_tokenizer.ipynb #8c4d5c14
 def save_checkpoint(path, step, model, opt, rng, taken):
     "Write a training checkpoint atomically."
     state = dict(step=step, model=model.state_dict(), opt=opt.state_dict(), taken=taken, torch_rng=torch.get_rng_state(), numpy_rng=json.dumps(rng.bit_generator.state))
@@ -181,7 +181,7 @@ def last_checkpoint(path, world): # run folder, number of ranks -> step, or None
     steps = {int(f.stem.split('_')[1]) for f in Path(path).glob('checkpoint_*_0.pt')}
     return max((s for s in steps if all((Path(path) / f'checkpoint_{s}_{r}.pt').exists() for r in range(world))), default=None)
 
-# %% ../nbs/02a_train_tokenizer.ipynb #3608b91b
+# %% ../nbs/02a_train_tokenizer.ipynb #3e9a1376
 class Trainer:
     "The state of a training run; `train` drives it."
     def __init__(self, params, run):
@@ -202,7 +202,7 @@ class Trainer:
         if self.acc.is_main_process: run.truncate(self.step)
         self.wrapped, self.opt = self.acc.prepare(self.model, self.opt)
 
-# %% ../nbs/02a_train_tokenizer.ipynb #10e30361
+# %% ../nbs/02a_train_tokenizer.ipynb #6f1520ca
 def _trainer_step(self, stream): # one optimizer step -> dict of floats
     "Draw a batch, move weights and codebooks by one step."
     p = self.params
@@ -231,7 +231,7 @@ def _trainer_save(self): # every rank writes its own file; older ones go when al
 
 Trainer.train_step, Trainer.save = _trainer_step, _trainer_save
 
-# %% ../nbs/02a_train_tokenizer.ipynb #e617f518
+# %% ../nbs/02a_train_tokenizer.ipynb #2af692da
 def train(params, # dict of load_params
           path,   # run folder; a finished run is not repeated, an unfinished one resumes
           on_log=None): # called with all rows so far after each logged step -> the run's result (dict), None on other ranks than 0
@@ -250,7 +250,7 @@ def train(params, # dict of load_params
         if t.step % every == 0 and t.step < p['steps']: t.save()
     return _finish(t, time.time() - started) if t.acc.is_main_process else None
 
-# %% ../nbs/02a_train_tokenizer.ipynb #164caad3
+# %% ../nbs/02a_train_tokenizer.ipynb #ff039dca
 def _log(t, window, started, on_log):
     row = {k: torch.stack([w[k] for w in window]).mean() for k in window[0] if k != 'masks'}
     row = {k: t.acc.reduce(v, 'mean').item() for k, v in row.items()}
@@ -275,7 +275,7 @@ def _finish(t, seconds):
     t.run.save_result(metrics, n=len(rows['iou']), seconds=round(seconds, 1), command=command)
     return t.run.result
 
-# %% ../nbs/02a_train_tokenizer.ipynb #09069384
+# %% ../nbs/02a_train_tokenizer.ipynb #182369ed
 def run_training(params, path, on_log=None): # -> result dict
     "Train in this process, or with gpus > 1 in processes of their own that are watched."
     check_gpus(params['gpus'])
@@ -283,14 +283,14 @@ def run_training(params, path, on_log=None): # -> result dict
     watch(path, launch('samtok.train_tokenizer', dict(out=str(path), **params), gpus=params['gpus'], run_dir=path), on_log)
     return Run(path, params).result
 
-# %% ../nbs/02a_train_tokenizer.ipynb #9c184b95
+# %% ../nbs/02a_train_tokenizer.ipynb #8b121619
 def same_metrics(a, b, # lists of metric rows
                  ignore=('seconds',)): # -> float, the largest difference over all steps and keys; inf if rows or keys differ
     "Compare two metric files, as the resume test does."
     if len(a) != len(b) or any(set(x) - set(ignore) != set(y) - set(ignore) for x, y in zip(a, b)): return math.inf
     return max((abs(x[k] - y[k]) for x, y in zip(a, b) for k in x if k not in ignore and isinstance(x[k], (int, float))), default=0.)
 
-# %% ../nbs/02a_train_tokenizer.ipynb #ddd5ecbd
+# %% ../nbs/02a_train_tokenizer.ipynb #79c9cd8f
 def masks_per_second(params, masks_per_image, n=16, repeats=3): # n masks in all -> float
     "Measure training throughput (forward, loss, backward) for n masks in n / masks_per_image images."
     seed_everything(0)
@@ -304,7 +304,7 @@ def masks_per_second(params, masks_per_image, n=16, repeats=3): # n masks in all
         step_loss(out, batch.truth, params)[0].backward()
     return len(batch.index) * repeats / (time.perf_counter() - t)
 
-# %% ../nbs/02a_train_tokenizer.ipynb #17acfc5e
+# %% ../nbs/02a_train_tokenizer.ipynb #95bfb961
 def main(argv=None):
     "Train from the command line; every parameter of the scale's file is an option."
     argv = sys.argv[1:] if argv is None else argv
@@ -316,5 +316,5 @@ def main(argv=None):
     result = train(args, path) if 'RANK' in os.environ else run_training(args, path)
     if result: print(json.dumps(result['metrics'], indent=1))
 
-# %% ../nbs/02a_train_tokenizer.ipynb #d03e2d76
+# %% ../nbs/02a_train_tokenizer.ipynb #9ad0d9fc
 if __name__ == '__main__' and '__file__' in globals(): main()
