@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['read_masks', 'encode_main', 'decode_main']
 
-# %% ../nbs/11_cli.ipynb #5fe4eb98
+# %% ../nbs/11_cli.ipynb #0b46983a
 import argparse, json, sys
 from pathlib import Path
 
-# %% ../nbs/11_cli.ipynb #70c28368
+# %% ../nbs/11_cli.ipynb #afed3141
 def read_masks(path, # .png (or another image) or .json
                size  # (H, W) of the image
               ): # list of (H,W) bool; raises MaskError, ImageError
@@ -27,7 +27,7 @@ def read_masks(path, # .png (or another image) or .json
     if not items: raise MaskError(f'{path.name} holds no mask: give an RLE dict, polygons, or a list of them.')
     return [segmentation_to_mask(m.get('rle', m.get('segmentation', m)) if isinstance(m, dict) else m, size) for m in items]
 
-# %% ../nbs/11_cli.ipynb #841bbca6
+# %% ../nbs/11_cli.ipynb #68fb609c
 def _run(prog, work, args): # call work(args); a known error becomes one sentence and exit code 2
     try: return work(args)
     except (ValueError, OSError) as e:
@@ -42,7 +42,7 @@ def _parser(prog, text):
     p.add_argument('--json', action='store_true', help='print JSON')
     return p
 
-# %% ../nbs/11_cli.ipynb #748d902a
+# %% ../nbs/11_cli.ipynb #2f674c43
 def _encode(args):
     from samtok.data import read_image
     from samtok.masks import mask_to_box
@@ -62,7 +62,7 @@ def encode_main(argv=None): # IMAGE MASK... [--tokenizer T] [--json]
     p.add_argument('masks', nargs='+', help='PNG masks, or JSON with RLE or polygons')
     _run('samtok-encode', _encode, p.parse_args(argv))
 
-# %% ../nbs/11_cli.ipynb #fcc73a27
+# %% ../nbs/11_cli.ipynb #11c46611
 def _words_text(words):
     if words == '-': return sys.stdin.read()
     path = Path(words)
@@ -78,7 +78,7 @@ def _save_masks(masks, out): # -> list of file names; out names the first or onl
     for m, p in zip(masks, paths): Image.fromarray(m * np.uint8(255)).save(p)
     return [p.name for p in paths]
 
-# %% ../nbs/11_cli.ipynb #c3071ca8
+# %% ../nbs/11_cli.ipynb #f7282a21
 def _decode(args):
     from samtok.data import read_image
     from samtok.masks import mask_to_polygons, mask_to_rle
