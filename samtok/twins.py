@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QWEN', 'LLAMA', 'FAMILIES', 'Family', 'twin_tokenizer', 'twin_processor', 'twin_model']
 
-# %% ../nbs/03d_twins.ipynb #783b0b6a
+# %% ../nbs/03d_twins.ipynb #256739cc
 import json
 from dataclasses import dataclass
 from math import isqrt
@@ -14,7 +14,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-# %% ../nbs/03d_twins.ipynb #f75a0af1
+# %% ../nbs/03d_twins.ipynb #328feb6d
 QWEN = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|object_ref_start|>', '<|object_ref_end|>', '<|vision_start|>', '<|vision_end|>', '<|vision_pad|>', '<|image_pad|>', '<|video_pad|>')
 LLAMA = ('<|begin_of_text|>', '<|end_of_text|>', '<|image|>', '<|video|>', '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>')
 _QWEN_CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -27,7 +27,7 @@ _LLAMA_CHAT = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['r
                "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] | trim }}{% endfor %}{% endif %}<|eot_id|>{% endfor %}"
                "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
 
-# %% ../nbs/03d_twins.ipynb #d88b58d4
+# %% ../nbs/03d_twins.ipynb #ffc58ebd
 @dataclass(frozen=True)
 class Family:
     "What is particular to a family; class names are looked up in transformers, and only when they are needed."
@@ -53,7 +53,7 @@ def _text(s, t, **more): # arguments of a language model that all families share
     return dict(vocab_size=s.rows, hidden_size=s.hidden, intermediate_size=2 * s.hidden, num_hidden_layers=s.layers, num_attention_heads=s.heads, num_key_value_heads=max(1, s.heads // 2),
                 max_position_embeddings=4096, bos_token_id=t.bos_token_id, eos_token_id=t.eos_token_id, pad_token_id=t.pad_token_id, tie_word_embeddings=s.tied, **more)
 
-# %% ../nbs/03d_twins.ipynb #a1c31733
+# %% ../nbs/03d_twins.ipynb #87d5e0ed
 def _qwen_vision(s, **more): return dict(depth=s.depth, hidden_size=s.vision, intermediate_size=2 * s.vision, num_heads=max(2, s.vision // 32), out_hidden_size=s.hidden, patch_size=s.patch, spatial_merge_size=2, temporal_patch_size=2, **more)
 def _rope(kind, **more): return dict(rope_parameters=dict(rope_type=kind, **more))
 def _thirds(n): return [n - 2 * (3 * n // 8), 3 * n // 8, 3 * n // 8]             # n rotating pairs: a quarter for time, the rest for height and width
@@ -65,11 +65,11 @@ def _qwen3_vl(s, t): return dict(text_config=_text(s, t, head_dim=s.head, **_rop
                                  vision_config=_qwen_vision(s, num_position_embeddings=s.grid**2, deepstack_visual_indexes=[0]))
 
 def _qwen3_5(s, t):
-    linear = dict(layer_types=['linear_attention' if i % 2 == 0 else 'full_attention' for i in range(s.layers)], linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
+    linear = dict(layer_types=['full_attention' if (s.layers - i) % 2 else 'linear_attention' for i in range(s.layers)], linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
     rope = _rope('default', mrope_section=_thirds(s.head // 4), mrope_interleaved=True, rope_theta=1e6, partial_rotary_factor=.25)  # heads are twice as wide, a quarter of them rotates
     return dict(text_config=_text(s, t, head_dim=2 * s.head, **linear, **rope), vision_config=_qwen_vision(s, num_position_embeddings=s.grid**2))
 
-# %% ../nbs/03d_twins.ipynb #d049c1af
+# %% ../nbs/03d_twins.ipynb #e5461d7e
 def _perception_lm(s, t):
     tower = dict(embed_dim=s.vision, depth=s.depth, num_heads=max(2, s.vision // 32), patch_size=s.patch, img_size=[s.tile, s.tile], ref_feat_shape=[s.tile // s.patch] * 2, global_pool='', init_values=.1, use_post_transformer_norm=False)
     rope = _rope('llama3', rope_theta=5e5, factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=1024)
@@ -86,7 +86,7 @@ FAMILIES = dict(
     perception_lm=Family('PerceptionLM', 'PerceptionLMProcessor', 'PerceptionLMImageProcessor', 'PerceptionLMVideoProcessor', 'PreTrainedTokenizerFast', LLAMA,
                          dict(image_token='<|image|>', video_token='<|video|>'), _LLAMA_CHAT, _perception_lm, pad='<|end_of_text|>', eos='<|eot_id|>'))
 
-# %% ../nbs/03d_twins.ipynb #d72817cd
+# %% ../nbs/03d_twins.ipynb #83a0ec3f
 _LLAMA_CUT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 def _rules(family): # -> how texts are normalised and cut: normalizer or None, pre-tokenizer
@@ -104,7 +104,7 @@ def _wrap(family, t): # tokenizers.Tokenizer -> the family's tokenizer class
     t.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing(single=f'{begin} $A', pair=f'{begin} $A {begin}:1 $B:1', special_tokens=[(begin, t.token_to_id(begin))])])
     return cls(tokenizer_object=t, bos_token=begin, model_input_names=['input_ids', 'attention_mask'], **names)
 
-# %% ../nbs/03d_twins.ipynb #20761599
+# %% ../nbs/03d_twins.ipynb #c39d8a18
 def twin_tokenizer(corpus,   # iterable of str to learn the merges from
                    size=600, # tokens at most, 256 bytes and the special ones among them, phrases not
                    phrases=(), # texts that are one token each, such as the fixed parts of an answer
@@ -121,7 +121,7 @@ def twin_tokenizer(corpus,   # iterable of str to learn the merges from
     tokenizer.add_tokens([AddedToken(p, normalized=False) for p in phrases])
     return tokenizer
 
-# %% ../nbs/03d_twins.ipynb #91025126
+# %% ../nbs/03d_twins.ipynb #84b35f0f
 def twin_processor(family,    # one of FAMILIES
                    tokenizer, # of twin_tokenizer, made for the same family
                    patch=16, pixels=(64 * 64, 256 * 256), # side of a patch; least and most pixels of an image
@@ -138,7 +138,7 @@ def twin_processor(family,    # one of FAMILIES
     image = make(row.image, patch_size=patch, min_pixels=pixels[0], max_pixels=pixels[1])
     return make(row.processor, image_processor=image, tokenizer=tokenizer, video_processor=make(row.video, patch_size=patch), chat_template=row.chat)
 
-# %% ../nbs/03d_twins.ipynb #310ecf40
+# %% ../nbs/03d_twins.ipynb #15ec70e9
 def twin_model(family, processor, hidden=64, layers=2, heads=4, vision=32, depth=2, # widths and numbers of blocks of language model and vision tower
                grid=8, tied=False, padding=0, seed=0): # side of the learned position grid; one matrix for input and output; rows beyond the tokenizer -> model
     "Make a small randomly initialised model of a family, from its published config class."
