@@ -6,7 +6,7 @@
 __all__ = ['SWEEPS', 'SweepError', 'read_parameters', 'check_parameters', 'combinations', 'run_name', 'Sweep', 'as_frame',
            'plot_sweep', 'ready', 'parse_values', 'main']
 
-# %% ../nbs/09_sweep.ipynb #56046380
+# %% ../nbs/09_sweep.ipynb #958507f9
 import argparse, ast, hashlib, json, re, shlex, sys, time
 from contextlib import contextmanager
 from itertools import product
@@ -14,7 +14,7 @@ from pathlib import Path
 from .runs import atomic_write, data_file, environment, progress
 from .show import _axes, color_of, table
 
-# %% ../nbs/09_sweep.ipynb #604e8df2
+# %% ../nbs/09_sweep.ipynb #4aa94fd1
 class SweepError(ValueError):
     "A sweep that cannot start, and what to do about it."
 
@@ -36,7 +36,7 @@ def read_parameters(notebook): # path -> dict name: name of its type, '' if it s
             if isinstance(t, ast.Name): names[t.id] = ast.unparse(n.annotation) if isinstance(n, ast.AnnAssign) else ''
     return names
 
-# %% ../nbs/09_sweep.ipynb #91fd0c51
+# %% ../nbs/09_sweep.ipynb #7ba30b50
 _TYPES = dict(int=int, float=(int, float), bool=bool, str=str)
 
 def _file_parameters(notebook): # names in the parameter files of a run notebook
@@ -54,7 +54,7 @@ def check_parameters(notebook, # path of a run notebook
         wanted = _TYPES.get(names.get(k), object)
         if v is not None and (not isinstance(v, wanted) or isinstance(v, bool) and wanted not in (bool, object)): raise SweepError(f'The parameter {k} of {stem} is {names[k]}, and {v!r} is not.')
 
-# %% ../nbs/09_sweep.ipynb #ae4b3555
+# %% ../nbs/09_sweep.ipynb #4f4ba861
 def combinations(grid): # dict name: list of values, or list of dicts -> list of dicts
     "List all combinations of a grid, the last name changing fastest."
     runs = grid if isinstance(grid, list) else [dict(zip(grid, values)) for values in product(*(v if isinstance(v, (list, tuple)) else [v] for v in grid.values()))]
@@ -72,7 +72,7 @@ def run_name(notebook, varied, fixed=None): # path; dicts name: value -> str, th
     text = '_'.join(f'{k}-{v}' for k, v in sorted(given.items()) if k in varied) or 'run'
     return re.sub(r'[^A-Za-z0-9._-]+', '-', text)[:80] + '_' + mark
 
-# %% ../nbs/09_sweep.ipynb #3e3043d4
+# %% ../nbs/09_sweep.ipynb #5700aa46
 class Sweep:
     "All combinations of a grid as runs of one notebook, each in a folder of its own."
     def __init__(self, notebook, # path of a run notebook
@@ -95,7 +95,7 @@ class Sweep:
     def __len__(self): return len(self.runs)
     def __repr__(self): return f'Sweep({self.notebook.stem}, {len(self)} runs over {", ".join(self.names)})'
 
-# %% ../nbs/09_sweep.ipynb #e1b605a5
+# %% ../nbs/09_sweep.ipynb #f4253fc4
 def _option(name, value): # as papermill's command line reads it
     if isinstance(value, (list, dict)): return ['-y', json.dumps({name: value})]
     read_otherwise = isinstance(value, str) and (value in ('True', 'False', 'None') or re.fullmatch(r'\s*[-+]?(\d|\.\d|inf|nan).*', value, re.I | re.S))
@@ -109,7 +109,7 @@ def _command(self, run): # dict of what varies -> str
 
 Sweep.command = _command
 
-# %% ../nbs/09_sweep.ipynb #caef2cef
+# %% ../nbs/09_sweep.ipynb #e140d1b6
 def _flock(file): # -> did this process get the lock?
     try: import fcntl
     except ImportError: return True                                                      # Windows: one sweep at a time
@@ -132,7 +132,7 @@ def _sentence(e): # exception of papermill -> str, one line without colours
     text = f'{e.ename}: {e.evalue}' if hasattr(e, 'evalue') else f'{type(e).__name__}: {e}'
     return re.sub(r'\x1b\[[0-9;]*m', '', text).strip().splitlines()[0]
 
-# %% ../nbs/09_sweep.ipynb #c54e8ea0
+# %% ../nbs/09_sweep.ipynb #e34d944e
 def _status(folder):
     if (folder / 'result.json').exists(): return 'finished'
     if not folder.exists(): return 'waiting'
@@ -154,7 +154,7 @@ def _rows(self): # -> list of dict, one for each run, in the order of the grid
 
 Sweep._row, Sweep.rows = _row, _rows
 
-# %% ../nbs/09_sweep.ipynb #09fe0511
+# %% ../nbs/09_sweep.ipynb #44d73591
 def _execute(self, run, folder): # -> error as a sentence, or None
     try: from papermill import execute_notebook
     except ImportError as e: raise SweepError('papermill runs the notebooks and is missing: pip install papermill.') from e
@@ -180,7 +180,7 @@ def _run(self, on_run=None): # on_run: called with all rows after each run -> li
 
 Sweep._execute, Sweep._one, Sweep.run = _execute, _one, _run
 
-# %% ../nbs/09_sweep.ipynb #366dccd8
+# %% ../nbs/09_sweep.ipynb #e27e01cb
 def _is_number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
 def _is_interval(v): return isinstance(v, dict) and {'mean', 'low', 'high'} <= set(v)
 _OWN = ('n', 'seconds', 'commit', 'status', 'error', 'attempts', 'folder', 'command')
@@ -201,7 +201,7 @@ def _report(self, metrics=None): # names; None: all -> samtok.show.table
 Sweep.metrics, Sweep.report = _metrics, _report
 Sweep._repr_markdown_ = lambda self: self.report()._repr_markdown_()
 
-# %% ../nbs/09_sweep.ipynb #53d320e6
+# %% ../nbs/09_sweep.ipynb #f4c5bc87
 def as_frame(rows): # list of dict -> pandas.DataFrame, or a list of dict where pandas is missing
     "Flatten rows: an interval becomes three columns, `iou`, `iou_low`, `iou_high`."
     flat = [{n: x for k, v in r.items() for n, x in ({k: v['mean'], k + '_low': v['low'], k + '_high': v['high']} if _is_interval(v) else {k: v}).items()} for r in rows]
@@ -218,7 +218,7 @@ def _save(self, path): # JSON file
 
 Sweep.save = _save
 
-# %% ../nbs/09_sweep.ipynb #b922f26a
+# %% ../nbs/09_sweep.ipynb #461e9d69
 def _points(rows, x, y, line): # -> dict value of line: list of (x, mean, low, high)
     have = sorted({k for r in rows for k, v in r.items() if k not in _OWN and (_is_number(v) or _is_interval(v))})
     lines = {}
@@ -249,7 +249,7 @@ def plot_sweep(rows, # list of dict: parameters, and metrics as numbers or dict(
     if line: ax.legend(fontsize=7)
     return fig
 
-# %% ../nbs/09_sweep.ipynb #1b30748c
+# %% ../nbs/09_sweep.ipynb #5188e2a3
 _TOY = dict(scale='toy', init_from='toy', steps=80, continuous=0., lr=2e-4, warmup=10, start_batches=60, eval_scenes=85)
 _02A, _04, _08 = 'nbs/02a_train_tokenizer.ipynb', 'nbs/04_sft.ipynb', 'nbs/08_evaluate.ipynb'
 _SIZES = [8, 16, 32, 64, 256]
@@ -266,7 +266,7 @@ SWEEPS = {
     'sft_codebooks': dict(notebook=_04, grid=dict(tokenizer=[_sized(s) for s in _SIZES]), fixed=dict(scale='toy'), show=('tokenizer', 'iou'), question='How many words can a small language model learn to say?'),
 }
 
-# %% ../nbs/09_sweep.ipynb #1d9b97f5
+# %% ../nbs/09_sweep.ipynb #07da5de3
 def _split(given): # dict name: value or list of values -> grid, fixed
     lists = {k: list(v) if isinstance(v, (list, tuple)) else [v] for k, v in given.items()}
     return {k: v for k, v in lists.items() if len(v) != 1}, {k: v[0] for k, v in lists.items() if len(v) == 1}
@@ -281,7 +281,7 @@ def ready(name, # one of SWEEPS
     grid, fixed = _split({**row['fixed'], **row['grid'], **changes})
     return Sweep(row['notebook'], grid or [{}], out or Path('runs/sweeps') / name, fixed)
 
-# %% ../nbs/09_sweep.ipynb #e5a8898c
+# %% ../nbs/09_sweep.ipynb #248eb859
 def parse_values(text): # "1,2", "toy", ".5,none", "[[1,2],[3]]" -> list of values
     "Read the values of one parameter: JSON, Python or plain words with commas between them."
     def one(word):
@@ -303,7 +303,7 @@ def _arguments(argv):
     p.add_argument('--dry', action='store_true', help='print status and command of each run, run nothing')
     return p.parse_args(argv)
 
-# %% ../nbs/09_sweep.ipynb #a5a6c912
+# %% ../nbs/09_sweep.ipynb #8f5df872
 def _from_arguments(a): # -> Sweep
     if wrong := [v for v in a.values if '=' not in v]: raise SweepError(f'{wrong[0]!r} is no parameter: write name=value, or name=a,b,c.')
     given = {k: parse_values(v) for k, v in (v.split('=', 1) for v in a.values)}
