@@ -43,8 +43,8 @@ test: $(STAMP)  ## Check the repository and run every notebook
 
 parity: $(STAMP)  ## Compare the tokenizer with recorded values of the reference
 	@mkdir -p runs
-	@$(RUN) nbs/02b_parity.ipynb runs/parity.ipynb -p full true
-	@echo "Executed notebook: runs/parity.ipynb"
+	@$(RUN) nbs/02b_parity.ipynb runs/parity.ipynb -p full true -p save runs/parity.json
+	@echo "Executed notebook: runs/parity.ipynb, figures: runs/parity.json"
 
 docs: $(STAMP)  ## Render the site into _docs (plain pages where Quarto is missing)
 	@$(CHECK) docs
