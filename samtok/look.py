@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ANSWERS', 'cell_labels', 'visual_tokens', 'token_grid', 'answer_words', 'warm_up_vision', 'mimetic_start']
 
-# %% ../nbs/04a_look.ipynb #e7eb631e
+# %% ../nbs/04a_look.ipynb #064136e2
 import math, re
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from .scenes import KINDS
 from .shapeworld import ShapeWorld, render
 from .vlm import matrices
 
-# %% ../nbs/04a_look.ipynb #65029ca1
+# %% ../nbs/04a_look.ipynb #f89e7a47
 _BOOKS = ('code 0', 'code 1')
 ANSWERS = ('object', *KINDS, *_BOOKS)                                             # what a visual token is asked for
 
@@ -36,7 +36,7 @@ def cell_labels(scene, # Scene
     out[out[:, 0] > 0, 1:] = rows[most[out[:, 0] > 0]]
     return out
 
-# %% ../nbs/04a_look.ipynb #59046e57
+# %% ../nbs/04a_look.ipynb #56923d11
 def visual_tokens(model, processor, images): # VLM, its processor, list of (H,W,3) uint8 of one size -> (N*g*g, C) float
     "Run the vision tower and its merger."
     batch = processor.image_processor(images=images, return_tensors='pt').to(model.device)
@@ -50,14 +50,14 @@ def token_grid(model, processor, image): # -> cells on a side; raises ValueError
     if (g := math.isqrt(n)) ** 2 != n: raise ValueError(f'The image gives {n} visual tokens, which is no square: use square images.')
     return g
 
-# %% ../nbs/04a_look.ipynb #3d972219
+# %% ../nbs/04a_look.ipynb #2b4b1812
 def answer_words(processor, vocab): # of a model that has the mask words; MaskVocab -> dict answer -> (k,) token ids, in the order of KINDS and of the codes
     "Find the word for every answer but the first: attributes as they stand in a sentence, codes as mask words."
     tk = processor.tokenizer
     said = {a: [tk(f' {v}', add_special_tokens=False)['input_ids'][-1] for v in values] for a, values in KINDS.items()}
     return {a: torch.tensor(ids) for a, ids in (said | {b: tk.convert_tokens_to_ids([vocab.word(j, c) for c in range(vocab.codebook_size)]) for j, b in enumerate(_BOOKS)}).items()}
 
-# %% ../nbs/04a_look.ipynb #77e90242
+# %% ../nbs/04a_look.ipynb #8952d35f
 class _Reader(torch.nn.Module): # reads the answers off visual tokens: whether there is an object by a layer, the rest by the words' own embeddings
     def __init__(self, embeddings, words): # (V,C), dict of answer_words
         super().__init__()
@@ -72,7 +72,7 @@ def _look_step(model, processor, reader, scenes, labels): # -> loss, accuracy of
     loss = sum(F.cross_entropy(o.float(), labels[:, j], ignore_index=-100) for j, o in enumerate(out))
     return loss, [((o.argmax(1) == labels[:, j])[labels[:, j] >= 0]).float().mean().item() for j, o in enumerate(out)]
 
-# %% ../nbs/04a_look.ipynb #ce9c6eed
+# %% ../nbs/04a_look.ipynb #0b8d7b7b
 @torch.no_grad()
 def _to_words_size(model, processor, images): # scale the merger's last layer so that visual tokens are as large as words
     size = lambda x: x.float().pow(2).mean().sqrt()
@@ -80,7 +80,7 @@ def _to_words_size(model, processor, images): # scale the merger's last layer so
     factor = size(model.get_input_embeddings().weight) / size(visual_tokens(model, processor, images))
     for w in last.parameters(): w.mul_(factor)
 
-# %% ../nbs/04a_look.ipynb #95aa4841
+# %% ../nbs/04a_look.ipynb #eafd08ab
 def warm_up_vision(model,     # a twin with mask words; its vision tower and merger are trained in place
                    processor, # its processor
                    table,     # CodeTable of training scenes
@@ -105,7 +105,7 @@ def warm_up_vision(model,     # a twin with mask words; its vision tower and mer
     _to_words_size(model, processor, [render(world.scene(i)) for i in range(min(16, len(table)))])
     return rows
 
-# %% ../nbs/04a_look.ipynb #847eb451
+# %% ../nbs/04a_look.ipynb #c5e75f3f
 def _alike(attention, strength, draw): # queries equal to keys, values of some random directions that are put back where they came from
     d, width = attention.head_dim, attention.k_proj.weight.shape[1]
     heads, kept = attention.o_proj.weight.shape[1] // d, attention.k_proj.weight.shape[0] // d
@@ -114,17 +114,27 @@ def _alike(attention, strength, draw): # queries equal to keys, values of some r
     attention.q_proj.weight.copy_(each(attention.k_proj.weight))
     attention.v_proj.weight.copy_(torch.linalg.qr(torch.randn(width, kept * d, generator=draw))[0].T)
     attention.o_proj.weight.copy_(each(attention.v_proj.weight).T * strength * kept / heads)
+    if hasattr(attention, 'q_norm'): attention.q_norm.weight.mul_(1.5)                     # sharper
     return 1
+
+def _nearby(attention, draw): # keys of what all words have in common, in the slow turns of the position code: attention falls off over some ten words
+    d, width = attention.head_dim, attention.k_proj.weight.shape[1]
+    turn = torch.zeros(d, 1)
+    turn[1:4, 0] = torch.tensor([.35, 1., .7])
+    rows = turn.repeat(len(attention.k_proj.weight) // d, 1) / width**.5
+    attention.k_proj.weight.copy_(rows + .02 * torch.randn(attention.k_proj.weight.shape, generator=draw))
 
 @torch.no_grad()
 def mimetic_start(model, strength=.5, seed=0): # a twin with mask words, changed in place; share of what is found that is passed on -> int: layers changed
-    "Let a twin's attention look for what is alike and copy it; give every word a direction of its own, the same at both ends."
+    "Let a twin's attention gather the words nearby, look for what is like them and copy it; give every word a direction of its own, the same at both ends."
     draw, n = torch.Generator().manual_seed(seed), 0
+    emb, head, tied = matrices(model)
     for name, m in model.named_modules():
         if re.search('visual|vision', name):
             if re.search(r'deepstack_merger.*fc2$', name): m.weight.zero_(); m.bias.zero_()
-        elif all(hasattr(m, p) for p in ('q_proj', 'k_proj', 'v_proj', 'o_proj')): n += _alike(m, strength, draw)
-    emb, head, tied = matrices(model)
-    emb.weight.copy_(torch.randn(emb.weight.shape, generator=draw) * (.05 if tied else 1.))
-    if not tied: head.weight.copy_(emb.weight * .05)
+        elif all(hasattr(m, p) for p in ('q_proj', 'k_proj', 'v_proj', 'o_proj')):
+            if not n and m.head_dim > 7: _nearby(m, draw)
+            n += _alike(m, strength * (10 if not n else 1), draw)
+    emb.weight.copy_((torch.randn(emb.weight.shape, generator=draw) + .5) * (.05 if tied else 1.))
+    if not tied: head.weight.copy_((emb.weight - .5) * .05)
     return n

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CAPTION', 'load_params', 'processes', 'training_rows', 'tokenizer_path', 'ChatCollator', 'SceneRows', 'Mix',
-           'toy_corpus', 'build_model', 'lora_config', 'sft_config', 'make_trainer', 'look', 'train', 'heldout_refer',
-           'evaluate_refer', 'evaluate_captions', 'finish', 'run_sft', 'main']
+           'toy_corpus', 'build_model', 'freeze_vision', 'lora_config', 'sft_config', 'make_trainer', 'look', 'train',
+           'heldout_refer', 'evaluate_refer', 'evaluate_captions', 'finish', 'run_sft', 'main']
 
-# %% ../nbs/04_sft.ipynb #a01ea35a
+# %% ../nbs/04_sft.ipynb #2f94f7f9
 import argparse, json, os, re, sys, time
 from pathlib import Path
 import numpy as np
@@ -26,7 +26,7 @@ from .tokenizer import MaskTokenizer
 from .twins import FAMILIES, twin_model, twin_processor, twin_tokenizer
 from .vlm import MaskVLM, add_mask_words, load_vlm, matrices
 
-# %% ../nbs/04_sft.ipynb #6aac11e2
+# %% ../nbs/04_sft.ipynb #22c6f922
 def load_params(scale='auto', gpus=0, recipe='', **overrides): # -> dict; see data/params/sft_*.json
     "Read the parameters of a scale, a recipe on top of them, and overrides that are not None; unknown names raise RunError."
     extra = json.loads(data_file('params', f'sft_{recipe}.json').read_text()) if recipe else {}
@@ -50,7 +50,7 @@ def training_rows(params, vocab): # -> rows with len and [i]
 def _file(name): return Path(name) if Path(name).exists() else data_file(*Path(name).parts)  # of the user, or of the package's data folder
 def tokenizer_path(name): return data_file(*Path(name).parts) if str(name).startswith('toy/') else name
 
-# %% ../nbs/04_sft.ipynb #1f8ea167
+# %% ../nbs/04_sft.ipynb #a5fede92
 def _segments(processor, messages): # -> [(text, is it a reply?)] that joined make the whole chat
     "Cut a chat into what is read and what is written."
     render = lambda m, ask: processor.apply_chat_template(m, tokenize=False, add_generation_prompt=ask)
@@ -63,7 +63,7 @@ def _segments(processor, messages): # -> [(text, is it a reply?)] that joined ma
         at = said
     return out
 
-# %% ../nbs/04_sft.ipynb #b86b4802
+# %% ../nbs/04_sft.ipynb #6f0b3eff
 def _mark(ids, segments, image_id, eos): # ids (L,) of the whole chat with images expanded; segments [(ids, is it a reply?)] unexpanded -> labels (L,)
     labels, at = np.full(len(ids), -100), 0
     for seg, reply in segments:
@@ -95,7 +95,7 @@ class ChatCollator:
             row[keep] = _mark(ids[keep], [(i, p) for i, (_, p) in zip(pieces, parts)], self.image_id, self.tokenizer.eos_token_id)
         return self._cut(dict(batch, labels=torch.from_numpy(labels)))
 
-# %% ../nbs/04_sft.ipynb #14a15d3a
+# %% ../nbs/04_sft.ipynb #f0c7af5b
 def _read(self, row): # -> (segments, images), or None
     try:
         messages, order = to_messages(json.loads(row['messages']) if isinstance(row['messages'], str) else row['messages'])
@@ -114,7 +114,7 @@ def _cut(self, batch): # -> batch of at most max_length tokens; images must stay
 
 ChatCollator._read, ChatCollator._cut = _read, _cut
 
-# %% ../nbs/04_sft.ipynb #86b36385
+# %% ../nbs/04_sft.ipynb #e74e71fb
 class SceneRows:
     "ShapeWorld conversations as rows with their mask words; row i is always the same, epoch by epoch new questions."
     def __init__(self, chat, words, epochs=1, opening=0): # SceneChat; function from a Conversation to its masks' words; passes over the scenes; rows at the start that name all objects, each with its mask
@@ -128,7 +128,7 @@ class SceneRows:
         c = chat.load(k)
         return chat_row(c, self.words(c), store=read_image)
 
-# %% ../nbs/04_sft.ipynb #3372ab96
+# %% ../nbs/04_sft.ipynb #f2b69ece
 class Mix:
     "Rows of several data sets, each as often as its weight says: 1.5 is every row once and half of them twice."
     def __init__(self, parts, seed=0): # list of (rows, weight)
@@ -144,7 +144,7 @@ class Mix:
         p, k = self.index[i]
         return self.parts[p][0][int(k)]
 
-# %% ../nbs/04_sft.ipynb #8a188188
+# %% ../nbs/04_sft.ipynb #3abf4e2d
 def load_params(scale='auto', gpus=0, recipe='', **overrides): # -> dict; see data/params/sft_*.json
     "Read the parameters of a scale, a recipe on top of them, and overrides that are not None; unknown names raise RunError."
     extra = json.loads(data_file('params', f'sft_{recipe}.json').read_text()) if recipe else {}
@@ -168,7 +168,7 @@ def training_rows(params, vocab): # -> rows with len and [i]
 def _file(name): return Path(name) if Path(name).exists() else data_file(*Path(name).parts)  # of the user, or of the package's data folder
 def tokenizer_path(name): return data_file(*Path(name).parts) if str(name).startswith('toy/') else name
 
-# %% ../nbs/04_sft.ipynb #f9e07c87
+# %% ../nbs/04_sft.ipynb #b45407c8
 def toy_corpus(n=400): # conversations -> list of str
     "Write text in the toy's language, to train its tokenizer on."
     chat = SceneChat(ShapeWorld(n, 'train', seed=5))
@@ -185,12 +185,15 @@ def build_model(params, vocab): # -> model, processor, report of add_mask_words
     if params['max_pixels']: processor.image_processor.size = dict(processor.image_processor.size, longest_edge=params['max_pixels'])
     report = add_mask_words(model, processor, vocab, seed=params['seed'])
     if params['mimetic'] and params['model'] in FAMILIES: mimetic_start(model, params['mimetic'], params['seed'])
-    if params['freeze_vision']:
-        for n, p in model.named_parameters():
-            if re.search(r'(^|\.)(visual|vision_tower|vision_model)\.', n) and not re.search(r'merger|projector', n): p.requires_grad_(False)
+    if params['freeze_vision']: freeze_vision(model, merger=params['model'] in FAMILIES)
     return model, processor, report
 
-# %% ../nbs/04_sft.ipynb #eac1ae8f
+def freeze_vision(model, merger=False): # VLM, changed in place; the merger (projector) as well
+    "Take the gradient off the vision tower."
+    for n, p in model.named_parameters():
+        if re.search(r'(^|\.)(visual|vision_tower|vision_model)\.', n) and (merger or not re.search(r'merger|projector', n)) or merger and 'projector' in n: p.requires_grad_(False)
+
+# %% ../nbs/04_sft.ipynb #b29ce9ba
 def lora_config(params, model, ids): # -> peft.LoraConfig, or None
     "Say which weights learn: low-rank updates of all linear layers of the language model, and the rows of the mask words."
     if params['learn'] == 'full': return None
@@ -204,7 +207,7 @@ def lora_config(params, model, ids): # -> peft.LoraConfig, or None
     targets = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head and not re.search(r'visual|vision', n)]
     return LoraConfig(r=params['lora_r'], lora_alpha=params['lora_alpha'], lora_dropout=params['lora_dropout'], target_modules=targets, modules_to_save=save or None, task_type='CAUSAL_LM', **rows)
 
-# %% ../nbs/04_sft.ipynb #d55bd519
+# %% ../nbs/04_sft.ipynb #89c7c510
 class _Log(TrainerCallback): # writes the trainer's log into the run's metrics
     def __init__(self, run, tell): self.run, self.tell, self.started = run, tell, time.time()
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -223,7 +226,7 @@ def sft_config(params, path): # -> trl.SFTConfig
                      gradient_checkpointing=p['gradient_checkpointing'], dataloader_num_workers=p['workers'], train_sampling_strategy='sequential' if p['data'] == 'shapeworld' else 'random', dataset_kwargs=dict(skip_prepare_dataset=True), remove_unused_columns=False, max_length=None,
                      deepspeed=p['deepspeed'] or None, fsdp=p['fsdp'] or None)
 
-# %% ../nbs/04_sft.ipynb #0c141447
+# %% ../nbs/04_sft.ipynb #4793393f
 def _memory(p, processor): # sentence for a GPU that is full
     return (f"The GPU's memory is full with batch {p['batch']}, images of up to {p['max_pixels'] or 'any number of'} pixels and {p['max_length'] or 'any number of'} tokens: "
             f"lower batch (and raise accumulate {p['accumulate']} as much), max_pixels or max_length, or set gradient_checkpointing.")
@@ -240,9 +243,12 @@ def make_trainer(params, path, model, processor, ids, rows, callbacks=()): # -> 
     return SFTTrainer(model=model, args=sft_config(params, path), train_dataset=numbers, data_collator=ChatCollator(processor, params['max_length'], rows),
                       processing_class=processor, peft_config=lora_config(params, model, ids), callbacks=list(callbacks))
 
-# %% ../nbs/04_sft.ipynb #f12fecff
+# %% ../nbs/04_sft.ipynb #1ad2278b
 def look(params, model, processor, vocab, run): # a twin learns to see before it learns to speak; its rows go into look.jsonl
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    for p in frozen: p.requires_grad_(True)
     rows = warm_up_vision(model, processor, code_table(_file(params['codes']), vocab), params['look_steps'], seed=params['seed'])
+    for p in frozen: p.requires_grad_(False)
     if run.main: atomic_write(run.path / 'look.jsonl', ''.join(json.dumps(r) + '\n' for r in rows))
 
 def train(params, path, on_log=None): # dict of load_params; run folder; called with all rows -> result dict, None on other ranks
@@ -265,7 +271,7 @@ def train(params, path, on_log=None): # dict of load_params; run folder; called 
     vlm = MaskVLM(model.merge_and_unload() if hasattr(model, 'merge_and_unload') else model, processor, tokenizer)
     return finish(run, vlm, time.time() - started)
 
-# %% ../nbs/04_sft.ipynb #79cacd69
+# %% ../nbs/04_sft.ipynb #4bad4570
 def heldout_refer(n, split='heldout', share=.25, seed=0): # expressions, split of ShapeWorld, share without target -> list of (scene, text, ids, kind)
     "Draw held-out expressions, one for each scene."
     world, out = ShapeWorld(4 * n, split, seed), []
@@ -277,26 +283,26 @@ def heldout_refer(n, split='heldout', share=.25, seed=0): # expressions, split o
         if set(ids) <= big: out.append((scene, text, sorted(ids), kind))
         if len(out) == n: return out
 
-# %% ../nbs/04_sft.ipynb #c917d75f
+# %% ../nbs/04_sft.ipynb #cb46b66b
 def evaluate_refer(vlm, asked, batch=32): # MaskVLM, rows of heldout_refer -> dict of lists over expressions
     "Ask for held-out expressions: IoU of the union, the tokenizer's own IoU, codes right."
-    out = dict(iou=[], ceiling=[], pair=[], first=[], no_target=[], malformed=[], kind=[])
+    out = dict(score=[], iou=[], ceiling=[], pair=[], first=[], no_target=[], malformed=[], kind=[])
     for a in range(0, len(asked), batch):
         part = asked[a:a + batch]
         images = [render(s) for s, *_ in part]
         for (scene, text, ids, kind), image, got in zip(part, images, vlm.segment(images, [t for _, t, *_ in part], max_new_tokens=96)):
             out['malformed'].append(len(got.skipped)); out['kind'].append(kind)
-            if not ids: out['no_target'].append(float(not got)); continue
+            if not ids: out['no_target'].append(float(not got)); out['score'].append(float(not got)); continue
             truth = scene.visible[ids]
             codes = vlm.tokenizer.encode(image, truth)
             best = vlm.tokenizer.decode(image, codes).any(0)
             said = {tuple(i.codes) for i in got}
             out['iou'].append(float(mask_iou_pairs(truth.any(0)[None], (got.union if got else np.zeros(scene.visible.shape[1:], bool))[None])[0]))
-            out['ceiling'].append(float(mask_iou_pairs(truth.any(0)[None], best[None])[0]))
+            out['score'].append(out['iou'][-1]); out['ceiling'].append(float(mask_iou_pairs(truth.any(0)[None], best[None])[0]))
             out['pair'] += [float(tuple(c) in said) for c in codes.tolist()]; out['first'] += [float(c[0] in {s[0] for s in said}) for c in codes.tolist()]
     return out
 
-# %% ../nbs/04_sft.ipynb #67767b21
+# %% ../nbs/04_sft.ipynb #ac9b6a4a
 CAPTION = PROMPTS['caption']
 
 def evaluate_captions(vlm, n, split='heldout', batch=32): # MaskVLM, regions -> dict attribute -> list of 0 or 1, over regions
@@ -311,7 +317,7 @@ def evaluate_captions(vlm, n, split='heldout', batch=32): # MaskVLM, regions -> 
         for k in KINDS: out[k].append(float(said[k] == getattr(o, k)))
     return out
 
-# %% ../nbs/04_sft.ipynb #0b80b0bf
+# %% ../nbs/04_sft.ipynb #d8b8a7af
 def finish(run, vlm, seconds): # Run, MaskVLM -> result dict
     "Save the model, measure it on held-out scenes, write the result."
     p = run.params
@@ -325,7 +331,7 @@ def finish(run, vlm, seconds): # Run, MaskVLM -> result dict
     run.save_result(metrics, n=p['eval_n'], seconds=round(seconds, 1), command=f"papermill nbs/04_sft.ipynb out.ipynb -p scale {p['scale']}" + (f" -p gpus {p['gpus']}" if p['gpus'] else '') + given)
     return run.result
 
-# %% ../nbs/04_sft.ipynb #9418483f
+# %% ../nbs/04_sft.ipynb #2506c6cc
 def run_sft(params, path, on_log=None): # -> result dict
     "Fine-tune in this process, or in one process for each GPU, watched."
     if processes(params) == 1: return train(params, path, on_log)
@@ -343,5 +349,5 @@ def main(argv=None):
     result = train(args, path) if 'RANK' in os.environ else run_sft(args, path)
     if result: print(json.dumps(result['metrics'], indent=1))
 
-# %% ../nbs/04_sft.ipynb #c938b705
+# %% ../nbs/04_sft.ipynb #43541b56
 if __name__ == '__main__' and '__file__' in globals(): main()
