@@ -6,7 +6,7 @@
 __all__ = ['CHAT_FORMATS', 'read_plain_pickle', 'Refer', 'ReferLines', 'Llava', 'llava_messages', 'Rounds', 'GrandGcg',
            'mark_phrases', 'RegionCaptions', 'Instances', 'OpenPsg', 'open_chat']
 
-# %% ../nbs/03b_chat_formats.ipynb #167a030e
+# %% ../nbs/03b_chat_formats.ipynb #2c49e713
 import inspect, json, os, pickle
 from collections import defaultdict
 from pathlib import Path
@@ -16,7 +16,7 @@ from .data import read_image
 from .formats import CocoPanoptic, _find_image, _read_json
 from .masks import MaskError, masks_to_boxes, segmentation_to_mask
 
-# %% ../nbs/03b_chat_formats.ipynb #b684761b
+# %% ../nbs/03b_chat_formats.ipynb #e4936977
 class _Plain(pickle.Unpickler): # containers, strings and numbers only
     def find_class(self, module, name): raise ChatError(f'The pickle names {module}.{name}, which could run code; it was not loaded. Only lists, dicts, strings and numbers are read.')
 
@@ -27,7 +27,7 @@ def read_plain_pickle(path): # a refs(....p file, also of Python 2 -> what it ho
     except (pickle.UnpicklingError, EOFError, OSError, ValueError, IndexError) as e:
         raise e if isinstance(e, ChatError) else ChatError(f'{Path(path).name} cannot be read as a pickle ({type(e).__name__}: {e}).') from e
 
-# %% ../nbs/03b_chat_formats.ipynb #57c74a8c
+# %% ../nbs/03b_chat_formats.ipynb #ea6da524
 class Refer(ChatDataset):
     "RefCOCO, RefCOCO+, RefCOCOg, RefClef (refer: refs(<by>).p and instances.json) and gRefCOCO (grefs(<by>).json): one conversation for each sentence."
     name = 'refer'
@@ -53,7 +53,7 @@ class Refer(ChatDataset):
         if ids and not out: raise MaskError('none of its targets has a mask')
         return out
 
-# %% ../nbs/03b_chat_formats.ipynb #a8057381
+# %% ../nbs/03b_chat_formats.ipynb #5a66bcac
 class ReferLines(ChatDataset):
     "Expressions with one mask each in JSON lines: PaDT's RefCOCO files ({image, id, objects: [{label, bbox, rle}]}) and GroundingSuite ({idx, image_path, caption, segmentation})."
     name = 'refer_lines'
@@ -71,7 +71,7 @@ class ReferLines(ChatDataset):
         return Conversation([dict(role='user', content='<image:0>\n' + PROMPTS['grounding'].format(phrase=row['caption'])), dict(role='assistant', content=answer_masks([row['caption']]))],
                             [image], [segmentation_to_mask(row['segmentation'], size)], id=str(row['idx']), dataset=self.name, task=str(row.get('class_id', '')))
 
-# %% ../nbs/03b_chat_formats.ipynb #387213ab
+# %% ../nbs/03b_chat_formats.ipynb #38333929
 class Llava(ChatDataset):
     "Conversations as LLaVA writes them ([{id, image, conversations: [{from, value}]}]): plain VQA, and published mask_generation_*.json, whose texts hold mask words already. JSON or JSON lines."
     name = 'llava'
@@ -98,7 +98,7 @@ def llava_messages(turns, images): # [{from, value}] or [{role, content}], numbe
     if left := list(at): out[0]['content'] = ''.join(f'<image:{n}>' for n in left) + '\n' + out[0]['content']
     return out
 
-# %% ../nbs/03b_chat_formats.ipynb #b431525f
+# %% ../nbs/03b_chat_formats.ipynb #1e17492f
 class Rounds(ChatDataset):
     "Multi-round segmentation, as re-dumped for MR-RefCOCO/+/g and MR-PACO: {round: [{image, history: [{from, value}], target_masks: [segmentation]}]}; the history holds mask words."
     name = 'rounds'
@@ -113,7 +113,7 @@ class Rounds(ChatDataset):
         messages = llava_messages(item['history'], 1) + [dict(role='assistant', content=answer_masks(['']))]
         return Conversation(messages, [image], [mask], id=f'{r}_{i}', dataset=self.name, task=f'round {r}')
 
-# %% ../nbs/03b_chat_formats.ipynb #17d5ac36
+# %% ../nbs/03b_chat_formats.ipynb #43c4d701
 class GrandGcg(ChatDataset):
     "Grounded captions in GranD-f's evaluation files: COCO masks and captions with labels, in the same order. The first place of each label in the caption is marked."
     name = 'gcg'
@@ -140,7 +140,7 @@ def mark_phrases(caption, labels): # labels in the order of the masks -> caption
         out += f'{caption[at:start]}<|object_ref_start|>{caption[start:end]}<|object_ref_end|><mask:{k}>'; at = end
     return out + caption[at:] + ''.join(f' <|object_ref_start|>{labels[k]}<|object_ref_end|><mask:{k}>' for k in rest)
 
-# %% ../nbs/03b_chat_formats.ipynb #0a3841cc
+# %% ../nbs/03b_chat_formats.ipynb #c71ae101
 class RegionCaptions(ChatDataset):
     "Descriptions of regions (DAM and others, as rows {image, segmentation or mask_rle, caption}; JSON or JSON lines), with the zoom-in of small regions. No published layout was verified: the keys are parameters."
     name = 'region_captions'
@@ -153,7 +153,7 @@ class RegionCaptions(ChatDataset):
         image = read_image(_find_image(self.folder, row[self.keys['image']]))
         return caption_chat(image, segmentation_to_mask(row[self.keys['mask']], image.shape[:2]), row.get(self.keys['text']), self.zoom, id=str(row.get('id', '')), dataset=self.name)
 
-# %% ../nbs/03b_chat_formats.ipynb #ef94c70a
+# %% ../nbs/03b_chat_formats.ipynb #eb4b9ea3
 class Instances(ChatDataset):
     "Instance segmentation from any MaskDataset (COCONut, V3Det, COCO, ...): all regions of a label, or with `every` all regions with their labels."
     name = 'instances'
@@ -170,7 +170,7 @@ class Instances(ChatDataset):
         ids = [groups[None][i] for i in reading_order(s.boxes[groups[None]])]
         return Conversation([dict(role='user', content='<image:0>\n' + PROMPTS['instances']), dict(role='assistant', content=answer_masks([s.labels[i] for i in ids]))], [s.image], [s.masks[i] for i in ids], id=s.id, dataset=s.dataset, task='instances')
 
-# %% ../nbs/03b_chat_formats.ipynb #3f432335
+# %% ../nbs/03b_chat_formats.ipynb #5dd25720
 class OpenPsg(ChatDataset):
     "Panoptic scene graphs: psg.json with panoptic PNGs; every triplet once, in the order of the file."
     name = 'psg'
@@ -195,7 +195,7 @@ def _panoptic_ids(path): # PNG of colours -> (H,W) int: red + 256 green + 65536 
     a = read_image(path).astype(np.int64)
     return a[..., 0] + 256 * a[..., 1] + 65536 * a[..., 2]
 
-# %% ../nbs/03b_chat_formats.ipynb #3354ddba
+# %% ../nbs/03b_chat_formats.ipynb #fa7596e8
 CHAT_FORMATS = dict(refer=Refer, refer_lines=ReferLines, llava=Llava, rounds=Rounds, gcg=GrandGcg, region_captions=RegionCaptions, instances=Instances, psg=OpenPsg)
 
 def open_chat(name, # one of CHAT_FORMATS
