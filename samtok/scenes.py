@@ -6,16 +6,16 @@
 __all__ = ['KINDS', 'REFER', 'REFER_SHARE', 'ASK', 'ASK_SHARE', 'PHRASES', 'noun', 'phrase', 'matches', 'relations',
            'refer_attributes', 'refer_relation', 'refer_order', 'refer_place', 'refer_nothing', 'refer', 'caption',
            'read_caption', 'ask_refer', 'ask_caption', 'ask_question', 'ask_again', 'ask_instances', 'ask_gcg',
-           'ask_list', 'ask_psg', 'SceneChat']
+           'ask_psg', 'ask_list', 'SceneChat']
 
-# %% ../nbs/03c_scenes.ipynb #74cbec15
+# %% ../nbs/03c_scenes.ipynb #5e3f500b
 import json
 import numpy as np
 from .chat import PROMPTS, ChatDataset, ChatError, Conversation, answer_masks, answer_triplets, reading_order
 from .masks import masks_to_boxes
 from .shapeworld import COLORS, INVERSE, LETTERS, SHAPES, SIZES, TEXTURES, ShapeWorld, render
 
-# %% ../nbs/03c_scenes.ipynb #e17c4bfd
+# %% ../nbs/03c_scenes.ipynb #a7346701
 KINDS = dict(size=list(SIZES), texture=list(TEXTURES), color=list(COLORS), shape=[*SHAPES, *LETTERS])
 _ORDER = ('size', 'texture', 'color', 'shape')                                   # the order of adjectives
 
@@ -33,7 +33,7 @@ def matches(graph, about): # -> list of object ids that fit all attributes
     "Find the objects that a description fits."
     return [o['id'] for o in graph['objects'] if all(o[k] == v for k, v in about.items())]
 
-# %% ../nbs/03c_scenes.ipynb #cea7df08
+# %% ../nbs/03c_scenes.ipynb #3a7a2eb2
 def relations(graph): # -> set of (i, relation, j), both directions
     "List the relations of a scene graph in both directions."
     rows = {(r['subject'], r['relation'], r['object']) for r in graph['relations']}
@@ -44,14 +44,14 @@ def _about(rng, o, least=0): # some attributes of an object
     while len(keys) < max(1, least): keys = sorted({*keys, str(rng.choice(_ORDER))}, key=_ORDER.index)
     return {k: o[k] for k in keys}
 
-# %% ../nbs/03c_scenes.ipynb #c71a7262
+# %% ../nbs/03c_scenes.ipynb #9c858913
 def refer_attributes(rng, graph): # -> (text, list of target ids)
     "Refer by attributes; all that fit are meant."
     about = _about(rng, graph['objects'][rng.integers(len(graph['objects']))])
     found = matches(graph, about)
     return (f'the {phrase(about)}' if len(found) == 1 else f'all {phrase(about, many=True)}'), found
 
-# %% ../nbs/03c_scenes.ipynb #9a0a0d57
+# %% ../nbs/03c_scenes.ipynb #f155fcce
 def refer_relation(rng, graph): # -> (text, ids), or None where no relation has an anchor of its own
     "Refer by a relation to an object that a description singles out."
     rows = sorted(relations(graph))
@@ -61,7 +61,7 @@ def refer_relation(rng, graph): # -> (text, ids), or None where no relation has 
         found = [k for k in matches(graph, about) if (k, r, j) in set(rows)]
         return (f'the {phrase(about)}' if len(found) == 1 else f'all {phrase(about, many=True)}') + f' {r} the {phrase(anchor)}', found
 
-# %% ../nbs/03c_scenes.ipynb #d16ca593
+# %% ../nbs/03c_scenes.ipynb #cbafcacf
 _COUNT = ('first', 'second', 'third', 'fourth')
 
 def refer_order(rng, graph): # -> (text, ids), or None
@@ -82,7 +82,7 @@ def refer_place(rng, graph): # -> (text, ids)
     found = [k for k in matches(graph, about) if graph['objects'][k]['place'] == o['place']]
     return (f'the {phrase(about)}' if len(found) == 1 else f'all {phrase(about, many=True)}') + f" at the {o['place']}", found
 
-# %% ../nbs/03c_scenes.ipynb #f03ccdbe
+# %% ../nbs/03c_scenes.ipynb #fad613ca
 def refer_nothing(rng, graph): # -> (text, []), or None
     "Describe something that is not there, one or two attributes away from what is."
     o = graph['objects'][rng.integers(len(graph['objects']))]
@@ -100,7 +100,7 @@ def refer(rng, graph, kind=None): # -> (text, ids, kind)
         if found := REFER[k](rng, graph): return *found, k
         if kind and kind != 'attributes': kind = None
 
-# %% ../nbs/03c_scenes.ipynb #7830d1d6
+# %% ../nbs/03c_scenes.ipynb #8d176b9f
 def caption(o): # object of a scene graph -> str
     "Describe an object."
     part = f" with a {o['part']} dot" if o['part'] else ''
@@ -113,7 +113,7 @@ def read_caption(text): # -> dict of the attributes that a caption names
     names = {s.lower(): s for s in KINDS['shape']}
     return {**found, 'shape': next((names[w] for w in reversed(words) if w in names), None)}
 
-# %% ../nbs/03c_scenes.ipynb #a9cce39b
+# %% ../nbs/03c_scenes.ipynb #3be793a6
 class _Talk: # a conversation about one scene while it is made; masks are numbered as they are mentioned
     def __init__(self, scene, rng, min_area):
         self.scene, self.graph, self.rng, self.rounds, self.number = scene, scene.graph(), rng, [], {}
@@ -131,7 +131,7 @@ class _Talk: # a conversation about one scene while it is made; masks are number
         for k in ids: self.mask(k)
         return answer_masks([labels[k] if labels else self.graph['objects'][k]['shape'] for k in ids], [self.number[k] for k in ids])
 
-# %% ../nbs/03c_scenes.ipynb #f9d180b5
+# %% ../nbs/03c_scenes.ipynb #58c052ff
 def ask_refer(t, kind=None):
     "Ask for what an expression means; objects too small to be a region are not asked for."
     for _ in range(20):
@@ -156,7 +156,7 @@ def ask_question(t):
     key = str(t.rng.choice(_ORDER))
     t.say(f'What is the {key} of {t.mask(k)}?', noun(o['shape']) if key == 'shape' else o[key])
 
-# %% ../nbs/03c_scenes.ipynb #bcaad082
+# %% ../nbs/03c_scenes.ipynb #74441772
 def ask_again(t): # multi-round: refers to a mask of an earlier answer
     "Ask for what lies on a side of a region named before."
     rows = [r for r in sorted(relations(t.graph)) if r[2] in t.number and r[0] in t.big]
@@ -176,11 +176,6 @@ def ask_gcg(t):
     said = [f'<|object_ref_start|>a {t.name(k)}<|object_ref_end|>{t.mask(k)}' for k in ids]
     t.say(PROMPTS['gcg'], 'The image shows ' + (', '.join(said[:-1]) + ' and ' if len(said) > 1 else '') + said[-1] + '.')
 
-def ask_list(t): # every phrase is answered by looking up its object: the densest lesson in grounding
-    "Ask for a description that names all objects, in any order."
-    said = [f'<|object_ref_start|>a {t.name(int(k))}<|object_ref_end|>{t.mask(int(k))}' for k in t.rng.permutation(t.big)]
-    t.say(PROMPTS['gcg'], 'The image shows ' + (', '.join(said[:-1]) + ' and ' if len(said) > 1 else '') + said[-1] + '.')
-
 def ask_psg(t):
     "Ask for relations, with masks on both sides."
     rows = [r for r in sorted(relations(t.graph)) if r[0] in t.big and r[2] in t.big and r[1] in ('left of', 'above', 'in front of', 'inside')]
@@ -189,7 +184,13 @@ def ask_psg(t):
     for i, _, j in rows: t.mask(i), t.mask(j)
     t.say(PROMPTS['psg'], answer_triplets([(t.number[i], t.name(i), r, t.number[j], t.name(j)) for i, r, j in rows]))
 
-# %% ../nbs/03c_scenes.ipynb #80f68152
+# %% ../nbs/03c_scenes.ipynb #69437fe6
+def ask_list(t): # every phrase is answered by looking up its object: the densest lesson in grounding
+    "Ask for a description that names all objects, in any order."
+    said = [f'<|object_ref_start|>a {t.name(int(k))}<|object_ref_end|>{t.mask(int(k))}' for k in t.rng.permutation(t.big)]
+    t.say(PROMPTS['gcg'], 'The image shows ' + (', '.join(said[:-1]) + ' and ' if len(said) > 1 else '') + said[-1] + '.')
+
+# %% ../nbs/03c_scenes.ipynb #19699b5b
 ASK = dict(refer=ask_refer, caption=ask_caption, question=ask_question, rounds=ask_again, instances=ask_instances, gcg=ask_gcg, psg=ask_psg, list=ask_list)
 ASK_SHARE = dict(refer=.62, caption=.2, question=.06, rounds=.04, instances=.02, gcg=.03, psg=.03)
 
@@ -216,7 +217,7 @@ class SceneChat(ChatDataset):
         messages[0]['content'] = '<image:0>\n' + messages[0]['content']
         return Conversation(messages, [render(scene)], t.masks(), id=scene.id, dataset=self.name, task='scene', keys=[(record, k) for k in t.number])
 
-# %% ../nbs/03c_scenes.ipynb #5a2a0836
+# %% ../nbs/03c_scenes.ipynb #0e8c7f40
 PHRASES = ('user\n', 'assistant\n', '```json\n[{"mask_2d": "', '", "label": "', '"}, {"mask_2d": "', '"}]\n```', 'Please segment the', 'Please segment all', ' in this image.', '\nGiven a detailed description of this region ',
            'Given a detailed description of this region ', '```json\n[{"subject": {"mask_2d": "', '"}, "predicate": "', '", "object": {"mask_2d": "', '"}}, {"subject": {"mask_2d": "', '"}}]\n```',
            'What is the', ' at the', ' with a', *(PROMPTS[k] for k in ('gcg', 'instances', 'psg')))  # one token each in the toy's tokenizer
