@@ -7,7 +7,7 @@ __all__ = ['LAYOUTS', 'DATA', 'TASKS', 'EvaluateError', 'Task', 'Twin', 'toy_que
            'get_task', 'open_task', 'samples', 'ask', 'truth_of', 'relations_of', 'Choices', 'Pairs', 'Grades',
            'toy_judge', 'Judge', 'same_words', 'TextEncoder', 'Attributes', 'plain_caption', 'answer_part']
 
-# %% ../nbs/07b_benchmarks.ipynb #b856e923
+# %% ../nbs/07b_benchmarks.ipynb #e6c799fa
 import difflib, json, os, re
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,7 @@ from .runs import read_rows
 from .scenes import KINDS, SceneChat, read_caption
 from .shapeworld import ShapeWorld
 
-# %% ../nbs/07b_benchmarks.ipynb #bf944169
+# %% ../nbs/07b_benchmarks.ipynb #5a1ce089
 class EvaluateError(ValueError):
     "An evaluation that cannot be made, and what to do about it."
 
@@ -43,14 +43,14 @@ class Task:
     splits: tuple = ('',)      # fill {split} in args; the first, unless the name says another: "gres:testA"
     version: int = 1
 
-# %% ../nbs/07b_benchmarks.ipynb #703dc125
+# %% ../nbs/07b_benchmarks.ipynb #940bb453
 class Twin(ChatDataset):
     "Ask one kind of question about ShapeWorld scenes that were kept back."
     name, predicates = 'twin', ('left of', 'above', 'in front of', 'inside')
     def __init__(self, ask='refer', kind=None, # name in samtok.scenes.ASK; of a referring expression, see REFER
                  rounds=1, targets=(0, 99),    # questions about a scene; fewest and most masks in the last answer
                  truth='', box=False,          # 'questions': the last answer becomes questions about it; the region becomes its box
-                 n=100_000, seed=20, split='heldout'):
+                 n=1000, seed=20, split='heldout'):     # scenes to choose from
         super().__init__()
         self.chat, self.targets, self.truth, self.box = SceneChat(ShapeWorld(n, split, seed), rounds, {ask: 1.}, kind), targets, truth, box
     def records(self): return self.chat.records()
@@ -64,7 +64,7 @@ class Twin(ChatDataset):
 
 def _named(text): return list(dict.fromkeys(n for kind, n in places(text) if kind == 'mask')) # numbers of the masks in a text, each once
 
-# %% ../nbs/07b_benchmarks.ipynb #8a248b0c
+# %% ../nbs/07b_benchmarks.ipynb #e89be494
 def toy_questions(caption): # true description of a drawn object -> dict(name, questions), as the judged benchmarks have them
     "Make questions that a good description answers, and some that only an invented one does."
     about = {k: v for k, v in read_caption(caption).items() if v}
@@ -73,7 +73,7 @@ def toy_questions(caption): # true description of a drawn object -> dict(name, q
     wrong = [dict(question=f'Is the object {other(k)}?', choices=[['Yes', -1], ['No', 1]], type='negative') for k in about if other(k) != about[k]]
     return dict(name=about['shape'], questions=rows + wrong)
 
-# %% ../nbs/07b_benchmarks.ipynb #c2b79047
+# %% ../nbs/07b_benchmarks.ipynb #937b90e9
 class Reason(ChatDataset):
     "ReasonSeg: the first question of each image; the second mask, which no message names, is what does not count."
     name = 'reason'
@@ -92,7 +92,7 @@ class MaskSet(ChatDataset):
     name = 'masks'
     def __init__(self, format, **args): # name in samtok.formats and its arguments, or "shapeworld"
         super().__init__()
-        self.inner = ShapeWorld(**{'n': 100_000, 'split': 'heldout', 'seed': 20, **args}) if format == 'shapeworld' else open_dataset(format, **args)
+        self.inner = ShapeWorld(**{'n': 1000, 'split': 'heldout', 'seed': 20, **args}) if format == 'shapeworld' else open_dataset(format, **args)
     def records(self): return self.inner.records()
     def load(self, record):
         s = self.inner.load(record).drop_empty()
@@ -100,7 +100,7 @@ class MaskSet(ChatDataset):
         return Conversation(messages, [s.image], list(s.masks), id=s.id, dataset=s.dataset)
     def fits(self, c): return len(c) > 0
 
-# %% ../nbs/07b_benchmarks.ipynb #a9df7111
+# %% ../nbs/07b_benchmarks.ipynb #646a29bb
 def _dlc(data, extra): # COCO annotations; questions and names by annotation
     images = {i['id']: i['file_name'] for i in data['images']}
     for a in data['annotations']:
@@ -116,7 +116,7 @@ def _videorefer(data, extra): # one annotated frame of a video; frames are image
 
 LAYOUTS = dict(dlc=_dlc, mdvp=_mdvp, ferret=_ferret, videorefer=_videorefer)
 
-# %% ../nbs/07b_benchmarks.ipynb #bbdf3df6
+# %% ../nbs/07b_benchmarks.ipynb #99a2b464
 class Regions(ChatDataset):
     "Benchmarks that ask for the description of a region, with what a judge needs as the truth."
     name = 'regions'
@@ -134,7 +134,7 @@ class Regions(ChatDataset):
         c.task = r.get('group', '')
         return c
 
-# %% ../nbs/07b_benchmarks.ipynb #ccda3754
+# %% ../nbs/07b_benchmarks.ipynb #20008072
 DATA = dict(twin=Twin, reason=Reason, masks=MaskSet, regions=Regions)
 TASKS = {}
 def _add(*rows): TASKS.update({t.name: t for t in rows})
@@ -151,7 +151,7 @@ _add(Task('gres', 'refer', 'gres', {**_refer('grefcoco', 'unc'), 'refs': 'grefco
      Task('groundingsuite', 'refer_lines', 'res', dict(file='GroundingSuite-Eval.jsonl', images='coco'), dict(convention='groundingsuite', group=True), max_new_tokens=512, **_several)) # GroundingSuite, zero-shot
 _add(*[Task(f'mr_{d}', 'rounds', 'res', dict(file=f'segllm/mr_{d}_val_sampled.json', images='segllm'), dict(convention='rounds_samtok', group=True), **_single) for d in _rounds]) # several rounds, true history
 
-# %% ../nbs/07b_benchmarks.ipynb #04e6b934
+# %% ../nbs/07b_benchmarks.ipynb #e6ff3dca
 _words = dict(max_new_tokens=1024)
 _add(Task('dlc', 'regions', 'choices', dict(layout='dlc', file='DLC-Bench/annotations.json', images='DLC-Bench/images', qa='DLC-Bench/qa.json', names='DLC-Bench/class_names.json', zoom=.3), **_words), # detailed captions (tables 6 to 8)
      Task('mdvp', 'regions', 'pairs', dict(layout='mdvp', file='MDVP-Bench/mdvp_caption_mask.json', images='MDVP-Bench'), dict(group=True), **_words),
@@ -168,7 +168,7 @@ _add(_toy('res', 'res', targets=(1, 1)), _toy('padt', 'padt', asked='alone', tar
      _toy('mdvp', 'pairs', dict(judge='toy'), ask='caption', tokens=48), _toy('ferret', 'pairs', dict(judge='toy'), ask='caption', box=True, tokens=48),
      _toy('videorefer', 'grades', dict(judge='toy'), ask='caption', tokens=48), _toy('reconstruction', 'reconstruction', data='masks', format='shapeworld'))
 
-# %% ../nbs/07b_benchmarks.ipynb #87a59812
+# %% ../nbs/07b_benchmarks.ipynb #91286553
 _FILES = {'refs', 'instances', 'images', 'file', 'masks', 'captions', 'qa', 'names', 'root', 'json', 'folder'} # arguments that are below the root folder
 
 def get_task(name, **args): # "gres", "gres:testA"; arguments of the data that replace the row's -> Task; raises EvaluateError
@@ -189,7 +189,7 @@ def open_task(task, root=''): # Task -> ChatDataset; raises EvaluateError
     except (ValueError, OSError, TypeError, KeyError) as e:
         raise EvaluateError(f"The data of {task.name} cannot be opened: {e} Give the folder of the benchmarks with root (--root), or the files themselves ({', '.join(f'{k}={v}' for k, v in task.args.items())}).") from e
 
-# %% ../nbs/07b_benchmarks.ipynb #39619315
+# %% ../nbs/07b_benchmarks.ipynb #0dc72a9b
 def samples(task, data, n=None): # Task, ChatDataset, how many at most -> yields Conversation, each with an id of its own and one answer to give
     "Go through the samples of a task."
     seen, count = Counter(), 0
@@ -216,7 +216,7 @@ def ask(task, c): # -> Conversation without the truth, as a model sees it
     k = 1 + max((n for m in messages for n in _named(m['content'])), default=-1)
     return replace(c, messages=messages, masks=c.masks[:k], of=c.of[:k], keys=[])
 
-# %% ../nbs/07b_benchmarks.ipynb #177b3046
+# %% ../nbs/07b_benchmarks.ipynb #5dcfacc3
 def truth_of(c, rest=False): # Conversation; read the masks that no message names as ignored pixels -> dict: text, masks [RLE], labels, relations, ignore [RLE], size
     "Read the truth off the last message."
     text, size = c.messages[-1]['content'], _size(c)
@@ -239,7 +239,7 @@ def relations_of(text, names): # answer; what stands for each mask in it -> list
     found = [[where(r.get('subject')), where(r.get('object')), r.get('predicate')] for r in rows if isinstance(r, dict)]
     return [f for f in found if None not in f[:2] and isinstance(f[2], str)]
 
-# %% ../nbs/07b_benchmarks.ipynb #87bc2a23
+# %% ../nbs/07b_benchmarks.ipynb #1146d6ef
 def _about(truth, said, ask): return f'A region of an image is described as:\n"{said}"\n' + (f'The reference description is:\n"{truth}"\n' if truth else '') + '\n' + ask
 
 class Choices(Metric):
@@ -265,7 +265,7 @@ class Choices(Metric):
         pos, neg = (_ratio(s[k], s[f'has_{k}']) for k in ('positive', 'negative'))
         return dict(positive=pos, negative=neg, average=(pos + neg) / 2, recognised=_ratio(s['recognised'], s['n']))
 
-# %% ../nbs/07b_benchmarks.ipynb #112372c4
+# %% ../nbs/07b_benchmarks.ipynb #dee42f87
 def _numbers(answer, n, low, high): # -> the first n numbers of the first line that has as many, or None
     for line in answer.splitlines():
         found = [float(v) for v in re.findall(r'-?\d+(?:\.\d+)?', line)]
@@ -292,7 +292,7 @@ class Grades(Metric):
         with self._sample(id, group) as row: row.update(n=int(found is not None), **dict(zip(self.names, found or (0,) * 4)))
     def _from_sums(self, s): return {**(each := {k: _ratio(s[k], s['n']) for k in self.names}), 'average': sum(each.values()) / 4}
 
-# %% ../nbs/07b_benchmarks.ipynb #65897391
+# %% ../nbs/07b_benchmarks.ipynb #6b8c87d7
 def toy_judge(prompt): # str -> str
     "Answer a judge's prompt about a drawn object, by the attributes that are named."
     said, *truth = [{k: v for k, v in read_caption(t).items() if v} for t in re.findall(r'^"(.*)"$', prompt, re.M)]
@@ -315,7 +315,7 @@ class Judge:
     def __call__(self, requests): # list of dict id, prompt -> list of str, None where nobody has answered
         return [str(self.source(r['prompt'])) if callable(self.source) else self.answers.get(r['id']) for r in requests]
 
-# %% ../nbs/07b_benchmarks.ipynb #5696611f
+# %% ../nbs/07b_benchmarks.ipynb #9290e28c
 def same_words(labels, phrases): # G and P str -> (G,P) in [0,1], share of common words
     "Compare texts by the words they share."
     w = lambda t: set(t.lower().split())
@@ -338,7 +338,7 @@ class TextEncoder:
         a, b = (torch.stack([self._vector(t) for t in texts]) for texts in (labels, phrases))
         return (a @ b.T).double().numpy()
 
-# %% ../nbs/07b_benchmarks.ipynb #78969917
+# %% ../nbs/07b_benchmarks.ipynb #14d5b2a1
 class Attributes(Metric):
     "Compare the attributes that a description of a drawn object names with the true ones."
     def update(self, said, truth, id, group=None): # str, str

@@ -7,7 +7,7 @@ __all__ = ['SCORERS', 'SHOWN', 'prediction', 'Ceiling', 'read_predictions', 'Sco
            'Predictions', 'reply_batch', 'predict', 'open_model', 'open_tokenizer', 'Evaluation', 'evaluate',
            'write_questions', 'main']
 
-# %% ../nbs/08_evaluate.ipynb #f2673d1f
+# %% ../nbs/08_evaluate.ipynb #7d41f02e
 import argparse, hashlib, json, math, os, re, sys, time
 from pathlib import Path
 import numpy as np
@@ -25,7 +25,7 @@ from .text_metrics import GCG, PSG, Captions
 from .tokenizer import MaskTokenizer
 from .vlm import MaskVLM, _key, decode_reply
 
-# %% ../nbs/08_evaluate.ipynb #3068117e
+# %% ../nbs/08_evaluate.ipynb #07b88869
 def _res(m, c, t, p, s): m.update(p['masks'], t['masks'] or s.nothing(t), id=c.id, group=s.group(c), ignore=t['ignore'] or None)
 def _padt(m, c, t, p, s): m.update(p['masks'], t['masks'], (re.split('[/#]', c.id)[0], c.messages[-2]['content']), id=c.id)
 def _gres(m, c, t, p, s): m.update(p['masks'], t['masks'] or s.nothing(t), id=c.id, group=s.group(c), no_target=False if p['failed'] else None)
@@ -36,6 +36,7 @@ def _judged(m, c, t, p, s): s.judged(m, c, t, p)
 
 def _each(m, c, t, p, s): # mask by mask
     if p['masks'] and len(p['masks']) != len(t['masks']): raise MetricError(f"{len(p['masks'])} masks came back for {len(t['masks'])}.")
+    if any(map(_is_broken, p['masks'])): raise MetricError(f'{c.id}: a mask is a broken RLE.')
     for k, (a, b) in enumerate(zip(p['masks'] or [[]] * len(t['masks']), t['masks'])): m.update(a, b, id=f'{c.id}/{k}')
 
 def _psg(m, c, t, p, s):
@@ -49,20 +50,20 @@ SHOWN = dict(res=('mIoU', 'gIoU', 'cIoU'), padt=('mIoU', 'box_acc'), gres=('gIoU
              reconstruction=('mIoU', 'boundary_F'), attributes=('mean', 'all'), choices=('positive', 'negative', 'average'), pairs=('relative',), grades=('average',)) # the figures that tables show
 _NO_MASKS = {'attributes', 'choices', 'pairs', 'grades'}
 
-# %% ../nbs/08_evaluate.ipynb #d9402e3d
+# %% ../nbs/08_evaluate.ipynb #cad54aaa
 def prediction(c, reply, embedding, tokenizer, policy='strict', threshold=None): # Conversation, str, ImageEmbedding or image, MaskTokenizer -> dict for the predictions file
     "Read a reply: its masks as RLE, their labels, what is said of them."
     got = decode_reply(answer_part(reply) if '<answer>' in reply or '</think>' in reply else reply, embedding, tokenizer, policy, most=10_000, threshold=threshold)
     row = dict(id=c.id, reply=reply, masks=[mask_to_rle(i.mask) for i in got], labels=[i.label or '' for i in got], scores=[round(i.score, 4) for i in got], skipped=len(got.skipped))
     return {**row, 'relations': relations_of(reply, [i.words for i in got])} if '"predicate"' in reply else row
 
-# %% ../nbs/08_evaluate.ipynb #6831888b
+# %% ../nbs/08_evaluate.ipynb #5caef763
 class Ceiling(MaskVLM):
     "A language model that always gives the true answer: what is left is what the mask tokenizer loses."
     constrained, policy = True, 'strict'
     def __init__(self, tokenizer): self.tokenizer = tokenizer # MaskTokenizer
 
-# %% ../nbs/08_evaluate.ipynb #a438e9e5
+# %% ../nbs/08_evaluate.ipynb #a5784173
 _NAMES = dict(id=('id', 'image_id', 'idx'), masks=('masks', 'pred_masks', 'mask', 'rle', 'segmentation', 'predicted_segmentation'), labels=('labels', 'phrases'), reply=('reply', 'caption', 'text', 'words', 'response'), scores=('scores', 'score'))
 def _get(row, what): return next((row[k] for k in _NAMES[what] if k in row), None)
 
@@ -83,7 +84,7 @@ def read_predictions(source): # JSONL file, or list of dict -> dict id: row, Rep
     if len(runs) > 1: raise EvaluateError(f"The predictions come from {len(runs)} runs ({', '.join(str(r or 'unnamed') for r in sorted(runs, key=str))}): score each alone.")
     return rows, report
 
-# %% ../nbs/08_evaluate.ipynb #fa7a778b
+# %% ../nbs/08_evaluate.ipynb #0559242c
 class Scorer:
     "Count the predictions of one task; `report` names what was not counted, `requests` are for a judge."
     def __init__(self, task, data=None, # Task, its ChatDataset
@@ -110,7 +111,7 @@ class Scorer:
         if None in (answers := self.judge(rows)): return self.report.add('not judged yet', f"{c.id}: {answers.count(None)} of {len(rows)} requests have no answer.")
         metric.update(answers, t['text'], id=c.id, group=self.group(c))
 
-# %% ../nbs/08_evaluate.ipynb #7055fe02
+# %% ../nbs/08_evaluate.ipynb #7ede9847
 def _read(self, row, c, t): # row of a predictions file -> dict masks, labels, reply, relations, scores, failed; None: it cannot be counted
     say, reply, masks = (lambda what, why: self.report.add(what, f'{c.id}: {why}')), _get(row, 'reply'), _get(row, 'masks')
     if self.task.metric in _NO_MASKS: masks = []
@@ -132,7 +133,8 @@ def _decode(self, c, reply): # words -> row with masks
 
 Scorer._read, Scorer._decode = _read, _decode
 
-# %% ../nbs/08_evaluate.ipynb #8beb3feb
+# %% ../nbs/08_evaluate.ipynb #9dbfdbe6
+_NOTHING = dict(masks=[], labels=[], reply='', relations=[], scores=[], failed=True) # counts as a wrong, empty answer
 def _is_broken(rle):
     try: return rle_area(rle) < 0
     except MaskError: return True
@@ -142,15 +144,18 @@ def _scorer_add(self, c, row=None): # Conversation; its row, None: there is none
     t = truth_of(c, self.rest)
     if row is None: self.report.add('no prediction', f'{c.id} has no line.')
     p = None if row is None else self._read(row, c, t)
-    if p is None and self.missing == 'zero': p = dict(masks=[], labels=[], reply='', relations=[], scores=[], failed=True)
-    if p is None: return False
+    if not (done := p is not None and self._count(c, t, p)) and self.missing == 'zero': return self._count(c, t, _NOTHING)
+    last = self.metric.rows[-1] if done and self.metric.rows else {}
+    if 'IoU' in last and len(p['masks']) == 1 == len(p['scores']) and isinstance(p['scores'][0], float) and 0 <= p['scores'][0] <= 1: self.calibration.update(p['scores'][0], min(1., last['IoU']), id=c.id)
+    return done
+
+def _count(self, c, t, p): # into every accumulator -> did it work?
     try:
         for metric, add in self.parts: add(metric, c, t, p, self)
     except MetricError as e: self.report.add('broken RLE' if any(map(_is_broken, p['masks'])) else 'not counted', str(e)); return False
-    last = self.metric.rows[-1] if self.metric.rows else {}
-    if len(p['masks']) == 1 == len(p['scores']) and 'IoU' in last and isinstance(p['scores'][0], float) and 0 <= p['scores'][0] <= 1: self.calibration.update(p['scores'][0], min(1., last['IoU']), id=c.id)
     return True
 
+# %% ../nbs/08_evaluate.ipynb #03938382
 def _figures(self, n_boot=1000, seed=0): # -> dict figure: dict(mean, low, high, n); what cannot be computed is in `problems`
     "Compute all figures with their intervals."
     out, self.problems = {}, []
@@ -161,9 +166,9 @@ def _figures(self, n_boot=1000, seed=0): # -> dict figure: dict(mean, low, high,
         out |= {k: v for k, v in found.items() if k not in undefined and (metric is not self.calibration or k == 'ECE')}
     return out
 
-Scorer.add, Scorer.figures = _scorer_add, _figures
+Scorer.add, Scorer._count, Scorer.figures = _scorer_add, _count, _figures
 
-# %% ../nbs/08_evaluate.ipynb #e23907b9
+# %% ../nbs/08_evaluate.ipynb #61692569
 class Score:
     "Figures of one task with their intervals, and the report of what was not counted."
     def __init__(self, task, scorer, total, start, n_boot=1000, seed=0): # Task, Scorer, samples of the task, time.perf_counter() of the start
@@ -195,7 +200,7 @@ def score(task, predictions, # name or Task; JSONL file or list of dict
     scorer.report.merge(report)
     return Score(task, scorer, total, start, n_boot, seed)
 
-# %% ../nbs/08_evaluate.ipynb #b1bd240a
+# %% ../nbs/08_evaluate.ipynb #78ec44ae
 def weights_mark(*modules): # torch modules -> str, 12 letters
     "Fingerprint weights, the same on every device."
     h = hashlib.sha256()
@@ -224,7 +229,7 @@ class Predictions(Run):
         if not _flock(f): raise EvaluateError(f'Another process is writing predictions into {self.path.name}: wait for it.')
         return f
 
-# %% ../nbs/08_evaluate.ipynb #a054491e
+# %% ../nbs/08_evaluate.ipynb #0711054a
 @torch.no_grad()
 def reply_batch(model, task, chats, policy=None, constrained=None, threshold=None): # MaskVLM, Task, list of Conversation, ... -> list of dict for the predictions file
     "Let a model answer some samples."
@@ -253,7 +258,7 @@ def predict(model, task, store, data, n=None, batch=16, rank=0, world=1, **how):
         if todo: flush()
     return count
 
-# %% ../nbs/08_evaluate.ipynb #1b0ee0f0
+# %% ../nbs/08_evaluate.ipynb #b6386494
 def open_model(model='toy', tokenizer='', device='cpu'): # MaskVLM or Ceiling as it is; folder, hub id, "toy"; "ceiling" -> MaskVLM
     "Open the model that is to be evaluated."
     if isinstance(model, MaskVLM): return model
@@ -274,7 +279,7 @@ class Evaluation(table):
         first = next((s.figures[k] for s in self.scores.values() for k in ('mIoU', 'gIoU') if k in s.figures), None)
         return {**({'iou': first} if first else {}), **out}
 
-# %% ../nbs/08_evaluate.ipynb #38679005
+# %% ../nbs/08_evaluate.ipynb #b0a9ec25
 def _settings(model, task, policy, constrained, threshold): # what shapes a reply, beside the task
     ceiling = isinstance(model, Ceiling) or task.metric == 'reconstruction'
     return dict(policy=policy or task.policy, constrained=None if ceiling else model.constrained if constrained is None else constrained, threshold=threshold)
@@ -291,7 +296,8 @@ def evaluate(model='toy', tasks='all', # see open_model; names, or "all" twins
     tasks = [get_task(t) if isinstance(t, str) else t for t in ([t for t in TASKS if t.startswith('toy_')] if tasks == 'all' else [t for t in re.split(r'[,\s]+', tasks) if t] if isinstance(tasks, str) else tasks)]
     opened, how = [(t, open_task(t, root)) for t in tasks], dict(policy=policy or None, constrained=constrained, threshold=threshold)
     rank, world = (int(os.environ.get(k, v)) for k, v in (('RANK', 0), ('WORLD_SIZE', 1)))
-    given = dict(model=model, task=','.join(t.name for t in tasks), n=n or 0, out=str(out), tokenizer=tokenizer, root=root, policy=policy, constrained=constrained, threshold=threshold, device=device, batch=batch)
+    given = dict(model=model, task=','.join(t.name for t in tasks), samples=n or 0, # torchrun takes --n for one of its own
+                 out=str(out), tokenizer=tokenizer, root=root, policy=policy, constrained=constrained, threshold=threshold, device=device, batch=batch)
     model, scores = open_model(model, tokenizer, device), {}
     if isinstance(model, Ceiling): opened = [(t, d) for t, d in opened if t.metric not in _NO_MASKS] # descriptions have no ceiling
     stores = [Predictions(out, t, _model_mark(model, t), _settings(model, t, **how), rank) for t, _ in opened]
@@ -302,12 +308,12 @@ def evaluate(model='toy', tasks='all', # see open_model; names, or "all" twins
         if world == 1: scores[task.name] = _score_store(task, store, chats, data, n, start, n_boot, seed, judge=judge, missing=missing, similarity=similarity if task.metric in ('gcg', 'instances') else None)
     return Evaluation(scores)
 
+# %% ../nbs/08_evaluate.ipynb #07a48787
 def _launch(args, gpus): # one process for each GPU; they only predict
     if not isinstance(args['model'], str): raise EvaluateError('Several processes open the model themselves: give its name, not the model.')
     if args['device'] != 'cpu': check_gpus(gpus)
     watch(args['out'], launch('samtok.evaluate', {k: v for k, v in args.items() if v not in (None, '')}, gpus, args['out']))
 
-# %% ../nbs/08_evaluate.ipynb #d09bd267
 def _score_store(task, store, chats, data, n, start, n_boot, seed, judge=None, **how): # predictions of our own -> Score; writes requests and score.json beside them
     requests, answers = store.path / 'requests.jsonl', store.path / 'answers.jsonl'
     scorer, rows, total = Scorer(task, data, judge=judge or (answers if answers.exists() else None), **how), store.rows(), 0
@@ -317,7 +323,7 @@ def _score_store(task, store, chats, data, n, start, n_boot, seed, judge=None, *
     (store.path / 'score.json').write_text(json.dumps(found.to_dict(), indent=1, default=str))
     return found
 
-# %% ../nbs/08_evaluate.ipynb #43410070
+# %% ../nbs/08_evaluate.ipynb #f28cc7f0
 def write_questions(task, folder, n=None, root=''): # Task, folder, samples at most -> number of questions
     "Write the questions of a task for a model that lives elsewhere: questions.jsonl, and images as PNG; masks in them are RLE."
     folder, lines = Path(folder), []; folder.mkdir(parents=True, exist_ok=True)
@@ -330,14 +336,14 @@ def write_questions(task, folder, n=None, root=''): # Task, folder, samples at m
     (folder / 'questions.jsonl').write_text('\n'.join(lines) + '\n')
     return len(lines)
 
-# %% ../nbs/08_evaluate.ipynb #17c33a7b
+# %% ../nbs/08_evaluate.ipynb #772020d3
 def _arguments(argv):
     p = argparse.ArgumentParser(prog='samtok-eval', description='Evaluate a model, or score predictions of any model.', allow_abbrev=False)
     yes = lambda v: {'true': True, '1': True, 'false': False, '0': False}[v.lower()]
     for name, how in dict(task=dict(help='names with commas, or "all" twins; none: list them'), predictions=dict(help='JSONL with id, and masks (RLE) or reply (words)'), model=dict(help='folder, hub id, "toy" or "ceiling"'), questions=dict(help='write the questions into this folder, ask nobody'),
                           tokenizer=dict(default='', help='mask tokenizer: folder, hub id, "toy"'), root=dict(default='', help='folder of the benchmarks'), n=dict(type=int, default=0, help='samples of a task at most; 0: all (of twins 200)'), out=dict(help='folder of predictions (default runs/evaluate); with --predictions a JSON file for the score'),
                           policy=dict(help='how broken replies are read'), constrained=dict(type=yes, help='true or false: only well-formed words'), threshold=dict(type=float, help='logit above which a pixel is inside'), convention=dict(help='of the metric'), similarity=dict(help='of phrases: "words" or a text encoder'),
-                          missing=dict(default='skip', help='samples without prediction: skip, or zero'), judge=dict(help='JSONL with the answers of a judge'), requests=dict(help='write the requests for a judge into this file'), device=dict(default='cpu'), gpus=dict(type=int, default=0), batch=dict(type=int, default=32), seed=dict(type=int, default=0)).items(): p.add_argument(f'--{name}', **how)
+                          missing=dict(default='skip', help='samples without prediction: skip, or zero'), judge=dict(help='JSONL with the answers of a judge'), requests=dict(help='write the requests for a judge into this file'), device=dict(default='cpu'), gpus=dict(type=int, default=0), batch=dict(type=int, default=32), seed=dict(type=int, default=0)).items(): p.add_argument(f'--{name}', *(['--samples'] if name == 'n' else []), **how)
     p.add_argument('--data', action='append', default=[], metavar='NAME=VALUE', help='another file or option of the data; may be given several times')
     return p.parse_args(argv)
 
@@ -348,7 +354,7 @@ def _score_file(a, task): # arguments, Task -> Score
     if a.out: Path(a.out).write_text(json.dumps(found.to_dict(), indent=1, default=str) + '\n')
     return found
 
-# %% ../nbs/08_evaluate.ipynb #e5966114
+# %% ../nbs/08_evaluate.ipynb #79d6473b
 def _tasks(a): # arguments -> list of Task
     if wrong := [d for d in a.data if '=' not in d]: raise EvaluateError(f'{wrong[0]!r} is no argument of the data: write --data name=value.')
     names = [t for t in TASKS if t.startswith('toy_')] if a.task == 'all' else [t for t in a.task.split(',') if t]
