@@ -7,7 +7,7 @@ __all__ = ['SCORERS', 'SHOWN', 'prediction', 'Ceiling', 'read_predictions', 'Sco
            'Predictions', 'reply_batch', 'predict', 'open_model', 'open_tokenizer', 'Evaluation', 'evaluate',
            'write_questions', 'main']
 
-# %% ../nbs/08_evaluate.ipynb #7d41f02e
+# %% ../nbs/08_evaluate.ipynb #34a55f21
 import argparse, hashlib, json, math, os, re, sys, time
 from pathlib import Path
 import numpy as np
@@ -25,7 +25,7 @@ from .text_metrics import GCG, PSG, Captions
 from .tokenizer import MaskTokenizer
 from .vlm import MaskVLM, _key, decode_reply
 
-# %% ../nbs/08_evaluate.ipynb #07b88869
+# %% ../nbs/08_evaluate.ipynb #573a2a39
 def _res(m, c, t, p, s): m.update(p['masks'], t['masks'] or s.nothing(t), id=c.id, group=s.group(c), ignore=t['ignore'] or None)
 def _padt(m, c, t, p, s): m.update(p['masks'], t['masks'], (re.split('[/#]', c.id)[0], c.messages[-2]['content']), id=c.id)
 def _gres(m, c, t, p, s): m.update(p['masks'], t['masks'] or s.nothing(t), id=c.id, group=s.group(c), no_target=False if p['failed'] else None)
@@ -50,20 +50,20 @@ SHOWN = dict(res=('mIoU', 'gIoU', 'cIoU'), padt=('mIoU', 'box_acc'), gres=('gIoU
              reconstruction=('mIoU', 'boundary_F'), attributes=('mean', 'all'), choices=('positive', 'negative', 'average'), pairs=('relative',), grades=('average',)) # the figures that tables show
 _NO_MASKS = {'attributes', 'choices', 'pairs', 'grades'}
 
-# %% ../nbs/08_evaluate.ipynb #cad54aaa
+# %% ../nbs/08_evaluate.ipynb #6a0d4dd6
 def prediction(c, reply, embedding, tokenizer, policy='strict', threshold=None): # Conversation, str, ImageEmbedding or image, MaskTokenizer -> dict for the predictions file
     "Read a reply: its masks as RLE, their labels, what is said of them."
     got = decode_reply(answer_part(reply) if '<answer>' in reply or '</think>' in reply else reply, embedding, tokenizer, policy, most=10_000, threshold=threshold)
     row = dict(id=c.id, reply=reply, masks=[mask_to_rle(i.mask) for i in got], labels=[i.label or '' for i in got], scores=[round(i.score, 4) for i in got], skipped=len(got.skipped))
     return {**row, 'relations': relations_of(reply, [i.words for i in got])} if '"predicate"' in reply else row
 
-# %% ../nbs/08_evaluate.ipynb #5caef763
+# %% ../nbs/08_evaluate.ipynb #10479dce
 class Ceiling(MaskVLM):
     "A language model that always gives the true answer: what is left is what the mask tokenizer loses."
     constrained, policy = True, 'strict'
     def __init__(self, tokenizer): self.tokenizer = tokenizer # MaskTokenizer
 
-# %% ../nbs/08_evaluate.ipynb #a5784173
+# %% ../nbs/08_evaluate.ipynb #3201f183
 _NAMES = dict(id=('id', 'image_id', 'idx'), masks=('masks', 'pred_masks', 'mask', 'rle', 'segmentation', 'predicted_segmentation'), labels=('labels', 'phrases'), reply=('reply', 'caption', 'text', 'words', 'response'), scores=('scores', 'score'))
 def _get(row, what): return next((row[k] for k in _NAMES[what] if k in row), None)
 
@@ -84,7 +84,7 @@ def read_predictions(source): # JSONL file, or list of dict -> dict id: row, Rep
     if len(runs) > 1: raise EvaluateError(f"The predictions come from {len(runs)} runs ({', '.join(str(r or 'unnamed') for r in sorted(runs, key=str))}): score each alone.")
     return rows, report
 
-# %% ../nbs/08_evaluate.ipynb #0559242c
+# %% ../nbs/08_evaluate.ipynb #58a07305
 class Scorer:
     "Count the predictions of one task; `report` names what was not counted, `requests` are for a judge."
     def __init__(self, task, data=None, # Task, its ChatDataset
@@ -111,7 +111,7 @@ class Scorer:
         if None in (answers := self.judge(rows)): return self.report.add('not judged yet', f"{c.id}: {answers.count(None)} of {len(rows)} requests have no answer.")
         metric.update(answers, t['text'], id=c.id, group=self.group(c))
 
-# %% ../nbs/08_evaluate.ipynb #7ede9847
+# %% ../nbs/08_evaluate.ipynb #7353c76e
 def _read(self, row, c, t): # row of a predictions file -> dict masks, labels, reply, relations, scores, failed; None: it cannot be counted
     say, reply, masks = (lambda what, why: self.report.add(what, f'{c.id}: {why}')), _get(row, 'reply'), _get(row, 'masks')
     if self.task.metric in _NO_MASKS: masks = []
@@ -119,13 +119,19 @@ def _read(self, row, c, t): # row of a predictions file -> dict masks, labels, r
     if masks is None or self.task.metric in _NO_MASKS and not isinstance(reply, str): return say('neither masks nor a reply', f"the line has {', '.join(row)}.")
     masks = [masks] if isinstance(masks, dict) else masks
     if not isinstance(masks, list) or not all(isinstance(m, dict) and {'size', 'counts'} <= set(m) for m in masks): return say('broken RLE', 'a mask is no dict with size and counts.')
-    sizes = sorted({tuple(m['size']) if isinstance(m['size'], list) else () for m in masks})
-    if len(sizes) > 1: return say('masks of several sizes', f"{' and '.join('x'.join(map(str, s)) for s in sizes)} in one prediction.")
-    if sizes and sizes[0] != tuple(t['size']): return say('wrong mask size', f"{'x'.join(map(str, sizes[0]))}, the image is {t['size'][0]}x{t['size'][1]} (height x width).")
+    spell = lambda size: 'x'.join(map(str, size)) if isinstance(size, (list, tuple)) else str(size)
+    sizes = sorted({spell(m['size']) for m in masks})
+    if len(sizes) > 1: return say('masks of several sizes', f"{' and '.join(sizes)} in one prediction.")
+    if sizes and sizes[0] != spell(t['size']): return say('wrong mask size', f"{sizes[0]}, the image is {spell(t['size'])} (height x width).")
     scores = _get(row, 'scores'); scores = scores if isinstance(scores, list) else [scores]
     if any(isinstance(v, float) and not math.isfinite(v) for v in scores) or row.get('not_finite'): say('score that is no number', 'the mask counts, its score does not.')
-    labels = [str(l) for l in _get(row, 'labels') or []][:len(masks)]
-    return dict(masks=masks, labels=labels + [''] * (len(masks) - len(labels)), reply=reply or '', relations=row.get('relations') or [], scores=scores, failed=False)
+    labels, graph = ([] if v is None else v for v in (_get(row, 'labels'), row.get('relations')))
+    if not isinstance(labels, list): labels = say('labels that are no list', 'they are left out.') or []
+    if not isinstance(graph, list) or not all(_is_relation(r, len(masks)) for r in graph): graph = say('relations that are not [subject, object, predicate]', 'they are left out.') or []
+    labels = [str(l) for l in labels[:len(masks)]]
+    return dict(masks=masks, labels=labels + [''] * (len(masks) - len(labels)), reply='' if reply is None else str(reply), relations=graph, scores=scores, failed=False)
+
+def _is_relation(r, n): return isinstance(r, list) and len(r) == 3 and all(type(k) is int and 0 <= k < n for k in r[:2]) and isinstance(r[2], str)
 
 def _decode(self, c, reply): # words -> row with masks
     if self.tokenizer is None and '<|mt_' in reply: raise EvaluateError('The predictions are mask words: say which tokenizer reads them (tokenizer=, --tokenizer).')
@@ -133,7 +139,7 @@ def _decode(self, c, reply): # words -> row with masks
 
 Scorer._read, Scorer._decode = _read, _decode
 
-# %% ../nbs/08_evaluate.ipynb #9dbfdbe6
+# %% ../nbs/08_evaluate.ipynb #9976d501
 _NOTHING = dict(masks=[], labels=[], reply='', relations=[], scores=[], failed=True) # counts as a wrong, empty answer
 def _is_broken(rle):
     try: return rle_area(rle) < 0
@@ -155,7 +161,7 @@ def _count(self, c, t, p): # into every accumulator -> did it work?
     except MetricError as e: self.report.add('broken RLE' if any(map(_is_broken, p['masks'])) else 'not counted', str(e)); return False
     return True
 
-# %% ../nbs/08_evaluate.ipynb #03938382
+# %% ../nbs/08_evaluate.ipynb #174648f6
 def _figures(self, n_boot=1000, seed=0): # -> dict figure: dict(mean, low, high, n); what cannot be computed is in `problems`
     "Compute all figures with their intervals."
     out, self.problems = {}, []
@@ -168,7 +174,7 @@ def _figures(self, n_boot=1000, seed=0): # -> dict figure: dict(mean, low, high,
 
 Scorer.add, Scorer._count, Scorer.figures = _scorer_add, _count, _figures
 
-# %% ../nbs/08_evaluate.ipynb #61692569
+# %% ../nbs/08_evaluate.ipynb #2b9983e4
 class Score:
     "Figures of one task with their intervals, and the report of what was not counted."
     def __init__(self, task, scorer, total, start, n_boot=1000, seed=0): # Task, Scorer, samples of the task, time.perf_counter() of the start
@@ -200,7 +206,7 @@ def score(task, predictions, # name or Task; JSONL file or list of dict
     scorer.report.merge(report)
     return Score(task, scorer, total, start, n_boot, seed)
 
-# %% ../nbs/08_evaluate.ipynb #78ec44ae
+# %% ../nbs/08_evaluate.ipynb #75037143
 def weights_mark(*modules): # torch modules -> str, 12 letters
     "Fingerprint weights, the same on every device."
     h = hashlib.sha256()
@@ -229,7 +235,7 @@ class Predictions(Run):
         if not _flock(f): raise EvaluateError(f'Another process is writing predictions into {self.path.name}: wait for it.')
         return f
 
-# %% ../nbs/08_evaluate.ipynb #0711054a
+# %% ../nbs/08_evaluate.ipynb #c6ad3a73
 @torch.no_grad()
 def reply_batch(model, task, chats, policy=None, constrained=None, threshold=None): # MaskVLM, Task, list of Conversation, ... -> list of dict for the predictions file
     "Let a model answer some samples."
@@ -258,7 +264,7 @@ def predict(model, task, store, data, n=None, batch=16, rank=0, world=1, **how):
         if todo: flush()
     return count
 
-# %% ../nbs/08_evaluate.ipynb #b6386494
+# %% ../nbs/08_evaluate.ipynb #657f2e2e
 def open_model(model='toy', tokenizer='', device='cpu'): # MaskVLM or Ceiling as it is; folder, hub id, "toy"; "ceiling" -> MaskVLM
     "Open the model that is to be evaluated."
     if isinstance(model, MaskVLM): return model
@@ -279,7 +285,7 @@ class Evaluation(table):
         first = next((s.figures[k] for s in self.scores.values() for k in ('mIoU', 'gIoU') if k in s.figures), None)
         return {**({'iou': first} if first else {}), **out}
 
-# %% ../nbs/08_evaluate.ipynb #b0a9ec25
+# %% ../nbs/08_evaluate.ipynb #d4fae028
 def _settings(model, task, policy, constrained, threshold): # what shapes a reply, beside the task
     ceiling = isinstance(model, Ceiling) or task.metric == 'reconstruction'
     return dict(policy=policy or task.policy, constrained=None if ceiling else model.constrained if constrained is None else constrained, threshold=threshold)
@@ -308,7 +314,7 @@ def evaluate(model='toy', tasks='all', # see open_model; names, or "all" twins
         if world == 1: scores[task.name] = _score_store(task, store, chats, data, n, start, n_boot, seed, judge=judge, missing=missing, similarity=similarity if task.metric in ('gcg', 'instances') else None)
     return Evaluation(scores)
 
-# %% ../nbs/08_evaluate.ipynb #07a48787
+# %% ../nbs/08_evaluate.ipynb #0c1dd4fc
 def _launch(args, gpus): # one process for each GPU; they only predict
     if not isinstance(args['model'], str): raise EvaluateError('Several processes open the model themselves: give its name, not the model.')
     if args['device'] != 'cpu': check_gpus(gpus)
@@ -323,7 +329,7 @@ def _score_store(task, store, chats, data, n, start, n_boot, seed, judge=None, *
     (store.path / 'score.json').write_text(json.dumps(found.to_dict(), indent=1, default=str))
     return found
 
-# %% ../nbs/08_evaluate.ipynb #f28cc7f0
+# %% ../nbs/08_evaluate.ipynb #885515c9
 def write_questions(task, folder, n=None, root=''): # Task, folder, samples at most -> number of questions
     "Write the questions of a task for a model that lives elsewhere: questions.jsonl, and images as PNG; masks in them are RLE."
     folder, lines = Path(folder), []; folder.mkdir(parents=True, exist_ok=True)
@@ -336,7 +342,7 @@ def write_questions(task, folder, n=None, root=''): # Task, folder, samples at m
     (folder / 'questions.jsonl').write_text('\n'.join(lines) + '\n')
     return len(lines)
 
-# %% ../nbs/08_evaluate.ipynb #772020d3
+# %% ../nbs/08_evaluate.ipynb #fc1d3691
 def _arguments(argv):
     p = argparse.ArgumentParser(prog='samtok-eval', description='Evaluate a model, or score predictions of any model.', allow_abbrev=False)
     yes = lambda v: {'true': True, '1': True, 'false': False, '0': False}[v.lower()]
@@ -354,7 +360,7 @@ def _score_file(a, task): # arguments, Task -> Score
     if a.out: Path(a.out).write_text(json.dumps(found.to_dict(), indent=1, default=str) + '\n')
     return found
 
-# %% ../nbs/08_evaluate.ipynb #79d6473b
+# %% ../nbs/08_evaluate.ipynb #bd4eb0f6
 def _tasks(a): # arguments -> list of Task
     if wrong := [d for d in a.data if '=' not in d]: raise EvaluateError(f'{wrong[0]!r} is no argument of the data: write --data name=value.')
     names = [t for t in TASKS if t.startswith('toy_')] if a.task == 'all' else [t for t in a.task.split(',') if t]
