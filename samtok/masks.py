@@ -83,17 +83,17 @@ def mask_to_rle(
 def _read_letters(text, name="RLE"):
     "Unpack COCO's letters into run lengths (K,) int64."
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
-    c = np.frombuffer(data, np.uint8).astype(np.int64) - 48
+    c = np.frombuffer(data, np.uint8) - np.uint8(48)                            # what is below '0' wraps to something large
     if not c.size: raise MaskError(f"The {name} string is empty; even an empty mask has one run.")
-    if c.min() < 0 or c.max() > 63:
-        at = int(np.flatnonzero((c < 0) | (c > 63))[0])
+    if c.max() > 63:
+        at = int(np.argmax(c > 63))
         raise MaskError(f"The {name} string has {data[at:at + 1]!r} at position {at}, which is not one of COCO's letters ('0' to 'o').")
     if c[-1] >= 32: raise MaskError(f"The {name} string ends in the middle of a number; it was cut off.")
     last = np.flatnonzero(c < 32)
-    length = np.diff(last, prepend=-1)
+    first = np.zeros_like(last); first[1:] = last[:-1] + 1
+    length = last - first + 1
     if length.max() > 7: raise MaskError(f"The {name} string has a number of {int(length.max())} letters; 7 hold any run.")
-    first = last - length + 1
-    counts = np.add.reduceat((c & 31) << 5 * (np.arange(c.size) - np.repeat(first, length)), first)
+    counts = np.add.reduceat((c & 31).astype(np.int64) << 5 * (np.arange(c.size) - np.repeat(first, length)), first)
     counts -= np.where(c[last] & 16, np.int64(1) << 5 * length, 0)              # the sign bit of the last letter
     counts[1::2], counts[2::2] = np.cumsum(counts[1::2]), np.cumsum(counts[2::2])
     return counts

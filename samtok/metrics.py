@@ -6,16 +6,17 @@
 __all__ = ['MetricError', 'Convention', 'Metric', 'RES', 'KeyedRES', 'GRES', 'bootstrap_ci', 'paired_test', 'boundary_f',
            'Reconstruction', 'Calibration']
 
-# %% ../nbs/07_metrics.ipynb #44320961
+# %% ../nbs/07_metrics.ipynb #c6a11bc0
 import math
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 import numpy as np
-from .masks import MaskError, box_iou, check_mask, mask_to_box, rle_to_mask
+from pycocotools import mask as _coco
+from .masks import MaskError, _coco_rle, box_iou, check_mask, mask_to_box, rle_to_mask
 from .show import outline
 
-# %% ../nbs/07_metrics.ipynb #9f6e247f
+# %% ../nbs/07_metrics.ipynb #50519a30
 class MetricError(ValueError):
     "A sample or an accumulator that cannot be counted, and what to do about it."
 
@@ -31,7 +32,7 @@ class Convention:
     box: str = 'given'      # where boxes come from: 'given', or 'mask' (of the masks, maximum inclusive)
     strict: bool = False    # a figure without samples is an error (True) or 0.0 and named in `undefined`
 
-# %% ../nbs/07_metrics.ipynb #cd5218e0
+# %% ../nbs/07_metrics.ipynb #04c85bec
 def _mask(mask, name, size=None): # one mask, or several of one image that are joined -> (H,W) bool
     if isinstance(mask, dict): return rle_to_mask(mask, size)
     several = isinstance(mask, (list, tuple)) and (not mask or isinstance(mask[0], dict) or np.ndim(mask[0]) == 2) or np.ndim(mask) == 3
@@ -40,15 +41,32 @@ def _mask(mask, name, size=None): # one mask, or several of one image that are j
     masks = [_mask(m, name, size) for m in mask] or [np.zeros(size, bool)]
     return np.logical_or.reduce([check_mask(m, masks[0].shape, name) for m in masks])
 
-def _overlap(pred, gt, ignore, rule): # masks, a mask or None, Convention -> row
-    gt = _mask(gt, 'truth')
-    if pred is None and rule.missing != 'zero': return dict(I=0, U=0, IoU=0., n=int(rule.missing == 'half'))
-    pred = _mask([] if pred is None else pred, 'prediction', gt.shape)
+def _runs(mask, name, size=None): # RLE, or several that are joined -> COCO's RLE; None: this is no RLE
+    several = [mask] if isinstance(mask, dict) else mask if isinstance(mask, (list, tuple)) else ()
+    if not several or not all(isinstance(m, dict) for m in several): return None
+    several = [_coco_rle(m, size, name) for m in several]
+    return several[0] if len(several) == 1 else _coco.merge([_coco_rle(m, several[0]['size'], name) for m in several])
+
+def _counts(pred, gt, ignore=None): # masks -> pixels of the intersection, of the prediction, of the truth
+    pred = [] if pred is None else pred
+    g = _runs(gt, 'truth') if ignore is None else None
+    p = _runs(pred, 'prediction', g['size']) if g else None
+    if p: return tuple(int(_coco.area(m)) for m in (_coco.merge([p, g], intersect=True), p, g))
+    if g and isinstance(pred, (list, tuple)) and not pred: return 0, 0, int(_coco.area(g))
+    gt = _mask(gt, 'truth'); pred = _mask(pred, 'prediction', gt.shape)
     if ignore is not None: pred, gt = (m & ~_mask(ignore, 'mask of ignored pixels', gt.shape) for m in (pred, gt))
-    i, u = int((pred & gt).sum()), int((pred | gt).sum())
+    return int((pred & gt).sum()), int(pred.sum()), int(gt.sum())
+
+# %% ../nbs/07_metrics.ipynb #7aca8702
+def _overlap(pred, gt, ignore, rule): # masks, a mask or None, Convention -> row
+    if pred is None and rule.missing != 'zero': return dict(I=0, U=0, IoU=0., n=int(rule.missing == 'half'))
+    return _counted(*_counts(pred, gt, ignore), rule)
+
+def _counted(i, p, g, rule): # pixels of the intersection, of the prediction, of the truth -> row
+    u = p + g - i
     return dict(I=i, U=u, IoU=i / (u + rule.pair_eps) if u else rule.empty, n=1)
 
-# %% ../nbs/07_metrics.ipynb #0a94d3dc
+# %% ../nbs/07_metrics.ipynb #8f43c0d0
 class Metric:
     "Collect a row of numbers for each sample; every figure is made of sums over the rows."
     conventions = {'plain': Convention()}
@@ -72,7 +90,7 @@ class Metric:
     def __len__(self): return len(self.rows)
     def __repr__(self): return f'{type(self).__name__}({self.convention!r}, {len(self)} samples)'
 
-# %% ../nbs/07_metrics.ipynb #94596bcb
+# %% ../nbs/07_metrics.ipynb #94ec2529
 def _differ(a, b): # two Metric -> names of what they count differently
     a, b = (dict(kind=type(m).__name__, convention=m.convention, **m.options) for m in (a, b))
     return [k for k in a if a[k] != b.get(k)]
@@ -101,7 +119,7 @@ def _table(self): # -> list of N ids, dict of columns (N,...) float64; raises Me
 
 Metric.merge, Metric.only, Metric.table = _merge, _only, _table
 
-# %% ../nbs/07_metrics.ipynb #b8629650
+# %% ../nbs/07_metrics.ipynb #3976d9bb
 def _ratio(num, den): # arrays or floats -> the same, NaN where the denominator is 0
     num, den = np.broadcast_arrays(np.asarray(num, np.float64), np.asarray(den, np.float64))
     return np.divide(num, den, out=np.full(num.shape, np.nan), where=den > 0)
@@ -129,7 +147,7 @@ def _compute(self): # -> dict; n counted and skipped samples, names of undefined
 Metric._sums, Metric._from_sums, Metric.compute = _sums, _from_sums, _compute
 Metric._figures = lambda self, columns, weights=None: self._from_sums(self._sums(columns, weights))
 
-# %% ../nbs/07_metrics.ipynb #533709a3
+# %% ../nbs/07_metrics.ipynb #c20a9c3b
 class RES(Metric):
     "Compare one predicted mask with one true mask: mean IoU, cumulative IoU, precision at thresholds, box accuracy."
     conventions = dict(classic=Convention(), lisa=Convention(empty=1., pair_eps=1e-5, sum_eps=1e-10, count_eps=1e-5, mean='gIoU'),
@@ -157,7 +175,7 @@ class RES(Metric):
         return {'cIoU': ('I', 'U', self.rule.sum_eps), self.rule.mean: ('IoU', 'n', self.rule.count_eps),
                 **{f'Pr@{t:g}': (f'Pr@{t:g}', 'n', 0) for t in self.options['thresholds']}, **({'box_acc': ('box', boxes, 0)} if self.options['boxes'] else {})}
 
-# %% ../nbs/07_metrics.ipynb #0e01eba2
+# %% ../nbs/07_metrics.ipynb #488bde05
 def _inclusive_box(mask): # (H,W) bool -> (4,) xyxy as torchvision's masks_to_boxes: the maximum is the last pixel; no pixel: zeros
     return mask_to_box(mask) - [0, 0, 1, 1] if mask.any() else np.zeros(4)
 
@@ -187,7 +205,7 @@ class KeyedRES(RES):
 
     def _ratios(self): return dict(mIoU=('IoU', 'n', 0), box_acc=('box', 'n', 0))
 
-# %% ../nbs/07_metrics.ipynb #e25ff359
+# %% ../nbs/07_metrics.ipynb #213ace9f
 class GRES(RES):
     "Compare joined masks of any number of targets: gIoU, cIoU, N_acc, T_acc, precision over samples with a target."
     conventions = dict(plain=Convention(mean='gIoU'), rela=Convention(mean='gIoU'), samtok=Convention(mean='gIoU', pair_eps=1e-8, sum_eps=1e-10, strict=True))
@@ -197,9 +215,8 @@ class GRES(RES):
                id=None, group=None, no_target=None): # no_target: bool, what the model says; None: whether the mask is empty
         "Count one sample."
         with self._sample(id, group) as row:
-            gt = _mask(gt, 'truth'); pred = _mask([] if pred is None else pred, 'prediction', gt.shape)
-            none, said = not gt.any(), bool(not pred.any() if no_target is None else no_target)
-            found = _overlap(pred, gt, None, self.rule)
+            i, p, g = _counts(pred, gt)
+            none, said, found = not g, bool(not p if no_target is None else no_target), _counted(i, p, g, self.rule)
             if said: found.update(I=0, IoU=float(none), U=0 if none else found['U'])
             elif none: found['IoU'] = 0.                                           # an empty mask without the flag
             row.update(self._numbers(found), target=int(not none), none=int(none), TP=int(none and said), TN=int(not none and not said))
@@ -212,7 +229,7 @@ class GRES(RES):
         if self.convention == 'rela': figures.update({k: np.where(s['none'] > 0, figures[k], 0.) for k in ('N_acc', 'T_acc')})
         return figures
 
-# %% ../nbs/07_metrics.ipynb #4117de97
+# %% ../nbs/07_metrics.ipynb #7ec80a08
 def _replicates(metric, columns, n_boot, seed): # -> dict figure: (n_boot,) float64
     n, rng = len(columns['n']), np.random.default_rng(seed)
     step, drawn = max(1, int(4e6 // n)), []
@@ -229,7 +246,7 @@ def bootstrap_ci(metric, # Metric
     value, columns = metric.compute(), metric.table()[1]
     return {k: dict(mean=value[k], **_interval(v, level, value[k]), n=value['n']) for k, v in _replicates(metric, columns, n_boot, seed).items()}
 
-# %% ../nbs/07_metrics.ipynb #f98358af
+# %% ../nbs/07_metrics.ipynb #0773dab7
 def _paired(a, b): # two Metric -> columns of both, in the same order of samples
     (ids_a, ca), (ids_b, cb) = a.table(), b.table()
     if None in ids_a or None in ids_b: raise MetricError('A paired test needs to know which samples belong together: give id= to every update.')
@@ -251,7 +268,7 @@ def paired_test(a, b, # Metric of two models on the same samples
         out[k] = dict(a=va[k], b=vb[k], difference=diff, **_interval(drawn, level, diff), p=float(min(1, p)), n=va['n'])
     return out
 
-# %% ../nbs/07_metrics.ipynb #079884bf
+# %% ../nbs/07_metrics.ipynb #cde1580e
 def _grow(mask, radius): # (H,W) bool, pixels -> (H,W) bool: what is at most `radius` away from a pixel of the mask
     out, h, r = np.zeros_like(mask), len(mask), int(radius)
     for dy in range(-min(r, h - 1), min(r, h - 1) + 1):
@@ -273,7 +290,7 @@ def boundary_f(pred, gt, # (H,W) bool or RLE
     precision, recall = (float(m[_grow(o, radius)].sum() / m.sum()) for m, o in ((a, b), (b, a)))
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.
 
-# %% ../nbs/07_metrics.ipynb #1a55444a
+# %% ../nbs/07_metrics.ipynb #4ba6eab0
 class Reconstruction(RES):
     "Compare masks with what came back from their words: IoU, boundary F."
     conventions = dict(reconstruction=Convention(empty=1.))
@@ -287,7 +304,7 @@ class Reconstruction(RES):
 
     def _ratios(self): return {**super()._ratios(), 'boundary_F': ('F', 'n', 0)}
 
-# %% ../nbs/07_metrics.ipynb #7f5f1f51
+# %% ../nbs/07_metrics.ipynb #890e422c
 class Calibration(Metric):
     "Compare predicted scores with the IoU that came true: expected calibration error, reliability bins."
     def __init__(self, convention=None, bins=10): super().__init__(convention, bins=bins)
