@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ANSWERS', 'cell_labels', 'visual_tokens', 'token_grid', 'answer_words', 'warm_up_vision', 'mimetic_start']
 
-# %% ../nbs/04a_look.ipynb #e1147f26
+# %% ../nbs/04a_look.ipynb #f5fdfa18
 import math, re
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from .scenes import KINDS
 from .shapeworld import ShapeWorld, render
 from .vlm import matrices
 
-# %% ../nbs/04a_look.ipynb #1ce7721b
+# %% ../nbs/04a_look.ipynb #4e7854fd
 _BOOKS = ('code 0', 'code 1')
 ANSWERS = ('object', *KINDS, *_BOOKS)                                             # what a visual token is asked for
 
@@ -36,7 +36,7 @@ def cell_labels(scene, # Scene
     out[out[:, 0] > 0, 1:] = rows[most[out[:, 0] > 0]]
     return out
 
-# %% ../nbs/04a_look.ipynb #d82534a2
+# %% ../nbs/04a_look.ipynb #32e6cc86
 def visual_tokens(model, processor, images): # VLM, its processor, list of (H,W,3) uint8 of one size -> (N*g*g, C) float
     "Run the vision tower and its merger."
     batch = processor.image_processor(images=images, return_tensors='pt').to(model.device)
@@ -50,14 +50,14 @@ def token_grid(model, processor, image): # -> cells on a side; raises ValueError
     if (g := math.isqrt(n)) ** 2 != n: raise ValueError(f'The image gives {n} visual tokens, which is no square: use square images.')
     return g
 
-# %% ../nbs/04a_look.ipynb #b82e2f78
+# %% ../nbs/04a_look.ipynb #a9685177
 def answer_words(processor, vocab): # of a model that has the mask words; MaskVocab -> dict answer -> (k,) token ids, in the order of KINDS and of the codes
     "Find the word for every answer but the first: attributes as they stand in a sentence, codes as mask words."
     tk = processor.tokenizer
     said = {a: [tk(f' {v}', add_special_tokens=False)['input_ids'][-1] for v in values] for a, values in KINDS.items()}
     return {a: torch.tensor(ids) for a, ids in (said | {b: tk.convert_tokens_to_ids([vocab.word(j, c) for c in range(vocab.codebook_size)]) for j, b in enumerate(_BOOKS)}).items()}
 
-# %% ../nbs/04a_look.ipynb #99ae9f43
+# %% ../nbs/04a_look.ipynb #8a59e775
 class _Reader(torch.nn.Module): # reads the answers off visual tokens: whether there is an object by a layer, the rest by the words' own embeddings
     def __init__(self, embeddings, words): # (V,C), dict of answer_words
         super().__init__()
@@ -72,7 +72,7 @@ def _look_step(model, processor, reader, scenes, labels): # -> loss, accuracy of
     loss = sum(F.cross_entropy(o.float(), labels[:, j], ignore_index=-100) for j, o in enumerate(out))
     return loss, [((o.argmax(1) == labels[:, j])[labels[:, j] >= 0]).float().mean().item() for j, o in enumerate(out)]
 
-# %% ../nbs/04a_look.ipynb #d7c9ded3
+# %% ../nbs/04a_look.ipynb #79477c31
 @torch.no_grad()
 def _to_words_size(model, processor, images): # scale the merger's last layer so that visual tokens are as large as words
     size = lambda x: x.float().pow(2).mean().sqrt()
@@ -80,7 +80,7 @@ def _to_words_size(model, processor, images): # scale the merger's last layer so
     factor = size(model.get_input_embeddings().weight) / size(visual_tokens(model, processor, images))
     for w in last.parameters(): w.mul_(factor)
 
-# %% ../nbs/04a_look.ipynb #9d71d716
+# %% ../nbs/04a_look.ipynb #a36f5656
 def warm_up_vision(model,     # a twin with mask words; its vision tower and merger are trained in place
                    processor, # its processor
                    table,     # CodeTable of training scenes
@@ -105,7 +105,7 @@ def warm_up_vision(model,     # a twin with mask words; its vision tower and mer
     _to_words_size(model, processor, [render(world.scene(i)) for i in range(min(16, len(table)))])
     return rows
 
-# %% ../nbs/04a_look.ipynb #bd86d570
+# %% ../nbs/04a_look.ipynb #c289309b
 def _alike(attention, strength, draw): # queries equal to keys, values of some random directions that are put back where they came from
     d, width = attention.head_dim, attention.k_proj.weight.shape[1]
     heads, kept = attention.o_proj.weight.shape[1] // d, attention.k_proj.weight.shape[0] // d
@@ -124,7 +124,7 @@ def _nearby(attention, draw): # keys of what all words have in common, in the sl
     rows = turn.repeat(len(attention.k_proj.weight) // d, 1) / width**.5
     attention.k_proj.weight.copy_(rows + .02 * torch.randn(attention.k_proj.weight.shape, generator=draw))
 
-# %% ../nbs/04a_look.ipynb #1c3e52a2
+# %% ../nbs/04a_look.ipynb #b7610eb5
 @torch.no_grad()
 def mimetic_start(model, strength=.5, seed=0): # a twin with mask words, changed in place; share of what is found that is passed on -> int: layers changed
     "Let a twin's attention gather the words nearby, look for what is like them and copy it; give every word a direction of its own, the same at both ends."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['matrices', 'add_mask_words', 'load_vlm', 'Instance', 'Instances', 'decode_reply', 'MaskVLM']
 
-# %% ../nbs/03_vlm.ipynb #1b21b417
+# %% ../nbs/03_vlm.ipynb #07305074
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -18,13 +18,13 @@ from .grammar import AnswerGrammar, MaskGrammar, VLMError, count_mask_words, mas
 from .runs import data_file
 from .tokenizer import ImageEmbedding, MaskTokenizer
 
-# %% ../nbs/03_vlm.ipynb #15b7e8d8
+# %% ../nbs/03_vlm.ipynb #9d06674b
 def matrices(model): # -> input embedding, output head (or None), is it one matrix?
     "Find the two matrices that have a row for each token."
     emb, head = model.get_input_embeddings(), model.get_output_embeddings()
     return emb, head, head is not None and head.weight.data_ptr() == emb.weight.data_ptr()
 
-# %% ../nbs/03_vlm.ipynb #0ca8c5d7
+# %% ../nbs/03_vlm.ipynb #2dfbce0e
 def _fill_rows(weight, ids, real, noise, generator): # new rows: the mean of the real ones, a little apart from each other
     old = weight[real].float()
     spread = torch.randn(len(ids), weight.shape[1], generator=generator).to(weight.device) * noise
@@ -50,7 +50,7 @@ def add_mask_words(model,     # any Hugging Face model that writes text
         for layer in [emb] + [head] * (head is not None and not tied): _fill_rows(layer.weight, ids.to(layer.weight.device), real.to(layer.weight.device), noise, g)
     return dict(added=added, ids=ids.numpy(), rows=emb.weight.shape[0], resized=resized, tied=tied)
 
-# %% ../nbs/03_vlm.ipynb #a78fdd6f
+# %% ../nbs/03_vlm.ipynb #d90ffa43
 def load_vlm(name,   # folder, or hub id "user/name"
              dtype=torch.float32, **kwargs): # kwargs go to the model's from_pretrained -> model, processor; raises VLMError
     "Load a model and its processor, without running code that comes with them."
@@ -59,7 +59,7 @@ def load_vlm(name,   # folder, or hub id "user/name"
     try: return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False, **kwargs), AutoProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e: raise VLMError(f'The model {Path(name).name} could not be loaded ({type(e).__name__}): {" ".join(str(e).split())[:300]}') from e
 
-# %% ../nbs/03_vlm.ipynb #6c2c7a98
+# %% ../nbs/03_vlm.ipynb #e7c97ebd
 @dataclass
 class Instance:
     "One mask in a reply: `label` str or None, `mask` (H,W) bool, `codes` (K,), `score` predicted IoU in [0,1], `words` as written."
@@ -76,7 +76,7 @@ class Instances(list):
     @property
     def union(self): return np.any([i.mask for i in self], 0) if self else None # (H,W) bool, None without masks
 
-# %% ../nbs/03_vlm.ipynb #a6a36244
+# %% ../nbs/03_vlm.ipynb #67e6559f
 def decode_reply(reply,     # str
                  embedding, # ImageEmbedding of one image, or the image
                  tokenizer, # MaskTokenizer
@@ -91,7 +91,7 @@ def decode_reply(reply,     # str
     masks, scores = tokenizer.decode(embedding, tokenizer.vocab.codes([s for _, s in good[:most]]), return_scores=True, **kwargs)
     return Instances([Instance(label, m, s.codes, float(p), s.text) for (label, s), m, p in zip(good, masks, scores)], reply, skipped)
 
-# %% ../nbs/03_vlm.ipynb #b016aca7
+# %% ../nbs/03_vlm.ipynb #56eae94b
 class MaskVLM:
     "A vision-language model that reads and writes mask words, with the tokenizer that turns them into masks."
     def __init__(self, model, processor, tokenizer, # HF model and processor, MaskTokenizer; raises VLMError
@@ -111,20 +111,21 @@ class MaskVLM:
                         device='cpu', dtype=torch.float32, **kwargs): # kwargs go to the model; raises VLMError, CheckpointError
         "Load model, processor and mask tokenizer."
         name = data_file('toy', 'vlm') if str(vlm) == 'toy' else vlm
+        if str(vlm) == 'toy' and tokenizer is None: tokenizer = data_file('toy', 'tokenizer_16')  # it is in the package once
         model, processor = load_vlm(name, dtype, **kwargs)
         inner = Path(name) / 'mask_tokenizer'
         if tokenizer is None and not inner.is_dir(): raise VLMError(f'{Path(name).name} comes without a mask tokenizer: name it, tokenizer=... (a folder, a hub id, or "toy").')
         if not isinstance(tokenizer, MaskTokenizer): tokenizer = MaskTokenizer.from_pretrained(inner if tokenizer is None else tokenizer)
         return cls(model.to(device), processor, tokenizer.to(device))
 
-# %% ../nbs/03_vlm.ipynb #01432b16
+# %% ../nbs/03_vlm.ipynb #9c5ed7a2
 def _save(self, folder):
     "Write model, processor and mask tokenizer into a folder."
     self.model.save_pretrained(folder); self.processor.save_pretrained(folder); self.tokenizer.save_pretrained(Path(folder) / 'mask_tokenizer')
 
 MaskVLM.save_pretrained = _save
 
-# %% ../nbs/03_vlm.ipynb #4bdd9bc6
+# %% ../nbs/03_vlm.ipynb #c438e16d
 def _embeddings(self, images): # list -> dict: key of an image -> ImageEmbedding of it alone; every image once
     unique, out = {_key(i): i for i in images}, {}
     for a in range(0, len(unique), 16):
@@ -147,7 +148,7 @@ def _words(self, conversations, seen=None): # list of Conversation; embeddings t
 
 MaskVLM._embeddings, MaskVLM.words = _embeddings, _words
 
-# %% ../nbs/03_vlm.ipynb #dcac1ef6
+# %% ../nbs/03_vlm.ipynb #4bbbdf0b
 def _prompt(self, messages, images): # messages with words in place; images by number -> text, images in the order of the text
     "Write a chat as the model's own template wants it; raises VLMError."
     for t in [m['content'] for m in messages if m['role'] != 'assistant']:
@@ -168,7 +169,7 @@ def _batch(processor, texts, images): # -> tensors, prompts padded on the left
 
 MaskVLM.prompt = _prompt
 
-# %% ../nbs/03_vlm.ipynb #f9142e85
+# %% ../nbs/03_vlm.ipynb #c3c4c505
 def _write(self, prompts, max_new_tokens, how, **kwargs): # list of (text, images); "answer", True or False -> replies of one batch
     batch = _batch(self.processor, [t for t, _ in prompts], [i for _, images in prompts for i in images]).to(self.device)
     at = batch['input_ids'].shape[1]
@@ -193,7 +194,7 @@ def _generate(self, conversations, # list of Conversation; the last message of e
 
 MaskVLM._write, MaskVLM.generate = _write, _generate
 
-# %% ../nbs/03_vlm.ipynb #5b32fea6
+# %% ../nbs/03_vlm.ipynb #489b604e
 def _segment(self, image, # one image, or a list of them
              text,        # an expression, or a list: one for each image, or several for one image
              prompt='refer', policy=None, **kwargs): # name in PROMPTS or a text with {phrase}; see MaskVLM; kwargs go to generate -> Instances, or a list of them
@@ -211,7 +212,7 @@ def _segment(self, image, # one image, or a list of them
 
 MaskVLM.segment = _segment
 
-# %% ../nbs/03_vlm.ipynb #b43c8cf7
+# %% ../nbs/03_vlm.ipynb #17187d4f
 def _describe(self, image, # (H,W,3) uint8, or whatever read_image takes
               mask,        # (H,W) bool, or a list of them or (N,H,W)
               prompt=None, zoom=None, **kwargs): # a question with {mask}; share of the area up to which a zoom-in is sent, None: .2 (published), 0: never -> str, or a list of them
@@ -224,7 +225,7 @@ def _describe(self, image, # (H,W,3) uint8, or whatever read_image takes
 
 MaskVLM.describe = _describe
 
-# %% ../nbs/03_vlm.ipynb #f5e47571
+# %% ../nbs/03_vlm.ipynb #667ef5da
 @torch.no_grad()
 def _chat(self, conversation, # Conversation; its questions are asked in turn; answers may be there or not
           history='own',      # "own": later rounds see what the model wrote; "given": they see the conversation's answers where it has them
