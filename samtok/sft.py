@@ -7,7 +7,7 @@ __all__ = ['CAPTION', 'load_params', 'processes', 'ChatCollator', 'SceneRows', '
            'toy_corpus', 'build_model', 'tower', 'lora_config', 'sft_config', 'make_trainer', 'train', 'heldout_refer',
            'evaluate_refer', 'evaluate_captions', 'finish', 'run_sft', 'main']
 
-# %% ../nbs/04_sft.ipynb #7447b506
+# %% ../nbs/04_sft.ipynb #95229546
 import argparse, json, os, re, sys, time
 from pathlib import Path
 import numpy as np
@@ -26,7 +26,7 @@ from .tokenizer import MaskTokenizer
 from .twins import FAMILIES, twin_model, twin_processor, twin_tokenizer
 from .vlm import MaskVLM, add_mask_words, load_vlm, matrices
 
-# %% ../nbs/04_sft.ipynb #19611f4d
+# %% ../nbs/04_sft.ipynb #f027379e
 def load_params(scale='auto', gpus=0, recipe='', **overrides): # -> dict; see data/params/sft_*.json
     "Read the parameters of a scale, a recipe on top of them, and overrides that are not None; unknown names raise RunError."
     extra = json.loads(data_file('params', f'sft_{recipe}.json').read_text()) if recipe else {}
@@ -37,7 +37,7 @@ def processes(params): # -> int: one for each GPU; with device "cpu" as many on 
     if params['device'] != 'cpu': check_gpus(params['gpus'])
     return max(1, params['gpus'])
 
-# %% ../nbs/04_sft.ipynb #40c1e08f
+# %% ../nbs/04_sft.ipynb #df30627a
 def _segments(processor, messages): # -> [(text, is it a reply?)] that joined make the whole chat
     "Cut a chat into what is read and what is written."
     render = lambda m, ask: processor.apply_chat_template(m, tokenize=False, add_generation_prompt=ask)
@@ -50,7 +50,7 @@ def _segments(processor, messages): # -> [(text, is it a reply?)] that joined ma
         at = said
     return out
 
-# %% ../nbs/04_sft.ipynb #e1f920f7
+# %% ../nbs/04_sft.ipynb #c6eca0f9
 def _mark(ids, segments, image_id, eos): # ids (L,) of the whole chat with images expanded; segments [(ids, is it a reply?)] unexpanded -> labels (L,)
     labels, at = np.full(len(ids), -100), 0
     for seg, reply in segments:
@@ -82,7 +82,7 @@ class ChatCollator:
             row[keep] = _mark(ids[keep], [(i, p) for i, (_, p) in zip(pieces, parts)], self.image_id, self.tokenizer.eos_token_id)
         return self._cut(dict(batch, labels=torch.from_numpy(labels)))
 
-# %% ../nbs/04_sft.ipynb #0d689e94
+# %% ../nbs/04_sft.ipynb #721fe14e
 def _read(self, row): # -> (segments, images), or None
     try:
         messages, order = to_messages(json.loads(row['messages']) if isinstance(row['messages'], str) else row['messages'])
@@ -101,7 +101,7 @@ def _cut(self, batch): # -> batch of at most max_length tokens; images must stay
 
 ChatCollator._read, ChatCollator._cut = _read, _cut
 
-# %% ../nbs/04_sft.ipynb #1a9cceab
+# %% ../nbs/04_sft.ipynb #bb1ff658
 class SceneRows:
     "ShapeWorld conversations as rows with their mask words; row i is always the same, epoch by epoch new questions."
     def __init__(self, chat, words, epochs=1, opening=0): # SceneChat; function from a Conversation to its masks' words; passes over the scenes; rows at the start that name all objects, each with its mask
@@ -115,7 +115,7 @@ class SceneRows:
         c = chat.load(k)
         return chat_row(c, self.words(c), store=read_image)
 
-# %% ../nbs/04_sft.ipynb #a8343e14
+# %% ../nbs/04_sft.ipynb #9b638c6c
 class Mix:
     "Rows of several data sets, each as often as its weight says: 1.5 is every row once and half of them twice."
     def __init__(self, parts, seed=0): # list of (rows, weight)
@@ -131,7 +131,7 @@ class Mix:
         p, k = self.index[i]
         return self.parts[p][0][int(k)]
 
-# %% ../nbs/04_sft.ipynb #7a038285
+# %% ../nbs/04_sft.ipynb #028bcf68
 def training_rows(params, vocab): # -> rows with len and [i]
     "Open the training data: ShapeWorld with its codes, or a list of tokenised shards with weights."
     if params['data'] == 'shapeworld':
@@ -145,7 +145,7 @@ def training_rows(params, vocab): # -> rows with len and [i]
 def _file(name): return Path(name) if Path(name).exists() else data_file(*Path(name).parts)  # of the user, or of the package's data folder
 def tokenizer_path(name): return data_file(*Path(name).parts) if str(name).startswith('toy/') else name
 
-# %% ../nbs/04_sft.ipynb #ec8d1cd1
+# %% ../nbs/04_sft.ipynb #5fc935d2
 def toy_corpus(n=400): # conversations -> list of str
     "Write text in the toy's language, to train its tokenizer on."
     chat = SceneChat(ShapeWorld(n, 'train', seed=5))
@@ -170,7 +170,7 @@ def tower(model, merger=False): # VLM; the merger (projector) as well -> list of
     "List the weights of the vision tower."
     return [p for n, p in model.named_parameters() if re.search(r'(^|\.)(visual|vision_tower|vision_model)\.', n) and (merger or not re.search(r'merger|projector', n)) or merger and 'projector' in n]
 
-# %% ../nbs/04_sft.ipynb #11c45266
+# %% ../nbs/04_sft.ipynb #d8a5736c
 def lora_config(params, model, ids): # -> peft.LoraConfig, or None
     "Say which weights learn: low-rank updates of all linear layers of the language model, and the rows of the mask words."
     if params['learn'] == 'full': return None
@@ -184,7 +184,7 @@ def lora_config(params, model, ids): # -> peft.LoraConfig, or None
     targets = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head and not re.search(r'visual|vision', n)]
     return LoraConfig(r=params['lora_r'], lora_alpha=params['lora_alpha'], lora_dropout=params['lora_dropout'], target_modules=targets, modules_to_save=save or None, task_type='CAUSAL_LM', **rows)
 
-# %% ../nbs/04_sft.ipynb #cdb4484b
+# %% ../nbs/04_sft.ipynb #15282ea9
 class _Log(TrainerCallback): # writes the trainer's log into the run's metrics
     def __init__(self, run, tell): self.run, self.tell, self.started = run, tell, time.time()
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -208,7 +208,7 @@ def sft_config(params, path): # -> trl.SFTConfig
                      gradient_checkpointing=p['gradient_checkpointing'], dataloader_num_workers=p['workers'], train_sampling_strategy='sequential' if p['data'] == 'shapeworld' else 'random', dataset_kwargs=dict(skip_prepare_dataset=True), remove_unused_columns=False, max_length=None,
                      deepspeed=p['deepspeed'] or None, fsdp=p['fsdp'] or None)
 
-# %% ../nbs/04_sft.ipynb #7bb3ba3e
+# %% ../nbs/04_sft.ipynb #f3cac98b
 def _memory(p, processor): # sentence for a GPU that is full
     return (f"The GPU's memory is full with batch {p['batch']}, images of up to {p['max_pixels'] or 'any number of'} pixels and {p['max_length'] or 'any number of'} tokens: "
             f"lower batch (and raise accumulate {p['accumulate']} as much), max_pixels or max_length, or set gradient_checkpointing.")
@@ -225,7 +225,7 @@ def make_trainer(params, path, model, processor, ids, rows, callbacks=()): # -> 
     return SFTTrainer(model=model, args=sft_config(params, path), train_dataset=numbers, data_collator=ChatCollator(processor, params['max_length'], rows),
                       processing_class=processor, peft_config=lora_config(params, model, ids), callbacks=list(callbacks))
 
-# %% ../nbs/04_sft.ipynb #f323f0a2
+# %% ../nbs/04_sft.ipynb #8704151a
 def _look(params, model, processor, vocab, run): # a twin learns to see before it learns to speak; its rows go into look.jsonl
     rows = warm_up_vision(model, processor, code_table(_file(params['codes']), vocab), params['look_steps'], seed=params['seed'])
     if run.main: atomic_write(run.path / 'look.jsonl', ''.join(json.dumps(r) + '\n' for r in rows))
@@ -250,7 +250,7 @@ def train(params, path, on_log=None): # dict of load_params; run folder; called 
     vlm = MaskVLM(model.merge_and_unload() if hasattr(model, 'merge_and_unload') else model, processor, tokenizer)
     return finish(run, vlm, time.time() - started)
 
-# %% ../nbs/04_sft.ipynb #612635c0
+# %% ../nbs/04_sft.ipynb #ab0233a8
 def heldout_refer(n, split='heldout', share=.25, seed=0): # expressions, split of ShapeWorld, share without target -> list of (scene, text, ids, kind)
     "Draw held-out expressions, one for each scene."
     world, out = ShapeWorld(4 * n, split, seed), []
@@ -262,7 +262,7 @@ def heldout_refer(n, split='heldout', share=.25, seed=0): # expressions, split o
         if set(ids) <= big: out.append((scene, text, sorted(ids), kind))
         if len(out) == n: return out
 
-# %% ../nbs/04_sft.ipynb #940669bc
+# %% ../nbs/04_sft.ipynb #a4ce68d4
 def evaluate_refer(vlm, asked, batch=32): # MaskVLM, rows of heldout_refer -> dict of lists over expressions
     "Ask for held-out expressions: IoU of the union, the tokenizer's own IoU, codes right."
     out = dict(score=[], iou=[], ceiling=[], pair=[], first=[], no_target=[], malformed=[], kind=[])
@@ -281,7 +281,7 @@ def evaluate_refer(vlm, asked, batch=32): # MaskVLM, rows of heldout_refer -> di
             out['pair'] += [float(tuple(c) in said) for c in codes.tolist()]; out['first'] += [float(c[0] in {s[0] for s in said}) for c in codes.tolist()]
     return out
 
-# %% ../nbs/04_sft.ipynb #23e270d4
+# %% ../nbs/04_sft.ipynb #be49e868
 CAPTION = PROMPTS['caption']
 
 def evaluate_captions(vlm, n, split='heldout', batch=32): # MaskVLM, regions -> dict attribute -> list of 0 or 1, over regions
@@ -296,7 +296,7 @@ def evaluate_captions(vlm, n, split='heldout', batch=32): # MaskVLM, regions -> 
         for k in KINDS: out[k].append(float(said[k] == getattr(o, k)))
     return out
 
-# %% ../nbs/04_sft.ipynb #9070f193
+# %% ../nbs/04_sft.ipynb #7fb028d6
 def finish(run, vlm, seconds): # Run, MaskVLM -> result dict
     "Save the model, measure it on held-out scenes, write the result."
     p = run.params
@@ -310,7 +310,7 @@ def finish(run, vlm, seconds): # Run, MaskVLM -> result dict
     run.save_result(metrics, n=p['eval_n'], seconds=round(seconds, 1), command=f"papermill nbs/04_sft.ipynb out.ipynb -p scale {p['scale']}" + (f" -p gpus {p['gpus']}" if p['gpus'] else '') + given)
     return run.result
 
-# %% ../nbs/04_sft.ipynb #22566d39
+# %% ../nbs/04_sft.ipynb #25c1332d
 def run_sft(params, path, on_log=None): # -> result dict
     "Fine-tune in this process, or in one process for each GPU, watched."
     if processes(params) == 1: return train(params, path, on_log)
@@ -328,5 +328,5 @@ def main(argv=None):
     result = train(args, path) if 'RANK' in os.environ else run_sft(args, path)
     if result: print(json.dumps(result['metrics'], indent=1))
 
-# %% ../nbs/04_sft.ipynb #f24564f5
+# %% ../nbs/04_sft.ipynb #76ca02ce
 if __name__ == '__main__' and '__file__' in globals(): main()
