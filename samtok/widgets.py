@@ -6,7 +6,7 @@
 __all__ = ['WidgetError', 'stroke_mask', 'click_mask', 'read_region', 'MaskPicker', 'nearest_rows', 'known_codes',
            'CodebookExplorer', 'ReplyInspector', 'find_runs', 'find_samples', 'RunDashboard']
 
-# %% ../nbs/10_widgets.ipynb #ac4b9871
+# %% ../nbs/10_widgets.ipynb #819daa1e
 import html, io, json, os, threading, time
 from base64 import b64encode
 from pathlib import Path
@@ -19,7 +19,7 @@ from .runs import read_rows
 from .show import changes_html, color_of, compare_curves, error_image, figure_png, overlay, show_grid, show_image, table, usage_image, words_html
 from .words import MaskVocab
 
-# %% ../nbs/10_widgets.ipynb #87ae1a0f
+# %% ../nbs/10_widgets.ipynb #947624e4
 class WidgetError(ValueError):
     "Say what a widget cannot use, and what to do."
 
@@ -32,7 +32,7 @@ _STYLE = '''<style>
 .samtok-live .widget-html-content {line-height: 1.4}
 </style>'''
 
-# %% ../nbs/10_widgets.ipynb #748824db
+# %% ../nbs/10_widgets.ipynb #bc8e422e
 class _Live(W.VBox):
     "What all widgets share: a line for problems, a sentence for the time after the kernel, a still picture."
     def __init__(self, parts):
@@ -57,7 +57,7 @@ class _Live(W.VBox):
         if 'CI' in os.environ: return display(Png(figure_png(self.picture())))  # nobody is there to use a widget
         for data in self._outputs(): display(data, raw=True)
 
-# %% ../nbs/10_widgets.ipynb #662c4f9f
+# %% ../nbs/10_widgets.ipynb #d70360b4
 def stroke_mask(points, # (n,2) x, y in pixels of the image
                 tool,   # "draw": an outline, which is filled; "box": its first and last point are corners
                 size):  # (H,W) -> (H,W) bool; raises MaskError
@@ -69,7 +69,7 @@ def stroke_mask(points, # (n,2) x, y in pixels of the image
     if not mask.any(): raise MaskError('The stroke encloses no pixel: draw around the region, or use the tool for clicks.')
     return mask
 
-# %% ../nbs/10_widgets.ipynb #488bac08
+# %% ../nbs/10_widgets.ipynb #5073e9e5
 def click_mask(image, # (H,W,3) uint8
                x, y,  # a point in pixels
                masks=(),     # (N,H,W) bool: known regions
@@ -86,7 +86,7 @@ def click_mask(image, # (H,W,3) uint8
     ImageDraw.floodfill(area, (sx, sy), 255, thresh=tolerance)
     return resize_mask(np.asarray(area) == 255, (h, w))
 
-# %% ../nbs/10_widgets.ipynb #3ebd1aa8
+# %% ../nbs/10_widgets.ipynb #70b1a51f
 def read_region(text, # JSON: box [x0, y0, x1, y1], polygon [x, y, ...], list of polygons, or RLE {"size", "counts"}
                 size): # (H,W) -> (H,W) bool; raises WidgetError, MaskError
     "Read a region that was typed."
@@ -95,7 +95,7 @@ def read_region(text, # JSON: box [x0, y0, x1, y1], polygon [x, y, ...], list of
     if not isinstance(region, (list, dict)) or not region: raise WidgetError(f'{text.strip()[:40]} is no region: type four numbers, a polygon, or run lengths with size and counts.')
     return box_to_mask(region, size) if isinstance(region, list) and len(region) == 4 and not any(isinstance(v, list) for v in region) else segmentation_to_mask(region, size)
 
-# %% ../nbs/10_widgets.ipynb #a9c82029
+# %% ../nbs/10_widgets.ipynb #6cdc6dbf
 _STROKE = '''event.preventDefault(); event.stopPropagation();
 const c = this, g = c.getContext('2d'), r = c.getBoundingClientRect(), p = [];
 c.width = r.width; c.height = r.height; g.lineWidth = 2; g.strokeStyle = '#d55e00';
@@ -112,7 +112,7 @@ const end = () => {
   setTimeout(() => g.clearRect(0, 0, c.width, c.height), 300) };
 c.setPointerCapture(event.pointerId); add(event); c.onpointermove = add; c.onpointerup = c.onpointercancel = end'''
 
-# %% ../nbs/10_widgets.ipynb #979b2a9c
+# %% ../nbs/10_widgets.ipynb #50ceac25
 def _canvas(tool, size): # name of the tool, (h,w) on the screen -> HTML of a canvas that follows the pointer
     style = f'width:{size[1]}px;height:{size[0]}px;display:block;cursor:crosshair;touch-action:none'
     return f'<canvas data-tool="{tool}" style="{style}" role="img" aria-label="Surface for the tool {tool}" onpointerdown="{html.escape(_STROKE)}"></canvas>'
@@ -128,17 +128,17 @@ def _fit(image, side): # (H,W,3) uint8 -> (h,w,3) uint8 whose longer side has `s
     return np.asarray(Image.fromarray(image).resize(size, Image.NEAREST if scale > 1 else Image.BOX))
 
 def _coded(image, kind='jpeg'): # (h,w,3) uint8 -> bytes of a file
-    Image.fromarray(image).save(out := io.BytesIO(), kind, quality=90)
+    Image.fromarray(image).save(out := io.BytesIO(), kind, quality=92, subsampling=0)
     return out.getvalue()
 
-def _paint(view, *masks, start=0): # a scaled image, masks of the image's size -> (h,w,3) uint8, colours from number `start`
+def _paint(view, *masks, start=1): # a scaled image, masks of the image's size -> (h,w,3) uint8, colours from number `start`; blue is hard to see on photos
     fitted = [resize_mask(m, view.shape[:2]) for m in masks]
     return overlay(view, np.stack(fitted), colors=[color_of(start + k) for k in range(len(fitted))]) if fitted else view
 
 def _tile(image, text=''): # picture with a line below
     return W.VBox([W.Image(value=_coded(image), format='jpeg', width=image.shape[1]), W.HTML(text)], layout=W.Layout(margin='0 6px 0 0'))
 
-# %% ../nbs/10_widgets.ipynb #27b032d2
+# %% ../nbs/10_widgets.ipynb #af08343b
 def _load(tokenizer): # MaskTokenizer, or a name that it can be loaded by
     if not isinstance(tokenizer, (str, Path)): return tokenizer
     from samtok.tokenizer import MaskTokenizer
@@ -149,12 +149,12 @@ def _scene(): # a drawn scene that was never trained on -> MaskSample
     return ShapeWorld(1, 'heldout').sample(0)
 
 def _picker_controls(self):
-    self.tool = W.ToggleButtons(options=['draw', 'box', 'click'], tooltips=['draw around a region', 'pull a box', 'click on a region'], style=dict(button_width='56px'))
-    self.how = W.ToggleButtons(options=['new', 'add', 'erase'], tooltips=['start anew', 'add to the mask', 'take from the mask'], style=dict(button_width='56px'))
+    self.tool = W.ToggleButtons(options=['draw', 'box', 'click'], tooltips=['draw around a region', 'pull a box', 'click on a region'], style=dict(button_width='64px'))
+    self.how = W.ToggleButtons(options=['new', 'add', 'erase'], tooltips=['start anew', 'add to the mask', 'take from the mask'], style=dict(button_width='64px'))
     self.clear, self.use = W.Button(description='clear', layout=W.Layout(width='64px')), W.Button(description='use text', layout=W.Layout(width='80px'))
     self.region = W.Dropdown(description='region', layout=W.Layout(width='310px'), style=dict(description_width='48px'))
-    self.image_file = W.FileUpload(description='image', accept='image/*', layout=W.Layout(width='100px'))
-    self.mask_file = W.FileUpload(description='mask', accept='.png', tooltip='a PNG of the size of the image; every pixel that is not 0 belongs', layout=W.Layout(width='100px'))
+    self.image_file = W.FileUpload(description='image', accept='image/*', layout=W.Layout(width='124px'))
+    self.mask_file = W.FileUpload(description='mask', accept='.png', tooltip='a PNG of the size of the image; every pixel that is not 0 belongs', layout=W.Layout(width='124px'))
     self.text = W.Text(placeholder='[x0, y0, x1, y1], a polygon [x, y, ...] or {"size": [H, W], "counts": "..."}', layout=W.Layout(width='400px'))
     self.stroke = W.Textarea(layout=W.Layout(display='none')); self.stroke.add_class('samtok-stroke')
     self.pictures, self.canvas, self.captions, self.line = [W.Image(format='jpeg') for _ in range(3)], W.HTML(), [W.HTML() for _ in range(3)], W.HTML()
@@ -164,13 +164,13 @@ def _picker_events(self):
     on = lambda widget, work: widget.observe(lambda change: self._try(work, change['new']), 'value')
     on(self.stroke, lambda text: self._stroked(text))
     on(self.tool, lambda tool: setattr(self.canvas, 'value', _canvas(tool, self.view.shape[:2])))
-    on(self.region, lambda k: None if k < 0 else self.set_mask(self.masks[k]))
+    on(self.region, lambda k: None if k in (None, -1) else self.set_mask(self.masks[k]))
     on(self.image_file, lambda files: [self.set_image(read_image(bytes(f['content']))) for f in files[-1:]])
     on(self.mask_file, lambda files: [self.set_mask(check_mask(read_ids(bytes(f['content'])) > 0, self.image.shape[:2], f['name'])) for f in files[-1:]])
     self.clear.on_click(lambda _: self._try(self.set_mask, np.zeros(self.image.shape[:2], bool)))
     self.use.on_click(lambda _: self._try(lambda: self._join(read_region(self.text.value, self.image.shape[:2]))))
 
-# %% ../nbs/10_widgets.ipynb #8e91b4f7
+# %% ../nbs/10_widgets.ipynb #79ba9074
 class MaskPicker(_Live):
     "Mark a region of an image, see its words, and what they give back."
     def __init__(self, image=None,  # whatever read_image takes; None: a drawn scene with its regions
@@ -178,19 +178,19 @@ class MaskPicker(_Live):
                  labels=None,       # their names
                  tokenizer='toy',   # MaskTokenizer, folder, hub id or "toy"
                  click=None,        # function (image, x, y) -> (H,W) bool, such as a segmenter; None: click_mask with the masks
-                 side=250):         # longer side of the pictures on the screen, pixels
+                 side=256):         # longer side of the pictures on the screen, pixels
         self.tokenizer, self.side = _load(tokenizer), side
         self.click = click or (lambda image, x, y: click_mask(image, x, y, self.masks))
         self._controls()
         rows = [[self.tool, self.how, self.clear], [self.region, self.image_file, self.mask_file], [self.text, self.use]]
-        super().__init__([*(W.HBox(r, layout=W.Layout(flex_flow='row wrap')) for r in rows), self.panels, self.line, self.stroke])
+        super().__init__([*(W.HBox(r, layout=W.Layout(flex_flow='row wrap', align_items='center')) for r in rows), self.panels, self.line, self.stroke])
         self._events()
         scene = _scene() if image is None else None
         self.set_image(*((scene.image, scene.masks, scene.labels) if scene else (image, masks, labels)))
 
     _controls, _events = _picker_controls, _picker_events
 
-# %% ../nbs/10_widgets.ipynb #d5044d61
+# %% ../nbs/10_widgets.ipynb #3e3c157f
 def _set_image(self, image, masks=None, labels=None): # as in MaskPicker
     "Show another image; it is embedded now, once."
     self.image = read_image(image)
@@ -205,9 +205,10 @@ def _set_image(self, image, masks=None, labels=None): # as in MaskPicker
     parts = [_surface(self.pictures[0], self.canvas, shown), *self.pictures[1:]]
     self.panels.children = [W.VBox([p, c], layout=W.Layout(margin='4px 10px 0 0')) for p, c in zip(parts, self.captions)]
     self.region.options = [('choose a region' if names else 'no known regions', -1)] + [(n, i) for i, n in enumerate(names)]
+    self.region.value = -1
     self.set_mask(np.zeros(size, bool))
 
-# %% ../nbs/10_widgets.ipynb #43b22fa8
+# %% ../nbs/10_widgets.ipynb #0d2ad90b
 def _set_mask(self, mask): # (H,W) bool; raises MaskError
     "Take a mask: encode it, decode its codes, show both."
     started = time.perf_counter()
@@ -223,15 +224,14 @@ def _set_mask(self, mask): # (H,W) bool; raises MaskError
 
 def _picker_show(self):
     small = [resize_mask(m, self.view.shape[:2]) for m in (self.mask, self.restored)]
-    said, given = [overlay(self.view, m[None]) for m in small]
-    for p, shown in zip(self.pictures, (said, given, error_image(*small))): p.value = _coded(shown)
+    for p, shown in zip(self.pictures, (*(_paint(self.view, m) for m in small), error_image(*small))): p.value = _coded(shown)
     for c, t in zip(self.captions, ('your region', 'what the words give back', 'green: right, blue: missed, orange: too much')): c.value = t
     told = words_html(self.words, self.tokenizer.vocab.parse(self.words)) if self.words else 'Draw around something, or choose a region.'
     self.line.value = f'{told}<div>{"" if self.iou is None else f"IoU {self.iou:.3f}"}</div>'
 
 MaskPicker.set_image, MaskPicker.set_mask, MaskPicker._show = _set_image, _set_mask, _picker_show
 
-# %% ../nbs/10_widgets.ipynb #96c20168
+# %% ../nbs/10_widgets.ipynb #409bef4f
 def _stroked(self, text): # JSON of the surface: {"at": time, "points": [[x, y], ...]} in shares of the picture
     points, (h, w) = np.array(json.loads(text)['points'], float), self.image.shape[:2]
     self.mark(points * (w, h))
@@ -246,12 +246,12 @@ def _join(self, mask):
 
 def _picker_picture(self):
     told = f"words {' '.join(self.words.split('|>')[i].strip('<|mt_') for i in range(1, 1 + len(self.codes)))}, IoU {self.iou:.2f}" if self.words else 'no region yet'
-    return show_grid([dict(image=self.image, masks=self.mask[None], title='your region'), dict(image=self.image, masks=self.restored[None], title=told),
+    return show_grid([dict(image=_paint(self.image, self.mask), title='your region'), dict(image=_paint(self.image, self.restored), title=told),
                       dict(image=error_image(self.mask, self.restored), title='right, missed, too much')], cols=3)
 
 MaskPicker._stroked, MaskPicker.mark, MaskPicker._join, MaskPicker.picture = _stroked, _mark, _join, _picker_picture
 
-# %% ../nbs/10_widgets.ipynb #8b70d524
+# %% ../nbs/10_widgets.ipynb #2c29561a
 def nearest_rows(book, # (S,D) float, the vectors of a codebook
                  code, # row
                  n):   # how many -> list of (code, distance), the nearest first, without the row itself
@@ -266,32 +266,32 @@ def known_codes(tokenizer, # MaskTokenizer
     places = [(i, k) for i, s in enumerate(samples) for k in range(len(s.masks))]
     return np.concatenate(codes), np.array(places)
 
-# %% ../nbs/10_widgets.ipynb #b3a37d20
+# %% ../nbs/10_widgets.ipynb #04df41cd
 def _explorer_controls(self):
     vocab, book = self.tokenizer.vocab, range(self.tokenizer.vocab.depth)
     self.sliders = [W.IntSlider(0, 0, vocab.codebook_size - 1, description=f'word {k + 1}', layout=W.Layout(width='300px'), style=dict(description_width='52px')) for k in book]
     self.back = W.Button(description="the mask's own words", layout=W.Layout(width='170px'))
     self.shown, self.line = W.Image(format='jpeg'), W.HTML()
-    self.maps, self.map_lines = [W.Image(format='png') for _ in book], [W.HTML() for _ in book]
+    self.maps, self.map_lines = [W.Image(format='png', layout=W.Layout(width='144px', height='144px')) for _ in book], [W.HTML() for _ in book]
     square = lambda: W.Image(format='jpeg', width=self.small)
     self.tiles = [[(square(), W.Button(layout=W.Layout(width=f'{self.small}px'))) for _ in range(self.near)] for _ in book]
     self.sharing_line, self.shared = W.HTML(), [square() for _ in range(self.near + 2)]
 
 def _explorer_rows(self): # the parts in their places
     maps = [W.VBox([i, t], layout=W.Layout(margin='0 0 0 12px')) for i, t in zip(self.maps, self.map_lines)]
-    top = W.HBox([W.VBox([self.shown]), W.VBox([*self.sliders, self.back, self.line], layout=W.Layout(width='330px')), *maps], layout=W.Layout(flex_flow='row wrap'))
+    top = W.HBox([W.VBox([self.shown]), W.VBox([*self.sliders, self.back, self.line], layout=W.Layout(width='310px')), *maps], layout=W.Layout(flex_flow='row wrap'))
     rows = [W.VBox([W.HTML(f'word {k + 1} replaced by its neighbours in the codebook; a button takes one'), W.HBox([W.VBox(t) for t in tiles], layout=W.Layout(flex_flow='row wrap'))]) for k, tiles in enumerate(self.tiles)]
     return [top, *rows, self.sharing_line, W.HBox(self.shared, layout=W.Layout(flex_flow='row wrap'))]
 
-# %% ../nbs/10_widgets.ipynb #39077dda
+# %% ../nbs/10_widgets.ipynb #a18d73ad
 class CodebookExplorer(_Live):
     "Change one word of a mask and see what becomes of it."
     def __init__(self, image=None, # whatever read_image takes; None: a drawn scene
                  mask=None,        # (H,W) bool, the mask to start from; None: the largest of the scene
                  tokenizer='toy',  # MaskTokenizer, folder, hub id or "toy"
                  samples=None,     # list of MaskSample whose masks are counted and compared; None: 48 drawn scenes
-                 near=6, side=230): # neighbours of each word; side of the picture in pixels
-        self.tokenizer, self.near, self.side, self.small, self._quiet = _load(tokenizer), near, side, 84, False
+                 near=6, side=256): # neighbours of each word; side of the picture in pixels
+        self.tokenizer, self.near, self.side, self.small, self._quiet = _load(tokenizer), near, side, 96, False
         if image is None: scene = _scene(); image, mask = scene.image, scene.masks[np.argmax(scene.masks.sum((1, 2)))]
         self._controls()
         super().__init__(self._rows())
@@ -301,12 +301,12 @@ class CodebookExplorer(_Live):
         for s in self.sliders: s.observe(lambda change: None if self._quiet else self._try(self.update), 'value')
         self.back.on_click(lambda _: self._try(self.go, self.own))
         for k, tiles in enumerate(self.tiles):
-            for _, button in tiles: button.on_click(lambda b, k=k: self._try(self._step, k, b))
+            for _, button in tiles: button.add_class('samtok-step'); button.on_click(lambda b, k=k: self._try(self._step, k, b))
         self.set_mask(image, mask)
 
     _controls, _rows = _explorer_controls, _explorer_rows
 
-# %% ../nbs/10_widgets.ipynb #3ebede86
+# %% ../nbs/10_widgets.ipynb #c596f75c
 def _set_samples(self, samples=None): # list of MaskSample
     "Count the codes of many masks."
     if samples is None:
@@ -335,7 +335,7 @@ def _step(self, level, button): self.go([int(button.description.split()[0]) if k
 
 CodebookExplorer.set_samples, CodebookExplorer.set_mask, CodebookExplorer.go, CodebookExplorer._step = _set_samples, _explorer_mask, _go, _step
 
-# %% ../nbs/10_widgets.ipynb #8f332137
+# %% ../nbs/10_widgets.ipynb #24c95481
 def _explorer_update(self):
     "Decode what the sliders say, and its neighbours."
     started = time.perf_counter()
@@ -356,27 +356,27 @@ def _explorer_show(self):
         for (picture, button), mask, (code, far) in zip(tiles, self.variants[k], self.neighbours[k]):
             picture.value, button.description, button.tooltip = _coded(_paint(self.mini, mask)), f'{code}', f'distance {far:.2f}'
         self.maps[k].value = _coded(usage_image(self.counts[k], self.codes[k], 8), 'png')
-        self.map_lines[k].value = f'word {k + 1}: {(self.counts[k] > 0).mean():.0%} of the codes are used; this one {self.counts[k][self.codes[k]]} times'
+        self.map_lines[k].value = f'word {k + 1}: {(self.counts[k] > 0).mean():.0%} of its codes<br>are used, this one {self.counts[k][self.codes[k]]} times'
     self.sharing_line.value = f'{len(self.sharing)} of {len(self.known)} known masks have the first word {self.tokenizer.vocab.word(0, self.codes[0])[2:-2]}'
     for n, picture in enumerate(self.shared):
         picture.layout.display = None if n < len(self.sharing) else 'none'
-        if n < len(self.sharing): i, m = self.sharing[n]; picture.value = _coded(_paint(_fit(self.samples[i].image, self.small), self.samples[i].masks[m], start=1))
+        if n < len(self.sharing): i, m = self.sharing[n]; picture.value = _coded(_paint(_fit(self.samples[i].image, self.small), self.samples[i].masks[m]))
 
 CodebookExplorer.update, CodebookExplorer._show = _explorer_update, _explorer_show
 
-# %% ../nbs/10_widgets.ipynb #b6b92a21
+# %% ../nbs/10_widgets.ipynb #a7706c30
 def _explorer_picture(self):
     n = min(3, self.near)
-    items = [dict(image=self.image, masks=self.mask[None], title=f'codes {self.codes}, IoU {self.iou:.2f}')]
+    items = [dict(image=_paint(self.image, self.mask), title=f'codes {self.codes}, IoU {self.iou:.2f}')]
     for k, near in enumerate(self.neighbours):
-        items += [dict(image=self.image, masks=m[None], title=f'word {k + 1}: {c}') for m, (c, _) in zip(self.variants[k][:n], near)]
+        items += [dict(image=_paint(self.image, m), title=f'word {k + 1}: {c}') for m, (c, _) in zip(self.variants[k][:n], near)]
     items += [dict(image=usage_image(c, code), title=f'use of word {k + 1}') for k, (c, code) in enumerate(zip(self.counts, self.codes))]
-    items += [dict(image=self.samples[i].image, masks=self.samples[i].masks[m][None], title='same first word') for i, m in self.sharing[:3]]
+    items += [dict(image=_paint(self.samples[i].image, self.samples[i].masks[m]), title='same first word') for i, m in self.sharing[:3]]
     return show_grid(items, cols=4)
 
 CodebookExplorer.picture = _explorer_picture
 
-# %% ../nbs/10_widgets.ipynb #54c4bf60
+# %% ../nbs/10_widgets.ipynb #dff30c36
 def _inspector_controls(self, reply, policy, repair):
     wide = W.Layout(width='100%')
     self.reply = W.Textarea(reply, layout=W.Layout(width='100%', height='90px'), continuous_update=True)
@@ -395,7 +395,7 @@ class ReplyInspector(_Live):
                  tokenizer='toy',   # MaskTokenizer, folder, hub id or "toy"
                  policy='strict',   # how words are read, see MaskVocab.parse
                  repair='none',     # "none", or how the text is mended first, see MaskVocab.repair
-                 side=300):         # longer side of the picture on the screen, pixels
+                 side=320):         # longer side of the picture on the screen, pixels
         self.tokenizer, self.side = _load(tokenizer), side
         super().__init__(self._controls(reply, policy, repair))
         self.set_image(_scene().image if image is None else image)
@@ -403,7 +403,7 @@ class ReplyInspector(_Live):
     _controls = _inspector_controls
     def picture(self): return show_image(self.image, self.masks, labels=self.names, title=f'{len(self.masks)} of {len(self.spans)} spans decoded')
 
-# %% ../nbs/10_widgets.ipynb #73a7b194
+# %% ../nbs/10_widgets.ipynb #b9c62f90
 def _inspector_image(self, image): # whatever read_image takes
     "Show another image; it is embedded now, once."
     self.image = read_image(image)
@@ -425,16 +425,16 @@ def _inspector_show(self):
     self.coloured.value = words_html(self.text, self.spans)
     self.changes.value = f'<div>mended:</div>{changes_html(self.reply.value, self.text)}' if self.text != self.reply.value else ''
     scores = iter(self.scores)
-    self.table = table([dict(words=s.text, label=a, codes=s.codes, predicted_IoU=float(next(scores)) if s.ok else None, problem=s.problem) for a, s in zip(self.labels, self.spans)])
+    self.table = table([dict(words=s.text, **(dict(label=a) if any(self.labels) else {}), codes=s.codes, predicted_IoU=float(next(scores)) if s.ok else None, problem=s.problem) for a, s in zip(self.labels, self.spans)])
     self.rows.value = self.table.html() if self.spans else 'There are no mask words in this text.'
-    self.shown.value = _coded(_paint(self.view, *self.masks))
+    self.shown.value = _coded(_paint(self.view, *self.masks, start=0))
     self.names = [str(a or f'mask {k + 1}') for k, a in enumerate(a for a, s in zip(self.labels, self.spans) if s.ok)]
-    mini = _fit(self.image, 84)
+    mini = _fit(self.image, 96)
     self.tiles.children = [_tile(_paint(mini, m, start=k), html.escape(a)) for k, (m, a) in enumerate(zip(self.masks[:12], self.names))]
 
 ReplyInspector.set_image, ReplyInspector.update, ReplyInspector._show = _inspector_image, _inspector_update, _inspector_show
 
-# %% ../nbs/10_widgets.ipynb #2d042000
+# %% ../nbs/10_widgets.ipynb #b11bdb90
 def find_runs(folders): # a folder or a list of them; each is a run, or holds runs up to two levels down -> dict: name -> Path; raises WidgetError
     "Find run folders: those with parameters or metrics."
     out = {}
@@ -453,14 +453,14 @@ def find_samples(folder, # Path of a run
     rows = [r for f in sorted(folder.glob('*.jsonl')) if f.name != 'metrics.jsonl' for r in read_rows(f) if isinstance(r.get('reply'), str)]
     return pictures, rows[-n:]
 
-# %% ../nbs/10_widgets.ipynb #4dcce7be
+# %% ../nbs/10_widgets.ipynb #550da31a
 def _dashboard_controls(self, live):
     tall = W.Layout(width='220px', height='110px')
     self.runs, self.metrics = W.SelectMultiple(description='runs', layout=tall, style=dict(description_width='50px')), W.SelectMultiple(description='metrics', layout=tall, style=dict(description_width='50px'))
     self.x = W.Dropdown(options=['step', 'seconds'], description='against', layout=W.Layout(width='220px'), style=dict(description_width='50px'))
     self.live, self.again = W.ToggleButton(live, description='live', layout=W.Layout(width='70px')), W.Button(description='read again', layout=W.Layout(width='100px'))
     self.rebuild = W.Button(description='try its tokenizer', tooltip='encode and decode the masks of a drawn scene with the newest tokenizer of the selected runs', layout=W.Layout(width='140px'))
-    self.curves, self.state, self.samples = W.Image(format='png', layout=W.Layout(max_width='640px')), W.HTML(), W.HBox(layout=W.Layout(flex_flow='row wrap'))
+    self.curves, self.state, self.samples = W.Image(format='png', layout=W.Layout(width='auto', align_self='flex-start')), W.HTML(), W.HBox(layout=W.Layout(flex_flow='row wrap'))
     for w in (self.runs, self.metrics, self.x): w.observe(lambda change: None if self._quiet else self._try(self._show), 'value')
     self.again.on_click(lambda _: self._try(self.refresh, True)); self.rebuild.on_click(lambda _: self._try(self._rebuild))
     self.live.observe(lambda change: self._follow() if change['new'] else None, 'value')
@@ -482,7 +482,7 @@ class RunDashboard(_Live):
 
     _controls = _dashboard_controls
 
-# %% ../nbs/10_widgets.ipynb #78a08265
+# %% ../nbs/10_widgets.ipynb #aac2b6be
 def _refresh(self, force=False): # -> bool: did anything change?
     "Read the files that changed."
     with self._lock:
@@ -505,7 +505,7 @@ def _offer(self): # new names into the lists; what was chosen stays
 
 RunDashboard.refresh, RunDashboard._offer = _refresh, _offer
 
-# %% ../nbs/10_widgets.ipynb #372808e2
+# %% ../nbs/10_widgets.ipynb #2f210086
 def _finished(path): return (path / 'result.json').exists() or (path / 'score.json').exists()
 
 def _age(path): # -> str: since when a run has written nothing
@@ -528,7 +528,7 @@ def _dashboard_picture(self):
 
 RunDashboard._show, RunDashboard.picture = _dashboard_show, _dashboard_picture
 
-# %% ../nbs/10_widgets.ipynb #e9049738
+# %% ../nbs/10_widgets.ipynb #3537db30
 def _run_vocab(folder): # Path of a run -> MaskVocab of its tokenizer; the published one where it has none
     for name in ('tokenizer/config.json', 'vlm/mask_tokenizer/config.json'):
         if (folder / name).exists():
@@ -558,7 +558,7 @@ def _rebuild(self): # masks of a scene through the newest tokenizer of the chose
 
 RunDashboard._tiles, RunDashboard._rebuild = _run_tiles, _rebuild
 
-# %% ../nbs/10_widgets.ipynb #74900fd0
+# %% ../nbs/10_widgets.ipynb #949fd442
 def _follow(self): # a thread looks until the button is released or all runs are finished
     if self._thread and self._thread.is_alive(): return
     def look():
