@@ -5,7 +5,7 @@ Starts JupyterLab on a free port, with a notebook that shows every widget on the
 Each widget is used as a hand would use it, what has to change is waited for, and a small picture goes to nbs/images/widgets/. The last step restarts the kernel and looks for the sentence that says so.
 Without a browser the test says so and is skipped.
 """
-import base64, io, json, math, os, secrets, shutil, signal, socket, subprocess, sys, tempfile, time
+import base64, io, json, math, os, secrets, shutil, signal, socket, subprocess, sys, tempfile, time, traceback
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -138,17 +138,19 @@ def changed(page, what, before, seconds=20.):
     return value, 1000 * (time.perf_counter() - start)
 
 def pick(page):
-    "Draw around the blue ring."
+    "Draw around the blue ring and the letter, in turn."
     x, y, w, h = page.box('.samtok-live canvas')
     ring = [(x + w * (.825 + .108 * math.cos(a / 12 * math.pi)), y + h * (.372 + .108 * math.sin(a / 12 * math.pi))) for a in range(25)]
     page.drag(ring)
-    said, ms = changed(page, lambda: words(page, '.cell-1 .samtok-live'), '')
+    at = '.cell-1 .samtok-live'
+    said, _ = changed(page, lambda: words(page, at), '')
     assert said.count('mt_') == 2, said
-    page.drag([(x + w * .3, y + h * .3), (x + w * .35, y + h * .5), (x + w * .15, y + h * .5), (x + w * .15, y + h * .3)])
-    again, ms = changed(page, lambda: words(page, '.cell-1 .samtok-live'), said)
-    page.drag(ring); changed(page, lambda: words(page, '.cell-1 .samtok-live'), again)
-    page.picture('.cell-1 .samtok-live', 'picker.png')
-    return f'{said} to {again}, {ms:.0f} ms from lifting the pointer to the new words'
+    letter, times = [(x + w * a, y + h * b) for a, b in ((.16, .14), (.36, .14), (.36, .42), (.16, .42), (.16, .14))], []
+    for stroke in (letter, ring) * 3:
+        page.drag(stroke)
+        said, ms = changed(page, lambda: words(page, at), said); times.append(ms)
+    page.picture(at, 'picker.png')
+    return f'{said}; from lifting the pointer to the new words {sorted(times)[3]:.0f} ms (the middle of six, at most {max(times):.0f})'
 
 def explore(page):
     "Take the third neighbour of the first word."
@@ -174,6 +176,7 @@ def follow(page, work):
     at = '.cell-4 .samtok-live'
     until(lambda: page.js(f"!!document.querySelector('{at} table')"), 'The table of runs')
     page.box(at)
+    shutil.copy(ROOT / 'data/shapeworld/scene_0.png', work / 'runs/slow/step_150.png')
     with open(work / 'runs/slow/metrics.jsonl', 'a') as f:
         for s in range(80, 155, 5): f.write(json.dumps(dict(step=s, loss=math.exp(-s / 160), iou=1 - math.exp(-s / 200))) + '\n')
     (work / 'runs/slow/samples.jsonl').write_text(json.dumps(dict(id='scene 7', reply='the ring <|mt_start|><|mt_0115|><|mt_0403|><|mt_end|>')) + '\n')
@@ -193,7 +196,10 @@ def restart(page):
 def reopen(page, url, api):
     "Load the page anew: the still picture stands in for the view."
     page.js("jupyterapp.commands.execute('docmanager:save')")
-    for kernel in json.load(urlopen(api('/api/sessions'))): urlopen(Request(api(f"/api/sessions/{kernel['id']}"), method='DELETE'))
+    def none_left():
+        for session in json.load(urlopen(api('/api/sessions'))): urlopen(Request(api(f"/api/sessions/{session['id']}"), method='DELETE'))
+        return not json.load(urlopen(api('/api/sessions')))
+    until(none_left, 'The end of the kernel')
     page.send('Page.navigate', url=url)
     until(lambda: page.js("[...document.querySelectorAll('.samtok-still img')].filter(e => e.offsetParent).length >= 1 && [...document.querySelectorAll('.samtok-still .samtok-gone')].some(e => e.offsetParent)"), 'The still picture with its sentence')
     return 'the still pictures stand in for the views'
@@ -230,7 +236,9 @@ def main():
     if not browser: print('skipped: no Chromium or Chrome was found; install one, or name it with BROWSER_PATH=..., to try the widgets in a browser.'); return 0
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try: print(f'{run(browser, folder)} passed, 0 failed')
-        except AssertionError as e: print(f'FAIL  {e}\n0 passed, 1 failed'); return 1
+        except Exception as e:                                                  # sockets and servers fail in many ways
+            if not isinstance(e, AssertionError): traceback.print_exc()
+            print(f'FAIL  {e}\n0 passed, 1 failed'); return 1
     return 0
 
 if __name__ == '__main__': sys.exit(main())

@@ -6,7 +6,7 @@
 __all__ = ['WidgetError', 'stroke_mask', 'click_mask', 'read_region', 'MaskPicker', 'nearest_rows', 'known_codes',
            'CodebookExplorer', 'ReplyInspector', 'find_runs', 'find_samples', 'RunDashboard']
 
-# %% ../nbs/10_widgets.ipynb #819daa1e
+# %% ../nbs/10_widgets.ipynb #4ef5b016
 import html, io, json, os, threading, time
 from base64 import b64encode
 from pathlib import Path
@@ -19,7 +19,7 @@ from .runs import read_rows
 from .show import changes_html, color_of, compare_curves, error_image, figure_png, overlay, show_grid, show_image, table, usage_image, words_html
 from .words import MaskVocab
 
-# %% ../nbs/10_widgets.ipynb #947624e4
+# %% ../nbs/10_widgets.ipynb #6a412b86
 class WidgetError(ValueError):
     "Say what a widget cannot use, and what to do."
 
@@ -29,15 +29,16 @@ _STYLE = '''<style>
 .jupyter-widgets-disconnected .samtok-gone, .samtok-still .samtok-gone {display: block; margin: 6px 0; padding: 4px 8px; border-left: 4px solid #d55e00; background: #fff3e0; color: #222}
 .jp-OutputArea-child:has(+ .jp-OutputArea-child .samtok-live) .samtok-still {display: none}
 .jp-OutputArea-child:has(.samtok-still) + .jp-OutputArea-child:not(:has(.samtok-live)) {display: none}
+.samtok-live.jupyter-widgets-disconnected::before, .samtok-live .jupyter-widgets-disconnected::before {display: none !important}
 .samtok-live .widget-html-content {line-height: 1.4}
 </style>'''
 
-# %% ../nbs/10_widgets.ipynb #bc8e422e
+# %% ../nbs/10_widgets.ipynb #ac276ded
 class _Live(W.VBox):
     "What all widgets share: a line for problems, a sentence for the time after the kernel, a still picture."
     def __init__(self, parts):
         self.problem = W.HTML()
-        super().__init__([*parts, self.problem, W.HTML(f'{_STYLE}<div class="samtok-gone">{_GONE}</div>')])
+        super().__init__([W.HTML(f'{_STYLE}<div class="samtok-gone">{_GONE}</div>'), *parts, self.problem])
         self.add_class('samtok-live')
 
     def _try(self, work, *args): # call work; an error of the package becomes a line of the widget
@@ -57,7 +58,7 @@ class _Live(W.VBox):
         if 'CI' in os.environ: return display(Png(figure_png(self.picture())))  # nobody is there to use a widget
         for data in self._outputs(): display(data, raw=True)
 
-# %% ../nbs/10_widgets.ipynb #d70360b4
+# %% ../nbs/10_widgets.ipynb #adc3891c
 def stroke_mask(points, # (n,2) x, y in pixels of the image
                 tool,   # "draw": an outline, which is filled; "box": its first and last point are corners
                 size):  # (H,W) -> (H,W) bool; raises MaskError
@@ -69,7 +70,7 @@ def stroke_mask(points, # (n,2) x, y in pixels of the image
     if not mask.any(): raise MaskError('The stroke encloses no pixel: draw around the region, or use the tool for clicks.')
     return mask
 
-# %% ../nbs/10_widgets.ipynb #5073e9e5
+# %% ../nbs/10_widgets.ipynb #447a506f
 def click_mask(image, # (H,W,3) uint8
                x, y,  # a point in pixels
                masks=(),     # (N,H,W) bool: known regions
@@ -86,7 +87,7 @@ def click_mask(image, # (H,W,3) uint8
     ImageDraw.floodfill(area, (sx, sy), 255, thresh=tolerance)
     return resize_mask(np.asarray(area) == 255, (h, w))
 
-# %% ../nbs/10_widgets.ipynb #70b1a51f
+# %% ../nbs/10_widgets.ipynb #d9ea8020
 def read_region(text, # JSON: box [x0, y0, x1, y1], polygon [x, y, ...], list of polygons, or RLE {"size", "counts"}
                 size): # (H,W) -> (H,W) bool; raises WidgetError, MaskError
     "Read a region that was typed."
@@ -95,7 +96,7 @@ def read_region(text, # JSON: box [x0, y0, x1, y1], polygon [x, y, ...], list of
     if not isinstance(region, (list, dict)) or not region: raise WidgetError(f'{text.strip()[:40]} is no region: type four numbers, a polygon, or run lengths with size and counts.')
     return box_to_mask(region, size) if isinstance(region, list) and len(region) == 4 and not any(isinstance(v, list) for v in region) else segmentation_to_mask(region, size)
 
-# %% ../nbs/10_widgets.ipynb #6cdc6dbf
+# %% ../nbs/10_widgets.ipynb #285ba49a
 _STROKE = '''event.preventDefault(); event.stopPropagation();
 const c = this, g = c.getContext('2d'), r = c.getBoundingClientRect(), p = [];
 c.width = r.width; c.height = r.height; g.lineWidth = 2; g.strokeStyle = '#d55e00';
@@ -112,7 +113,7 @@ const end = () => {
   setTimeout(() => g.clearRect(0, 0, c.width, c.height), 300) };
 c.setPointerCapture(event.pointerId); add(event); c.onpointermove = add; c.onpointerup = c.onpointercancel = end'''
 
-# %% ../nbs/10_widgets.ipynb #50ceac25
+# %% ../nbs/10_widgets.ipynb #37f8e934
 def _canvas(tool, size): # name of the tool, (h,w) on the screen -> HTML of a canvas that follows the pointer
     style = f'width:{size[1]}px;height:{size[0]}px;display:block;cursor:crosshair;touch-action:none'
     return f'<canvas data-tool="{tool}" style="{style}" role="img" aria-label="Surface for the tool {tool}" onpointerdown="{html.escape(_STROKE)}"></canvas>'
@@ -138,7 +139,7 @@ def _paint(view, *masks, start=1): # a scaled image, masks of the image's size -
 def _tile(image, text=''): # picture with a line below
     return W.VBox([W.Image(value=_coded(image), format='jpeg', width=image.shape[1]), W.HTML(text)], layout=W.Layout(margin='0 6px 0 0'))
 
-# %% ../nbs/10_widgets.ipynb #af08343b
+# %% ../nbs/10_widgets.ipynb #470bef34
 def _load(tokenizer): # MaskTokenizer, or a name that it can be loaded by
     if not isinstance(tokenizer, (str, Path)): return tokenizer
     from samtok.tokenizer import MaskTokenizer
@@ -170,7 +171,7 @@ def _picker_events(self):
     self.clear.on_click(lambda _: self._try(self.set_mask, np.zeros(self.image.shape[:2], bool)))
     self.use.on_click(lambda _: self._try(lambda: self._join(read_region(self.text.value, self.image.shape[:2]))))
 
-# %% ../nbs/10_widgets.ipynb #79ba9074
+# %% ../nbs/10_widgets.ipynb #0c93b035
 class MaskPicker(_Live):
     "Mark a region of an image, see its words, and what they give back."
     def __init__(self, image=None,  # whatever read_image takes; None: a drawn scene with its regions
@@ -190,7 +191,7 @@ class MaskPicker(_Live):
 
     _controls, _events = _picker_controls, _picker_events
 
-# %% ../nbs/10_widgets.ipynb #3e3c157f
+# %% ../nbs/10_widgets.ipynb #9beffdd3
 def _set_image(self, image, masks=None, labels=None): # as in MaskPicker
     "Show another image; it is embedded now, once."
     self.image = read_image(image)
@@ -208,7 +209,7 @@ def _set_image(self, image, masks=None, labels=None): # as in MaskPicker
     self.region.value = -1
     self.set_mask(np.zeros(size, bool))
 
-# %% ../nbs/10_widgets.ipynb #0d2ad90b
+# %% ../nbs/10_widgets.ipynb #ee4664b7
 def _set_mask(self, mask): # (H,W) bool; raises MaskError
     "Take a mask: encode it, decode its codes, show both."
     started = time.perf_counter()
@@ -231,7 +232,7 @@ def _picker_show(self):
 
 MaskPicker.set_image, MaskPicker.set_mask, MaskPicker._show = _set_image, _set_mask, _picker_show
 
-# %% ../nbs/10_widgets.ipynb #409bef4f
+# %% ../nbs/10_widgets.ipynb #e81b0f36
 def _stroked(self, text): # JSON of the surface: {"at": time, "points": [[x, y], ...]} in shares of the picture
     points, (h, w) = np.array(json.loads(text)['points'], float), self.image.shape[:2]
     self.mark(points * (w, h))
@@ -251,7 +252,7 @@ def _picker_picture(self):
 
 MaskPicker._stroked, MaskPicker.mark, MaskPicker._join, MaskPicker.picture = _stroked, _mark, _join, _picker_picture
 
-# %% ../nbs/10_widgets.ipynb #2c29561a
+# %% ../nbs/10_widgets.ipynb #483009bf
 def nearest_rows(book, # (S,D) float, the vectors of a codebook
                  code, # row
                  n):   # how many -> list of (code, distance), the nearest first, without the row itself
@@ -266,24 +267,24 @@ def known_codes(tokenizer, # MaskTokenizer
     places = [(i, k) for i, s in enumerate(samples) for k in range(len(s.masks))]
     return np.concatenate(codes), np.array(places)
 
-# %% ../nbs/10_widgets.ipynb #04df41cd
+# %% ../nbs/10_widgets.ipynb #56ad7a9b
 def _explorer_controls(self):
     vocab, book = self.tokenizer.vocab, range(self.tokenizer.vocab.depth)
-    self.sliders = [W.IntSlider(0, 0, vocab.codebook_size - 1, description=f'word {k + 1}', layout=W.Layout(width='300px'), style=dict(description_width='52px')) for k in book]
+    self.sliders = [W.IntSlider(0, 0, vocab.codebook_size - 1, description=f'word {k + 1}', layout=W.Layout(width='276px'), style=dict(description_width='52px')) for k in book]
     self.back = W.Button(description="the mask's own words", layout=W.Layout(width='170px'))
     self.shown, self.line = W.Image(format='jpeg'), W.HTML()
-    self.maps, self.map_lines = [W.Image(format='png', layout=W.Layout(width='144px', height='144px')) for _ in book], [W.HTML() for _ in book]
+    self.maps, self.map_lines = [W.Image(format='png', layout=W.Layout(width='128px', height='128px')) for _ in book], [W.HTML(layout=W.Layout(width='150px')) for _ in book]
     square = lambda: W.Image(format='jpeg', width=self.small)
     self.tiles = [[(square(), W.Button(layout=W.Layout(width=f'{self.small}px'))) for _ in range(self.near)] for _ in book]
     self.sharing_line, self.shared = W.HTML(), [square() for _ in range(self.near + 2)]
 
 def _explorer_rows(self): # the parts in their places
     maps = [W.VBox([i, t], layout=W.Layout(margin='0 0 0 12px')) for i, t in zip(self.maps, self.map_lines)]
-    top = W.HBox([W.VBox([self.shown]), W.VBox([*self.sliders, self.back, self.line], layout=W.Layout(width='310px')), *maps], layout=W.Layout(flex_flow='row wrap'))
+    top = W.HBox([W.VBox([self.shown]), W.VBox([*self.sliders, self.back, self.line], layout=W.Layout(width='284px')), *maps], layout=W.Layout(flex_flow='row wrap'))
     rows = [W.VBox([W.HTML(f'word {k + 1} replaced by its neighbours in the codebook; a button takes one'), W.HBox([W.VBox(t) for t in tiles], layout=W.Layout(flex_flow='row wrap'))]) for k, tiles in enumerate(self.tiles)]
     return [top, *rows, self.sharing_line, W.HBox(self.shared, layout=W.Layout(flex_flow='row wrap'))]
 
-# %% ../nbs/10_widgets.ipynb #a18d73ad
+# %% ../nbs/10_widgets.ipynb #f2a75049
 class CodebookExplorer(_Live):
     "Change one word of a mask and see what becomes of it."
     def __init__(self, image=None, # whatever read_image takes; None: a drawn scene
@@ -306,12 +307,13 @@ class CodebookExplorer(_Live):
 
     _controls, _rows = _explorer_controls, _explorer_rows
 
-# %% ../nbs/10_widgets.ipynb #c596f75c
+# %% ../nbs/10_widgets.ipynb #89f08bcb
 def _set_samples(self, samples=None): # list of MaskSample
     "Count the codes of many masks."
     if samples is None:
         from samtok.shapeworld import ShapeWorld
-        samples = [ShapeWorld(48, 'heldout').sample(i) for i in range(48)]
+        world = ShapeWorld(49, 'heldout')                                       # scene 0 is the one that is shown
+        samples = [world.sample(i) for i in range(1, 49)]
     self.samples, (self.known, self.places) = samples, known_codes(self.tokenizer, samples)
     self.counts = [np.bincount(self.known[:, k], minlength=len(book)) for k, book in enumerate(self.books)]
 
@@ -335,7 +337,7 @@ def _step(self, level, button): self.go([int(button.description.split()[0]) if k
 
 CodebookExplorer.set_samples, CodebookExplorer.set_mask, CodebookExplorer.go, CodebookExplorer._step = _set_samples, _explorer_mask, _go, _step
 
-# %% ../nbs/10_widgets.ipynb #24c95481
+# %% ../nbs/10_widgets.ipynb #f939081d
 def _explorer_update(self):
     "Decode what the sliders say, and its neighbours."
     started = time.perf_counter()
@@ -351,12 +353,12 @@ def _explorer_update(self):
 
 def _explorer_show(self):
     self.shown.value = _coded(_paint(self.view, self.mask))
-    self.line.value = f'{words_html(self.words, self.tokenizer.vocab.parse(self.words))}<div>IoU {self.iou:.3f} with the mask that you started from</div>'
+    self.line.value = f'{words_html(self.words, self.tokenizer.vocab.parse(self.words))}<div>IoU {self.iou:.3f} with the mask at the start</div>'
     for k, tiles in enumerate(self.tiles):
         for (picture, button), mask, (code, far) in zip(tiles, self.variants[k], self.neighbours[k]):
             picture.value, button.description, button.tooltip = _coded(_paint(self.mini, mask)), f'{code}', f'distance {far:.2f}'
         self.maps[k].value = _coded(usage_image(self.counts[k], self.codes[k], 8), 'png')
-        self.map_lines[k].value = f'word {k + 1}: {(self.counts[k] > 0).mean():.0%} of its codes<br>are used, this one {self.counts[k][self.codes[k]]} times'
+        self.map_lines[k].value = f'word {k + 1}: {(self.counts[k] > 0).mean():.0%} of the codes occur, this one in {self.counts[k][self.codes[k]]} of {len(self.known)} masks'
     self.sharing_line.value = f'{len(self.sharing)} of {len(self.known)} known masks have the first word {self.tokenizer.vocab.word(0, self.codes[0])[2:-2]}'
     for n, picture in enumerate(self.shared):
         picture.layout.display = None if n < len(self.sharing) else 'none'
@@ -364,7 +366,7 @@ def _explorer_show(self):
 
 CodebookExplorer.update, CodebookExplorer._show = _explorer_update, _explorer_show
 
-# %% ../nbs/10_widgets.ipynb #a7706c30
+# %% ../nbs/10_widgets.ipynb #7384e2ae
 def _explorer_picture(self):
     n = min(3, self.near)
     items = [dict(image=_paint(self.image, self.mask), title=f'codes {self.codes}, IoU {self.iou:.2f}')]
@@ -376,7 +378,7 @@ def _explorer_picture(self):
 
 CodebookExplorer.picture = _explorer_picture
 
-# %% ../nbs/10_widgets.ipynb #dff30c36
+# %% ../nbs/10_widgets.ipynb #a47a8c2e
 def _inspector_controls(self, reply, policy, repair):
     wide = W.Layout(width='100%')
     self.reply = W.Textarea(reply, layout=W.Layout(width='100%', height='90px'), continuous_update=True)
@@ -403,7 +405,7 @@ class ReplyInspector(_Live):
     _controls = _inspector_controls
     def picture(self): return show_image(self.image, self.masks, labels=self.names, title=f'{len(self.masks)} of {len(self.spans)} spans decoded')
 
-# %% ../nbs/10_widgets.ipynb #b9c62f90
+# %% ../nbs/10_widgets.ipynb #84dc9d4f
 def _inspector_image(self, image): # whatever read_image takes
     "Show another image; it is embedded now, once."
     self.image = read_image(image)
@@ -434,7 +436,7 @@ def _inspector_show(self):
 
 ReplyInspector.set_image, ReplyInspector.update, ReplyInspector._show = _inspector_image, _inspector_update, _inspector_show
 
-# %% ../nbs/10_widgets.ipynb #b11bdb90
+# %% ../nbs/10_widgets.ipynb #9c9e38c4
 def find_runs(folders): # a folder or a list of them; each is a run, or holds runs up to two levels down -> dict: name -> Path; raises WidgetError
     "Find run folders: those with parameters or metrics."
     out = {}
@@ -453,7 +455,7 @@ def find_samples(folder, # Path of a run
     rows = [r for f in sorted(folder.glob('*.jsonl')) if f.name != 'metrics.jsonl' for r in read_rows(f) if isinstance(r.get('reply'), str)]
     return pictures, rows[-n:]
 
-# %% ../nbs/10_widgets.ipynb #550da31a
+# %% ../nbs/10_widgets.ipynb #59fd6e46
 def _dashboard_controls(self, live):
     tall = W.Layout(width='220px', height='110px')
     self.runs, self.metrics = W.SelectMultiple(description='runs', layout=tall, style=dict(description_width='50px')), W.SelectMultiple(description='metrics', layout=tall, style=dict(description_width='50px'))
@@ -482,12 +484,12 @@ class RunDashboard(_Live):
 
     _controls = _dashboard_controls
 
-# %% ../nbs/10_widgets.ipynb #aac2b6be
+# %% ../nbs/10_widgets.ipynb #0703b7a9
 def _refresh(self, force=False): # -> bool: did anything change?
     "Read the files that changed."
     with self._lock:
         self.paths = find_runs(self.folders)
-        stamps = {n: [(f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in sorted(p.glob('*.json*'))] for n, p in self.paths.items()}
+        stamps = {n: [(f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in sorted([*p.glob('*.json*'), *p.glob('*.png')])] for n, p in self.paths.items()}
         if stamps == self._stamps and not force: return False
         self.rows |= {n: read_rows(p / 'metrics.jsonl') for n, p in self.paths.items() if force or stamps[n] != self._stamps.get(n)}
         self.rows, self._stamps = {n: self.rows[n] for n in self.paths}, stamps
@@ -505,7 +507,7 @@ def _offer(self): # new names into the lists; what was chosen stays
 
 RunDashboard.refresh, RunDashboard._offer = _refresh, _offer
 
-# %% ../nbs/10_widgets.ipynb #2f210086
+# %% ../nbs/10_widgets.ipynb #641cdb2a
 def _finished(path): return (path / 'result.json').exists() or (path / 'score.json').exists()
 
 def _age(path): # -> str: since when a run has written nothing
@@ -528,7 +530,7 @@ def _dashboard_picture(self):
 
 RunDashboard._show, RunDashboard.picture = _dashboard_show, _dashboard_picture
 
-# %% ../nbs/10_widgets.ipynb #3537db30
+# %% ../nbs/10_widgets.ipynb #6a5affec
 def _run_vocab(folder): # Path of a run -> MaskVocab of its tokenizer; the published one where it has none
     for name in ('tokenizer/config.json', 'vlm/mask_tokenizer/config.json'):
         if (folder / name).exists():
@@ -558,7 +560,7 @@ def _rebuild(self): # masks of a scene through the newest tokenizer of the chose
 
 RunDashboard._tiles, RunDashboard._rebuild = _run_tiles, _rebuild
 
-# %% ../nbs/10_widgets.ipynb #949fd442
+# %% ../nbs/10_widgets.ipynb #4f2d64b0
 def _follow(self): # a thread looks until the button is released or all runs are finished
     if self._thread and self._thread.is_alive(): return
     def look():
