@@ -6,7 +6,7 @@
 __all__ = ['WidgetError', 'stroke_mask', 'click_mask', 'read_region', 'MaskPicker', 'nearest_rows', 'known_codes',
            'CodebookExplorer', 'ReplyInspector', 'find_runs', 'find_samples', 'RunDashboard']
 
-# %% ../nbs/10_widgets.ipynb #4ef5b016
+# %% ../nbs/10_widgets.ipynb #7a173258
 import html, io, json, os, threading, time
 from base64 import b64encode
 from pathlib import Path
@@ -19,7 +19,7 @@ from .runs import read_rows
 from .show import changes_html, color_of, compare_curves, error_image, figure_png, overlay, show_grid, show_image, table, usage_image, words_html
 from .words import MaskVocab
 
-# %% ../nbs/10_widgets.ipynb #6a412b86
+# %% ../nbs/10_widgets.ipynb #ba63a2d3
 class WidgetError(ValueError):
     "Say what a widget cannot use, and what to do."
 
@@ -33,7 +33,7 @@ _STYLE = '''<style>
 .samtok-live .widget-html-content {line-height: 1.4}
 </style>'''
 
-# %% ../nbs/10_widgets.ipynb #ac276ded
+# %% ../nbs/10_widgets.ipynb #7874fbe8
 class _Live(W.VBox):
     "What all widgets share: a line for problems, a sentence for the time after the kernel, a still picture."
     def __init__(self, parts):
@@ -58,7 +58,7 @@ class _Live(W.VBox):
         if 'CI' in os.environ: return display(Png(figure_png(self.picture())))  # nobody is there to use a widget
         for data in self._outputs(): display(data, raw=True)
 
-# %% ../nbs/10_widgets.ipynb #adc3891c
+# %% ../nbs/10_widgets.ipynb #0b434d5d
 def stroke_mask(points, # (n,2) x, y in pixels of the image
                 tool,   # "draw": an outline, which is filled; "box": its first and last point are corners
                 size):  # (H,W) -> (H,W) bool; raises MaskError
@@ -70,7 +70,7 @@ def stroke_mask(points, # (n,2) x, y in pixels of the image
     if not mask.any(): raise MaskError('The stroke encloses no pixel: draw around the region, or use the tool for clicks.')
     return mask
 
-# %% ../nbs/10_widgets.ipynb #447a506f
+# %% ../nbs/10_widgets.ipynb #7ab15e0e
 def click_mask(image, # (H,W,3) uint8
                x, y,  # a point in pixels
                masks=(),     # (N,H,W) bool: known regions
@@ -87,7 +87,7 @@ def click_mask(image, # (H,W,3) uint8
     ImageDraw.floodfill(area, (sx, sy), 255, thresh=tolerance)
     return resize_mask(np.asarray(area) == 255, (h, w))
 
-# %% ../nbs/10_widgets.ipynb #d9ea8020
+# %% ../nbs/10_widgets.ipynb #f0a00c21
 def read_region(text, # JSON: box [x0, y0, x1, y1], polygon [x, y, ...], list of polygons, or RLE {"size", "counts"}
                 size): # (H,W) -> (H,W) bool; raises WidgetError, MaskError
     "Read a region that was typed."
@@ -96,7 +96,7 @@ def read_region(text, # JSON: box [x0, y0, x1, y1], polygon [x, y, ...], list of
     if not isinstance(region, (list, dict)) or not region: raise WidgetError(f'{text.strip()[:40]} is no region: type four numbers, a polygon, or run lengths with size and counts.')
     return box_to_mask(region, size) if isinstance(region, list) and len(region) == 4 and not any(isinstance(v, list) for v in region) else segmentation_to_mask(region, size)
 
-# %% ../nbs/10_widgets.ipynb #285ba49a
+# %% ../nbs/10_widgets.ipynb #e54079ce
 _STROKE = '''event.preventDefault(); event.stopPropagation();
 const c = this, g = c.getContext('2d'), r = c.getBoundingClientRect(), p = [];
 c.width = r.width; c.height = r.height; g.lineWidth = 2; g.strokeStyle = '#d55e00';
@@ -113,7 +113,7 @@ const end = () => {
   setTimeout(() => g.clearRect(0, 0, c.width, c.height), 300) };
 c.setPointerCapture(event.pointerId); add(event); c.onpointermove = add; c.onpointerup = c.onpointercancel = end'''
 
-# %% ../nbs/10_widgets.ipynb #37f8e934
+# %% ../nbs/10_widgets.ipynb #b2ca3da6
 def _canvas(tool, size): # name of the tool, (h,w) on the screen -> HTML of a canvas that follows the pointer
     style = f'width:{size[1]}px;height:{size[0]}px;display:block;cursor:crosshair;touch-action:none'
     return f'<canvas data-tool="{tool}" style="{style}" role="img" aria-label="Surface for the tool {tool}" onpointerdown="{html.escape(_STROKE)}"></canvas>'
@@ -139,7 +139,7 @@ def _paint(view, *masks, start=1): # a scaled image, masks of the image's size -
 def _tile(image, text=''): # picture with a line below
     return W.VBox([W.Image(value=_coded(image), format='jpeg', width=image.shape[1]), W.HTML(text)], layout=W.Layout(margin='0 6px 0 0'))
 
-# %% ../nbs/10_widgets.ipynb #470bef34
+# %% ../nbs/10_widgets.ipynb #1d904e60
 def _load(tokenizer): # MaskTokenizer, or a name that it can be loaded by
     if not isinstance(tokenizer, (str, Path)): return tokenizer
     from samtok.tokenizer import MaskTokenizer
@@ -171,7 +171,7 @@ def _picker_events(self):
     self.clear.on_click(lambda _: self._try(self.set_mask, np.zeros(self.image.shape[:2], bool)))
     self.use.on_click(lambda _: self._try(lambda: self._join(read_region(self.text.value, self.image.shape[:2]))))
 
-# %% ../nbs/10_widgets.ipynb #0c93b035
+# %% ../nbs/10_widgets.ipynb #83db5f13
 class MaskPicker(_Live):
     "Mark a region of an image, see its words, and what they give back."
     def __init__(self, image=None,  # whatever read_image takes; None: a drawn scene with its regions
@@ -191,7 +191,7 @@ class MaskPicker(_Live):
 
     _controls, _events = _picker_controls, _picker_events
 
-# %% ../nbs/10_widgets.ipynb #9beffdd3
+# %% ../nbs/10_widgets.ipynb #7f808a84
 def _set_image(self, image, masks=None, labels=None): # as in MaskPicker
     "Show another image; it is embedded now, once."
     self.image = read_image(image)
@@ -209,7 +209,7 @@ def _set_image(self, image, masks=None, labels=None): # as in MaskPicker
     self.region.value = -1
     self.set_mask(np.zeros(size, bool))
 
-# %% ../nbs/10_widgets.ipynb #ee4664b7
+# %% ../nbs/10_widgets.ipynb #50149d79
 def _set_mask(self, mask): # (H,W) bool; raises MaskError
     "Take a mask: encode it, decode its codes, show both."
     started = time.perf_counter()
@@ -232,7 +232,7 @@ def _picker_show(self):
 
 MaskPicker.set_image, MaskPicker.set_mask, MaskPicker._show = _set_image, _set_mask, _picker_show
 
-# %% ../nbs/10_widgets.ipynb #e81b0f36
+# %% ../nbs/10_widgets.ipynb #b20f4586
 def _stroked(self, text): # JSON of the surface: {"at": time, "points": [[x, y], ...]} in shares of the picture
     points, (h, w) = np.array(json.loads(text)['points'], float), self.image.shape[:2]
     self.mark(points * (w, h))
@@ -252,7 +252,7 @@ def _picker_picture(self):
 
 MaskPicker._stroked, MaskPicker.mark, MaskPicker._join, MaskPicker.picture = _stroked, _mark, _join, _picker_picture
 
-# %% ../nbs/10_widgets.ipynb #483009bf
+# %% ../nbs/10_widgets.ipynb #1a2f9dc7
 def nearest_rows(book, # (S,D) float, the vectors of a codebook
                  code, # row
                  n):   # how many -> list of (code, distance), the nearest first, without the row itself
@@ -267,7 +267,7 @@ def known_codes(tokenizer, # MaskTokenizer
     places = [(i, k) for i, s in enumerate(samples) for k in range(len(s.masks))]
     return np.concatenate(codes), np.array(places)
 
-# %% ../nbs/10_widgets.ipynb #56ad7a9b
+# %% ../nbs/10_widgets.ipynb #e085007c
 def _explorer_controls(self):
     vocab, book = self.tokenizer.vocab, range(self.tokenizer.vocab.depth)
     self.sliders = [W.IntSlider(0, 0, vocab.codebook_size - 1, description=f'word {k + 1}', layout=W.Layout(width='276px'), style=dict(description_width='52px')) for k in book]
@@ -284,7 +284,7 @@ def _explorer_rows(self): # the parts in their places
     rows = [W.VBox([W.HTML(f'word {k + 1} replaced by its neighbours in the codebook; a button takes one'), W.HBox([W.VBox(t) for t in tiles], layout=W.Layout(flex_flow='row wrap'))]) for k, tiles in enumerate(self.tiles)]
     return [top, *rows, self.sharing_line, W.HBox(self.shared, layout=W.Layout(flex_flow='row wrap'))]
 
-# %% ../nbs/10_widgets.ipynb #f2a75049
+# %% ../nbs/10_widgets.ipynb #e1a22d20
 class CodebookExplorer(_Live):
     "Change one word of a mask and see what becomes of it."
     def __init__(self, image=None, # whatever read_image takes; None: a drawn scene
@@ -307,7 +307,7 @@ class CodebookExplorer(_Live):
 
     _controls, _rows = _explorer_controls, _explorer_rows
 
-# %% ../nbs/10_widgets.ipynb #89f08bcb
+# %% ../nbs/10_widgets.ipynb #af02ab17
 def _set_samples(self, samples=None): # list of MaskSample
     "Count the codes of many masks."
     if samples is None:
@@ -337,7 +337,7 @@ def _step(self, level, button): self.go([int(button.description.split()[0]) if k
 
 CodebookExplorer.set_samples, CodebookExplorer.set_mask, CodebookExplorer.go, CodebookExplorer._step = _set_samples, _explorer_mask, _go, _step
 
-# %% ../nbs/10_widgets.ipynb #f939081d
+# %% ../nbs/10_widgets.ipynb #a0f65236
 def _explorer_update(self):
     "Decode what the sliders say, and its neighbours."
     started = time.perf_counter()
@@ -366,7 +366,7 @@ def _explorer_show(self):
 
 CodebookExplorer.update, CodebookExplorer._show = _explorer_update, _explorer_show
 
-# %% ../nbs/10_widgets.ipynb #7384e2ae
+# %% ../nbs/10_widgets.ipynb #09e63e61
 def _explorer_picture(self):
     n = min(3, self.near)
     items = [dict(image=_paint(self.image, self.mask), title=f'codes {self.codes}, IoU {self.iou:.2f}')]
@@ -378,7 +378,7 @@ def _explorer_picture(self):
 
 CodebookExplorer.picture = _explorer_picture
 
-# %% ../nbs/10_widgets.ipynb #a47a8c2e
+# %% ../nbs/10_widgets.ipynb #a495fae7
 def _inspector_controls(self, reply, policy, repair):
     wide = W.Layout(width='100%')
     self.reply = W.Textarea(reply, layout=W.Layout(width='100%', height='90px'), continuous_update=True)
@@ -405,7 +405,7 @@ class ReplyInspector(_Live):
     _controls = _inspector_controls
     def picture(self): return show_image(self.image, self.masks, labels=self.names, title=f'{len(self.masks)} of {len(self.spans)} spans decoded')
 
-# %% ../nbs/10_widgets.ipynb #84dc9d4f
+# %% ../nbs/10_widgets.ipynb #6d98a2e2
 def _inspector_image(self, image): # whatever read_image takes
     "Show another image; it is embedded now, once."
     self.image = read_image(image)
@@ -436,7 +436,7 @@ def _inspector_show(self):
 
 ReplyInspector.set_image, ReplyInspector.update, ReplyInspector._show = _inspector_image, _inspector_update, _inspector_show
 
-# %% ../nbs/10_widgets.ipynb #9c9e38c4
+# %% ../nbs/10_widgets.ipynb #1d5423a8
 def find_runs(folders): # a folder or a list of them; each is a run, or holds runs up to two levels down -> dict: name -> Path; raises WidgetError
     "Find run folders: those with parameters or metrics."
     out = {}
@@ -455,7 +455,7 @@ def find_samples(folder, # Path of a run
     rows = [r for f in sorted(folder.glob('*.jsonl')) if f.name != 'metrics.jsonl' for r in read_rows(f) if isinstance(r.get('reply'), str)]
     return pictures, rows[-n:]
 
-# %% ../nbs/10_widgets.ipynb #59fd6e46
+# %% ../nbs/10_widgets.ipynb #d1418693
 def _dashboard_controls(self, live):
     tall = W.Layout(width='220px', height='110px')
     self.runs, self.metrics = W.SelectMultiple(description='runs', layout=tall, style=dict(description_width='50px')), W.SelectMultiple(description='metrics', layout=tall, style=dict(description_width='50px'))
@@ -484,7 +484,7 @@ class RunDashboard(_Live):
 
     _controls = _dashboard_controls
 
-# %% ../nbs/10_widgets.ipynb #0703b7a9
+# %% ../nbs/10_widgets.ipynb #2d875d14
 def _refresh(self, force=False): # -> bool: did anything change?
     "Read the files that changed."
     with self._lock:
@@ -507,7 +507,7 @@ def _offer(self): # new names into the lists; what was chosen stays
 
 RunDashboard.refresh, RunDashboard._offer = _refresh, _offer
 
-# %% ../nbs/10_widgets.ipynb #641cdb2a
+# %% ../nbs/10_widgets.ipynb #364d59a6
 def _finished(path): return (path / 'result.json').exists() or (path / 'score.json').exists()
 
 def _age(path): # -> str: since when a run has written nothing
@@ -530,7 +530,7 @@ def _dashboard_picture(self):
 
 RunDashboard._show, RunDashboard.picture = _dashboard_show, _dashboard_picture
 
-# %% ../nbs/10_widgets.ipynb #6a5affec
+# %% ../nbs/10_widgets.ipynb #d0faa841
 def _run_vocab(folder): # Path of a run -> MaskVocab of its tokenizer; the published one where it has none
     for name in ('tokenizer/config.json', 'vlm/mask_tokenizer/config.json'):
         if (folder / name).exists():
@@ -550,17 +550,17 @@ def _run_tiles(self, name): # widgets: pictures and replies of a run
     return out
 
 def _rebuild(self): # masks of a scene through the newest tokenizer of the chosen runs
-    found = [p / 'tokenizer' for p in map(self.paths.get, self.runs.value) if (p / 'tokenizer' / 'config.json').exists()]
+    found = [p / t for p in map(self.paths.get, self.runs.value) for t in ('tokenizer', 'vlm/mask_tokenizer') if (p / t / 'config.json').exists()]
     if not found: raise WidgetError('None of the chosen runs has saved a tokenizer yet: it is written at the end of a run.')
     path, scene = max(found, key=lambda p: (p / 'config.json').stat().st_mtime), _scene()
     tokenizer = _load(path)
     self.rebuilt = tokenizer.decode(scene.image, tokenizer.encode(scene.image, scene.masks))
     view, ious = _fit(scene.image, 160), mask_iou_pairs(self.rebuilt, scene.masks)
-    self.samples.children = [_tile(_paint(view, *scene.masks), 'truth'), _tile(_paint(view, *self.rebuilt), f'{html.escape(path.parent.name)}: mean IoU {ious.mean():.2f}')]
+    self.samples.children = [_tile(_paint(view, *scene.masks), 'truth'), _tile(_paint(view, *self.rebuilt), f'{html.escape(path.parent.name)}/{path.name}: mean IoU {ious.mean():.2f}')]
 
 RunDashboard._tiles, RunDashboard._rebuild = _run_tiles, _rebuild
 
-# %% ../nbs/10_widgets.ipynb #4f2d64b0
+# %% ../nbs/10_widgets.ipynb #a9235f89
 def _follow(self): # a thread looks until the button is released or all runs are finished
     if self._thread and self._thread.is_alive(): return
     def look():
