@@ -234,6 +234,7 @@ def run(browser, folder):
 def main():
     browser = os.environ.get('BROWSER_PATH') or next(filter(None, map(shutil.which, BROWSERS)), None)
     if not browser: print('skipped: no Chromium or Chrome was found; install one, or name it with BROWSER_PATH=..., to try the widgets in a browser.'); return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))                       # whoever ends the test ends its browser and its server too
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try: print(f'{run(browser, folder)} passed, 0 failed')
         except Exception as e:                                                  # sockets and servers fail in many ways
