@@ -13,7 +13,7 @@ export PATH := $(BIN):$(PATH)
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity docs notebooks toy wheel-test clean
+.PHONY: help install demo test parity docs notebooks toy wheel-test browser-test clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## */\t/' | expand -t 14
@@ -64,6 +64,9 @@ toy: $(STAMP)  ## Train the toy tokenizer (minutes on two CPU cores)
 
 wheel-test: $(STAMP)  ## Build a wheel, install it in an empty environment, use it there
 	@.ci/wheel_test $(BIN)/python
+
+browser-test: $(STAMP)  ## Use the widgets in JupyterLab with a headless Chromium, renew their screenshots
+	@$(BIN)/python .ci/browser_test.py
 
 clean:  ## Remove what can be made again; .venv and runs/ stay
 	@rm -rf build dist _proc _docs *.egg-info

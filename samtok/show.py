@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'color_of', 'outline', 'overlay', 'figure_png', 'show_image', 'show_grid', 'error_image', 'show_comparison',
-           'plot_curves', 'LiveFigure', 'words_html', 'table']
+           'plot_curves', 'compare_curves', 'LiveFigure', 'words_html', 'changes_html', 'table', 'usage_image']
 
 # %% ../nbs/00b_show.ipynb #a53ddb37
-import html, io, os, time
+import difflib, html, io, os, re, time
 import numpy as np
 
 # %% ../nbs/00b_show.ipynb #2afd0e34
@@ -119,6 +119,18 @@ def plot_curves(rows, # list of dict
         a.set_xlabel(x, fontsize=8); a.tick_params(labelsize=7)
     return fig
 
+# %% ../nbs/00b_show.ipynb #c64c58b5
+def compare_curves(runs, # dict: name of a run -> list of rows
+                   keys, # metrics, one panel each
+                   x='step'): # name of the x values; returns a figure
+    "Plot the same metrics of several runs."
+    if not keys: raise ValueError('There is nothing to compare: name at least one metric.')
+    fig, axes = _axes(len(keys), 3, .8)
+    for key, ax in zip(keys, axes):
+        plot_curves([{x: r[x], name: r[key]} for name, rows in runs.items() for r in rows if r.get(x) is not None and r.get(key) is not None], list(runs), x, ax)
+        ax.set_title(key, fontsize=9)
+    return fig
+
 # %% ../nbs/00b_show.ipynb #16bce77b
 class LiveFigure:
     "A figure that is drawn again in place while something runs."
@@ -163,6 +175,16 @@ def words_html(text, # str
         k += s.ok
     return _Html(f'<div style="font-family:monospace">{"".join(out)}{html.escape(text[at:])}</div>')
 
+# %% ../nbs/00b_show.ipynb #90dbef9e
+def changes_html(old, new): # str each -> str that notebooks show as HTML
+    "Mark what was put into a text and what was taken out."
+    a, b = (re.findall(r'<\|[^|]*\|>|\w+|\s+|.', t, re.S) for t in (old, new))
+    mark = lambda tag, color, words: f'<{tag} style="background:{color};color:#000">{html.escape("".join(words))}</{tag}>' if words else ''
+    out = []
+    for what, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        out.append(html.escape(''.join(a[i:j])) if what == 'equal' else mark('del', '#f6c9b5', a[i:j]) + mark('ins', '#bfe8d9', b[k:m]))
+    return _Html(f'<div style="font-family:monospace">{"".join(out)}</div>')
+
 # %% ../nbs/00b_show.ipynb #f857bf99
 def _cell(v):
     if v is None: return '-'
@@ -176,3 +198,31 @@ class table(list):
         keys = list(dict.fromkeys(k for r in self for k in r))
         line = lambda cells: '| ' + ' | '.join(cells) + ' |'
         return '\n'.join([line(k.replace('_', ' ') for k in keys), line('---' for _ in keys)] + [line(_cell(r.get(k)) for k in keys) for r in self])
+
+# %% ../nbs/00b_show.ipynb #f6dd517d
+def _table_html(self): # -> str
+    "Write the table as HTML."
+    keys = list(dict.fromkeys(k for r in self for k in r))
+    line = lambda tag, cells: '<tr>' + ''.join(f'<{tag} style="padding:1px 8px;text-align:left">{c}</{tag}>' for c in cells) + '</tr>'
+    text = lambda v: html.escape(_cell(v).replace('&lt;', '<').replace('\\|', '|'))
+    return _Html('<table>' + line('th', [text(k.replace('_', ' ')) for k in keys]) + ''.join(line('td', [text(r.get(k)) for k in keys]) for r in self) + '</table>')
+
+table.html = _table_html
+
+# %% ../nbs/00b_show.ipynb #b80c0b6e
+def usage_image(counts, # (S,) how often each code was used
+                mark=None, # a code to frame
+                cell=9): # pixels on the side of a cell; -> (h,w,3) uint8
+    "Draw how often the codes of a codebook are used."
+    from matplotlib import colormaps
+    counts = np.asarray(counts, float)
+    side = int(np.ceil(np.sqrt(len(counts))))
+    colors = np.full((side * side, 3), 255, np.uint8)                           # cells beyond the last code stay white
+    shade = np.log1p(counts) / max(np.log1p(counts).max(), 1e-9)
+    colors[:len(counts)] = np.where(counts[:, None] > 0, colormaps['cividis'](shade)[:, :3] * 255, 205).round()
+    out = colors.reshape(side, side, 3).repeat(cell, 0).repeat(cell, 1)
+    if mark is not None:
+        y, x = (int(v) * cell for v in divmod(mark, side))
+        frame = np.zeros((cell, cell), bool); frame[2:-2, 2:-2] = True
+        out[y:y + cell, x:x + cell][~frame] = _ERROR['extra']
+    return out
