@@ -6,14 +6,14 @@
 __all__ = ['load_params', 'scene_prompts', 'shard_prompts', 'mask_rewards', 'MaskGRPOTrainer', 'grpo_config', 'summary',
            'make_trainer', 'load_policy', 'train', 'final_replies', 'finish', 'compare', 'run_grpo', 'main']
 
-# %% ../nbs/06_grpo.ipynb #957ec876
+# %% ../nbs/06_grpo.ipynb #b23ec738
 import argparse, json, os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LogitsProcessorList, TrainerCallback
+from transformers import LogitsProcessorList, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from .chat import PROMPTS, THINK, Conversation, answer_masks, fill, reading_order, to_messages
 from .data import read_image
@@ -21,17 +21,17 @@ from .masks import masks_to_boxes
 from .rewards import DecodedMaskReward, FormatReward, MaskReward, NoTargetReward, NonRepeatReward, reward_report, safe
 from .runs import Run, RunError, data_file, launch, load_scale, mean_ci, parse_args, seed_everything, watch
 from .scenes import refer
-from .sft import evaluate_refer, heldout_refer, lora_config, processes
+from .sft import _Bar, evaluate_refer, heldout_refer, lora_config, processes
 from .shapeworld import ShapeWorld, render
 from .tokenizer import MaskTokenizer
 from .vlm import MaskVLM
 
-# %% ../nbs/06_grpo.ipynb #7b48f4f6
+# %% ../nbs/06_grpo.ipynb #fc3b04bd
 def load_params(scale='auto', gpus=0, **overrides): # -> dict; see data/params/grpo_*.json
     "Read the parameters of a scale; overrides that are not None win; unknown names raise RunError."
     return load_scale('grpo', scale, gpus, **overrides)
 
-# %% ../nbs/06_grpo.ipynb #f04419be
+# %% ../nbs/06_grpo.ipynb #0288c403
 def scene_prompts(n,         # prompts, one for each scene
                   tokenizer, # MaskTokenizer, which writes the reference answers
                   share=.25, think=False, seed=0 # of prompts without a target; ask for reasoning in tags; seed
@@ -51,7 +51,7 @@ def scene_prompts(n,         # prompts, one for each scene
         out.append(dict(prompt=[dict(role='user', content=THINK.format(question=question) if think else question)], image=Image.fromarray(image), answer=answer, sample_id=f'{seed}-{i}', kind=kind))
         if len(out) == n: return out
 
-# %% ../nbs/06_grpo.ipynb #9594c23b
+# %% ../nbs/06_grpo.ipynb #db7a514b
 def shard_prompts(path, think=False): # folder of shards (samtok-tokenize), one question and answer each -> datasets.Dataset with prompt, image, answer, sample_id, kind
     "Read prompts from tokenised shards; conversations of several rounds give their first."
     from datasets import load_dataset
@@ -62,7 +62,7 @@ def shard_prompts(path, think=False): # folder of shards (samtok-tokenize), one 
         return dict(prompt=[dict(role='user', content=THINK.format(question=ask) if think else ask)], image=Image.fromarray(read_image(r['images'][0])), answer=said, sample_id=r['id'], kind=r['task'])
     return rows.map(one, remove_columns=rows.column_names)
 
-# %% ../nbs/06_grpo.ipynb #f27ad336
+# %% ../nbs/06_grpo.ipynb #9c847051
 def mask_rewards(params, tokenizer): # -> list of rewards, list of weights
     "Choose the rewards of a run: one mask term, and those of replies without a target, of format and of repetition."
     v, part = dict(vocab=tokenizer.vocab), dict(answer_part='required' if params['think'] else True)
@@ -72,7 +72,7 @@ def mask_rewards(params, tokenizer): # -> list of rewards, list of weights
     if params['think']: terms += [(FormatReward(), 1.), (NonRepeatReward('think', **v), params['non_repeat_weight'])]
     return [safe(r) for r, w in terms if w], [w for _, w in terms if w]
 
-# %% ../nbs/06_grpo.ipynb #657f647a
+# %% ../nbs/06_grpo.ipynb #e2db57fa
 class _Scored: # a model whose log-probabilities are those of sampling under a grammar; what TRL asks of its fused head
     def __init__(self, model, grammar, temperature): self.model, self.grammar, self.temperature = model, grammar, temperature
     def __call__(self, labels, fused_lm_head=True, **inputs):
@@ -85,7 +85,7 @@ class _Scored: # a model whose log-probabilities are those of sampling under a g
         entropy = -(logp.exp() * logp.masked_fill(~torch.isfinite(logp), 0.)).sum(-1)
         return SimpleNamespace(log_probs=chosen.masked_fill(dead, 0.), entropy=entropy.masked_fill(dead, 0.))
 
-# %% ../nbs/06_grpo.ipynb #597087a5
+# %% ../nbs/06_grpo.ipynb #5b09245a
 class MaskGRPOTrainer(GRPOTrainer):
     "TRL's trainer, with rollouts under a grammar and log-probabilities under the same."
     grammar = None # of samtok.grammar; None: the model writes as it likes
@@ -103,7 +103,7 @@ class MaskGRPOTrainer(GRPOTrainer):
         if self.grammar is not None: model = _Scored(model, self.grammar.starting_at(input_ids.shape[1] - logits_to_keep, self.max_completion_length), self.temperature)
         return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
 
-# %% ../nbs/06_grpo.ipynb #4be31ef8
+# %% ../nbs/06_grpo.ipynb #c0bf517a
 class _Whole: # a reward that reads what was written, special tokens included
     def __init__(self, reward, tokenizer): self.reward, self.tokenizer, self.__name__ = reward, tokenizer, reward.__name__
     def __call__(self, completions, completion_ids=None, **columns):
@@ -112,7 +112,7 @@ class _Whole: # a reward that reads what was written, special tokens included
             completions = [self.tokenizer.decode([t for t in ids if t not in stop]) for ids in completion_ids]
         return self.reward(completions=completions, **columns)
 
-# %% ../nbs/06_grpo.ipynb #9a5b704a
+# %% ../nbs/06_grpo.ipynb #5ba7554a
 def grpo_config(params, path): # -> trl.GRPOConfig
     "Translate the run's parameters into TRL's."
     p, cuda = params, params['gpus'] > 0 and params['device'] != 'cpu'
@@ -124,7 +124,7 @@ def grpo_config(params, path): # -> trl.GRPOConfig
                       save_steps=p['checkpoint_every'], save_total_limit=1, seed=p['seed'], bf16=bool(p['bf16']), use_cpu=not cuda, report_to='none', disable_tqdm=True, gradient_checkpointing=p['gradient_checkpointing'],
                       remove_unused_columns=False, mask_truncated_completions=False, **vllm)
 
-# %% ../nbs/06_grpo.ipynb #ae505ca2
+# %% ../nbs/06_grpo.ipynb #80007c87
 _NAMES = {'reward': 'reward', 'reward_std': 'reward_std', 'kl': 'kl', 'entropy': 'entropy', 'length': 'completions/mean_length', 'cut_off': 'completions/clipped_ratio', 'silent': 'frac_reward_zero_std', 'grad_norm': 'grad_norm', 'lr': 'learning_rate'}
 
 class _Log(TrainerCallback): # the trainer's log, and held-out scenes now and then, into the run's metrics
@@ -141,7 +141,7 @@ def summary(r): # of evaluate_refer -> dict: gIoU over all expressions, no-targe
     "Condense held-out replies into three figures."
     return dict(giou=float(np.mean(r['score'])), no_target=float(np.mean(r['no_target'])) if r['no_target'] else float('nan'), pair=float(np.mean(r['pair'])))
 
-# %% ../nbs/06_grpo.ipynb #955e4740
+# %% ../nbs/06_grpo.ipynb #f30ca6a2
 def make_trainer(params, path, vlm, rows, callbacks=()): # -> MaskGRPOTrainer
     "Set TRL's trainer up for a MaskVLM and rows of prompts."
     from datasets import Dataset
@@ -152,11 +152,12 @@ def make_trainer(params, path, vlm, rows, callbacks=()): # -> MaskGRPOTrainer
     config = grpo_config(params, path); config.reward_weights = weights
     vlm.processor.tokenizer.padding_side = 'left'                                # fine-tuning saves it with 'right'
     trainer = MaskGRPOTrainer(model=vlm.model, reward_funcs=[_Whole(r, vlm.processor.tokenizer) for r in rewards], args=config, train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(rows),
-                              processing_class=vlm.processor, peft_config=lora_config(params, vlm.model, vlm.ids), callbacks=list(callbacks))
+                              processing_class=vlm.processor, peft_config=lora_config(params, vlm.model, vlm.ids), callbacks=[*callbacks, _Bar()])
+    trainer.remove_callback(PrinterCallback)                                     # the log goes into metrics.jsonl
     if params['constrained']: trainer.grammar = vlm.grammars[True if params['constrained'] is True else 'answer']
     return trainer
 
-# %% ../nbs/06_grpo.ipynb #19817ef4
+# %% ../nbs/06_grpo.ipynb #f5473f7f
 def _last(folder): # newest whole checkpoint -> path or None
     found = [f for f in Path(folder).glob('checkpoint-*') if (f / 'trainer_state.json').exists()]
     return max(found, key=lambda f: int(f.name.split('-')[1]), default=None)
@@ -185,7 +186,7 @@ def train(params, path, on_log=None): # dict of load_params; run folder; called 
     vlm.model = (model.merge_and_unload() if hasattr(model, 'merge_and_unload') else model).eval()
     return finish(run, vlm, asked, [r.reward for r in trainer.reward_funcs], time.time() - started)
 
-# %% ../nbs/06_grpo.ipynb #042f73d8
+# %% ../nbs/06_grpo.ipynb #a6629dec
 def final_replies(vlm, params, n=32, seed=99): # MaskVLM, parameters, prompts -> replies (n*group), references, group size
     "Sample groups of replies from a policy, as training does, on prompts it was not trained on."
     rows = scene_prompts(n, vlm.tokenizer, params['share_nothing'], params['think'], seed)
@@ -194,7 +195,7 @@ def final_replies(vlm, params, n=32, seed=99): # MaskVLM, parameters, prompts ->
     said = vlm.generate(chats, params['max_new_tokens'], constrained=params['constrained'], do_sample=True, temperature=params['temperature'], chunk=32)
     return said, [r['answer'] for r in rows for _ in range(params['replies'])], rows
 
-# %% ../nbs/06_grpo.ipynb #77c96c94
+# %% ../nbs/06_grpo.ipynb #72b50954
 def finish(run, vlm, asked, rewards, seconds): # Run, MaskVLM, held-out expressions, rewards of the run -> result dict
     "Save the policy, compare it with where it started, look for exploits, write the result."
     p = run.params
@@ -218,7 +219,7 @@ def compare(before, after): # of evaluate_refer, on the same expressions -> dict
         if before[k]: out |= {f'{k}_before': mean_ci(before[k]), f'{k}_after': mean_ci(after[k]), f'{k}_difference': mean_ci(np.array(after[k]) - np.array(before[k]))}
     return out
 
-# %% ../nbs/06_grpo.ipynb #55e8983b
+# %% ../nbs/06_grpo.ipynb #156dba92
 def run_grpo(params, path, on_log=None): # -> result dict
     "Run GRPO in this process, or in one process for each GPU, watched."
     if processes(params) == 1: return train(params, path, on_log)
@@ -236,5 +237,5 @@ def main(argv=None):
     result = train(args, path) if 'RANK' in os.environ else run_grpo(args, path)
     if result: print(json.dumps(result['metrics'], indent=1))
 
-# %% ../nbs/06_grpo.ipynb #8f5e2d72
+# %% ../nbs/06_grpo.ipynb #05c01741
 if __name__ == '__main__' and '__file__' in globals(): main()

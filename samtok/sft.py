@@ -7,13 +7,13 @@ __all__ = ['CAPTION', 'load_params', 'processes', 'ChatCollator', 'SceneRows', '
            'toy_corpus', 'build_model', 'tower', 'lora_config', 'sft_config', 'make_trainer', 'train', 'heldout_refer',
            'evaluate_refer', 'evaluate_captions', 'finish', 'run_sft', 'main']
 
-# %% ../nbs/04_sft.ipynb #95229546
+# %% ../nbs/04_sft.ipynb #90db874a
 import argparse, json, os, re, sys, time
 from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from .chat import PROMPTS, ChatError, Conversation, to_messages
 from .data import ImageError, Report, read_image
 from .look import mimetic_start, warm_up_vision
@@ -26,7 +26,7 @@ from .tokenizer import MaskTokenizer
 from .twins import FAMILIES, twin_model, twin_processor, twin_tokenizer
 from .vlm import MaskVLM, add_mask_words, load_vlm, matrices
 
-# %% ../nbs/04_sft.ipynb #f027379e
+# %% ../nbs/04_sft.ipynb #b0d696a9
 def load_params(scale='auto', gpus=0, recipe='', **overrides): # -> dict; see data/params/sft_*.json
     "Read the parameters of a scale, a recipe on top of them, and overrides that are not None; unknown names raise RunError."
     extra = json.loads(data_file('params', f'sft_{recipe}.json').read_text()) if recipe else {}
@@ -37,7 +37,7 @@ def processes(params): # -> int: one for each GPU; with device "cpu" as many on 
     if params['device'] != 'cpu': check_gpus(params['gpus'])
     return max(1, params['gpus'])
 
-# %% ../nbs/04_sft.ipynb #df30627a
+# %% ../nbs/04_sft.ipynb #3a8bb159
 def _segments(processor, messages): # -> [(text, is it a reply?)] that joined make the whole chat
     "Cut a chat into what is read and what is written."
     render = lambda m, ask: processor.apply_chat_template(m, tokenize=False, add_generation_prompt=ask)
@@ -50,7 +50,7 @@ def _segments(processor, messages): # -> [(text, is it a reply?)] that joined ma
         at = said
     return out
 
-# %% ../nbs/04_sft.ipynb #c6eca0f9
+# %% ../nbs/04_sft.ipynb #9e336cfc
 def _mark(ids, segments, image_id, eos): # ids (L,) of the whole chat with images expanded; segments [(ids, is it a reply?)] unexpanded -> labels (L,)
     labels, at = np.full(len(ids), -100), 0
     for seg, reply in segments:
@@ -82,7 +82,7 @@ class ChatCollator:
             row[keep] = _mark(ids[keep], [(i, p) for i, (_, p) in zip(pieces, parts)], self.image_id, self.tokenizer.eos_token_id)
         return self._cut(dict(batch, labels=torch.from_numpy(labels)))
 
-# %% ../nbs/04_sft.ipynb #721fe14e
+# %% ../nbs/04_sft.ipynb #d2bde998
 def _read(self, row): # -> (segments, images), or None
     try:
         messages, order = to_messages(json.loads(row['messages']) if isinstance(row['messages'], str) else row['messages'])
@@ -101,7 +101,7 @@ def _cut(self, batch): # -> batch of at most max_length tokens; images must stay
 
 ChatCollator._read, ChatCollator._cut = _read, _cut
 
-# %% ../nbs/04_sft.ipynb #bb1ff658
+# %% ../nbs/04_sft.ipynb #d6c3e019
 class SceneRows:
     "ShapeWorld conversations as rows with their mask words; row i is always the same, epoch by epoch new questions."
     def __init__(self, chat, words, epochs=1, opening=0): # SceneChat; function from a Conversation to its masks' words; passes over the scenes; rows at the start that name all objects, each with its mask
@@ -115,7 +115,7 @@ class SceneRows:
         c = chat.load(k)
         return chat_row(c, self.words(c), store=read_image)
 
-# %% ../nbs/04_sft.ipynb #9b638c6c
+# %% ../nbs/04_sft.ipynb #70b69697
 class Mix:
     "Rows of several data sets, each as often as its weight says: 1.5 is every row once and half of them twice."
     def __init__(self, parts, seed=0): # list of (rows, weight)
@@ -131,7 +131,7 @@ class Mix:
         p, k = self.index[i]
         return self.parts[p][0][int(k)]
 
-# %% ../nbs/04_sft.ipynb #028bcf68
+# %% ../nbs/04_sft.ipynb #4b6f4b23
 def training_rows(params, vocab): # -> rows with len and [i]
     "Open the training data: ShapeWorld with its codes, or a list of tokenised shards with weights."
     if params['data'] == 'shapeworld':
@@ -145,7 +145,7 @@ def training_rows(params, vocab): # -> rows with len and [i]
 def _file(name): return Path(name) if Path(name).exists() else data_file(*Path(name).parts)  # of the user, or of the package's data folder
 def tokenizer_path(name): return data_file(*Path(name).parts) if str(name).startswith('toy/') else name
 
-# %% ../nbs/04_sft.ipynb #5fc935d2
+# %% ../nbs/04_sft.ipynb #11deab2f
 def toy_corpus(n=400): # conversations -> list of str
     "Write text in the toy's language, to train its tokenizer on."
     chat = SceneChat(ShapeWorld(n, 'train', seed=5))
@@ -170,7 +170,7 @@ def tower(model, merger=False): # VLM; the merger (projector) as well -> list of
     "List the weights of the vision tower."
     return [p for n, p in model.named_parameters() if re.search(r'(^|\.)(visual|vision_tower|vision_model)\.', n) and (merger or not re.search(r'merger|projector', n)) or merger and 'projector' in n]
 
-# %% ../nbs/04_sft.ipynb #d8a5736c
+# %% ../nbs/04_sft.ipynb #74d6f5bb
 def lora_config(params, model, ids): # -> peft.LoraConfig, or None
     "Say which weights learn: low-rank updates of all linear layers of the language model, and the rows of the mask words."
     if params['learn'] == 'full': return None
@@ -184,7 +184,7 @@ def lora_config(params, model, ids): # -> peft.LoraConfig, or None
     targets = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head and not re.search(r'visual|vision', n)]
     return LoraConfig(r=params['lora_r'], lora_alpha=params['lora_alpha'], lora_dropout=params['lora_dropout'], target_modules=targets, modules_to_save=save or None, task_type='CAUSAL_LM', **rows)
 
-# %% ../nbs/04_sft.ipynb #15282ea9
+# %% ../nbs/04_sft.ipynb #3bf63da8
 class _Log(TrainerCallback): # writes the trainer's log into the run's metrics
     def __init__(self, run, tell): self.run, self.tell, self.started = run, tell, time.time()
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -192,6 +192,13 @@ class _Log(TrainerCallback): # writes the trainer's log into the run's metrics
         keep = {a: float(logs[b]) for a, b in dict(loss='loss', lr='learning_rate', grad_norm='grad_norm', accuracy='mean_token_accuracy', tokens='num_tokens').items() if b in logs}
         self.run.log(state.global_step, **keep, seconds=round(time.time() - self.started, 1))
         if self.tell: self.tell(self.run.rows())
+
+class _Bar(TrainerCallback): # a progress bar of steps
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = progress(state.max_steps, 'steps')
+        self.bar.update(state.global_step)
+    def on_step_end(self, args, state, control, **kwargs): self.bar.update(1)
+    def on_train_end(self, args, state, control, **kwargs): self.bar.close()
 
 class _Freeze(TrainerCallback): # the vision tower of a twin stands still until a step, or what it learned to see is lost in the first noisy ones
     def __init__(self, model, until): self.weights, self.until = tower(model, merger=True), until
@@ -208,7 +215,7 @@ def sft_config(params, path): # -> trl.SFTConfig
                      gradient_checkpointing=p['gradient_checkpointing'], dataloader_num_workers=p['workers'], train_sampling_strategy='sequential' if p['data'] == 'shapeworld' else 'random', dataset_kwargs=dict(skip_prepare_dataset=True), remove_unused_columns=False, max_length=None,
                      deepspeed=p['deepspeed'] or None, fsdp=p['fsdp'] or None)
 
-# %% ../nbs/04_sft.ipynb #f3cac98b
+# %% ../nbs/04_sft.ipynb #ac85bb47
 def _memory(p, processor): # sentence for a GPU that is full
     return (f"The GPU's memory is full with batch {p['batch']}, images of up to {p['max_pixels'] or 'any number of'} pixels and {p['max_length'] or 'any number of'} tokens: "
             f"lower batch (and raise accumulate {p['accumulate']} as much), max_pixels or max_length, or set gradient_checkpointing.")
@@ -222,10 +229,12 @@ def make_trainer(params, path, model, processor, ids, rows, callbacks=()): # -> 
     from datasets import Dataset
     from trl import SFTTrainer
     numbers = Dataset.from_dict(dict(row=range(len(rows))))                      # the trainer shuffles and shards numbers; the collator reads the rows
-    return SFTTrainer(model=model, args=sft_config(params, path), train_dataset=numbers, data_collator=ChatCollator(processor, params['max_length'], rows),
-                      processing_class=processor, peft_config=lora_config(params, model, ids), callbacks=list(callbacks))
+    trainer = SFTTrainer(model=model, args=sft_config(params, path), train_dataset=numbers, data_collator=ChatCollator(processor, params['max_length'], rows),
+                      processing_class=processor, peft_config=lora_config(params, model, ids), callbacks=[*callbacks, _Bar()])
+    trainer.remove_callback(PrinterCallback)                                     # the log goes into metrics.jsonl
+    return trainer
 
-# %% ../nbs/04_sft.ipynb #8704151a
+# %% ../nbs/04_sft.ipynb #d76a682b
 def _look(params, model, processor, vocab, run): # a twin learns to see before it learns to speak; its rows go into look.jsonl
     rows = warm_up_vision(model, processor, code_table(_file(params['codes']), vocab), params['look_steps'], seed=params['seed'])
     if run.main: atomic_write(run.path / 'look.jsonl', ''.join(json.dumps(r) + '\n' for r in rows))
@@ -250,7 +259,7 @@ def train(params, path, on_log=None): # dict of load_params; run folder; called 
     vlm = MaskVLM(model.merge_and_unload() if hasattr(model, 'merge_and_unload') else model, processor, tokenizer)
     return finish(run, vlm, time.time() - started)
 
-# %% ../nbs/04_sft.ipynb #ab0233a8
+# %% ../nbs/04_sft.ipynb #4a51bbfa
 def heldout_refer(n, split='heldout', share=.25, seed=0): # expressions, split of ShapeWorld, share without target -> list of (scene, text, ids, kind)
     "Draw held-out expressions, one for each scene."
     world, out = ShapeWorld(4 * n, split, seed), []
@@ -262,7 +271,7 @@ def heldout_refer(n, split='heldout', share=.25, seed=0): # expressions, split o
         if set(ids) <= big: out.append((scene, text, sorted(ids), kind))
         if len(out) == n: return out
 
-# %% ../nbs/04_sft.ipynb #a4ce68d4
+# %% ../nbs/04_sft.ipynb #45984f04
 def evaluate_refer(vlm, asked, batch=32): # MaskVLM, rows of heldout_refer -> dict of lists over expressions
     "Ask for held-out expressions: IoU of the union, the tokenizer's own IoU, codes right."
     out = dict(score=[], iou=[], ceiling=[], pair=[], first=[], no_target=[], malformed=[], kind=[])
@@ -281,7 +290,7 @@ def evaluate_refer(vlm, asked, batch=32): # MaskVLM, rows of heldout_refer -> di
             out['pair'] += [float(tuple(c) in said) for c in codes.tolist()]; out['first'] += [float(c[0] in {s[0] for s in said}) for c in codes.tolist()]
     return out
 
-# %% ../nbs/04_sft.ipynb #be49e868
+# %% ../nbs/04_sft.ipynb #1e7e3d1b
 CAPTION = PROMPTS['caption']
 
 def evaluate_captions(vlm, n, split='heldout', batch=32): # MaskVLM, regions -> dict attribute -> list of 0 or 1, over regions
@@ -296,7 +305,7 @@ def evaluate_captions(vlm, n, split='heldout', batch=32): # MaskVLM, regions -> 
         for k in KINDS: out[k].append(float(said[k] == getattr(o, k)))
     return out
 
-# %% ../nbs/04_sft.ipynb #7fb028d6
+# %% ../nbs/04_sft.ipynb #ed8dda12
 def finish(run, vlm, seconds): # Run, MaskVLM -> result dict
     "Save the model, measure it on held-out scenes, write the result."
     p = run.params
@@ -310,7 +319,7 @@ def finish(run, vlm, seconds): # Run, MaskVLM -> result dict
     run.save_result(metrics, n=p['eval_n'], seconds=round(seconds, 1), command=f"papermill nbs/04_sft.ipynb out.ipynb -p scale {p['scale']}" + (f" -p gpus {p['gpus']}" if p['gpus'] else '') + given)
     return run.result
 
-# %% ../nbs/04_sft.ipynb #25c1332d
+# %% ../nbs/04_sft.ipynb #a4ed0260
 def run_sft(params, path, on_log=None): # -> result dict
     "Fine-tune in this process, or in one process for each GPU, watched."
     if processes(params) == 1: return train(params, path, on_log)
@@ -328,5 +337,5 @@ def main(argv=None):
     result = train(args, path) if 'RANK' in os.environ else run_sft(args, path)
     if result: print(json.dumps(result['metrics'], indent=1))
 
-# %% ../nbs/04_sft.ipynb #76ca02ce
+# %% ../nbs/04_sft.ipynb #3b163266
 if __name__ == '__main__' and '__file__' in globals(): main()
