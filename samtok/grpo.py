@@ -21,7 +21,7 @@ from .masks import masks_to_boxes
 from .rewards import DecodedMaskReward, FormatReward, MaskReward, NoTargetReward, NonRepeatReward, reward_report, safe
 from .runs import Run, RunError, data_file, launch, load_scale, mean_ci, parse_args, seed_everything, watch
 from .scenes import refer
-from .sft import _Bar, evaluate_refer, heldout_refer, lora_config, processes
+from .sft import _Bar, _last, evaluate_refer, heldout_refer, lora_config, processes, tokenizer_path, tower
 from .shapeworld import ShapeWorld, render
 from .tokenizer import MaskTokenizer
 from .vlm import MaskVLM
@@ -147,8 +147,7 @@ def make_trainer(params, path, vlm, rows, callbacks=()): # -> MaskGRPOTrainer
     from datasets import Dataset
     rewards, weights = mask_rewards(params, vlm.tokenizer)
     if params['freeze_vision']:
-        for n, w in vlm.model.named_parameters():
-            if 'visual' in n or 'vision' in n: w.requires_grad_(False)
+        for w in tower(vlm.model, merger=True): w.requires_grad_(False)
     config = grpo_config(params, path); config.reward_weights = weights
     vlm.processor.tokenizer.padding_side = 'left'                                # fine-tuning saves it with 'right'
     trainer = MaskGRPOTrainer(model=vlm.model, reward_funcs=[_Whole(r, vlm.processor.tokenizer) for r in rewards], args=config, train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(rows),
@@ -158,15 +157,9 @@ def make_trainer(params, path, vlm, rows, callbacks=()): # -> MaskGRPOTrainer
     return trainer
 
 # %% ../nbs/06_grpo.ipynb #f5473f7f
-def _last(folder): # newest whole checkpoint -> path or None
-    found = [f for f in Path(folder).glob('checkpoint-*') if (f / 'trainer_state.json').exists()]
-    return max(found, key=lambda f: int(f.name.split('-')[1]), default=None)
-
 def load_policy(params): # -> MaskVLM
     "Load the model to start from."
-    name = params['model']
-    tokenizer = None if not params['tokenizer'] else data_file(*params['tokenizer'].split('/')) if params['tokenizer'].startswith('toy/') else params['tokenizer']
-    return MaskVLM.from_pretrained(name, tokenizer, dtype=torch.bfloat16 if params['bf16'] and params['gpus'] and params['device'] != 'cpu' else torch.float32)
+    return MaskVLM.from_pretrained(params['model'], tokenizer_path(params['tokenizer']) or None, dtype=torch.bfloat16 if params['bf16'] and params['gpus'] and params['device'] != 'cpu' else torch.float32)
 
 def train(params, path, on_log=None): # dict of load_params; run folder; called with all rows -> result dict, None on other ranks
     "Run GRPO; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
