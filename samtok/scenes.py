@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'REFER', 'REFER_SHARE', 'ASK', 'ASK_SHARE', 'PHRASES', 'noun', 'phrase', 'matches', 'relations',
            'refer_attributes', 'refer_relation', 'refer_order', 'refer_place', 'refer_nothing', 'refer', 'caption',
            'read_caption', 'ask_refer', 'ask_caption', 'ask_question', 'ask_again', 'ask_instances', 'ask_gcg',
-           'ask_psg', 'ask_list', 'SceneChat']
+           'ask_psg', 'ask_list', 'SceneChat', 'toy_corpus']
 
 # %% ../nbs/03c_scenes.ipynb #5e3f500b
 import json
@@ -221,3 +221,10 @@ class SceneChat(ChatDataset):
 PHRASES = ('user\n', 'assistant\n', '```json\n[{"mask_2d": "', '", "label": "', '"}, {"mask_2d": "', '"}]\n```', 'Please segment the', 'Please segment all', ' in this image.', '\nGiven a detailed description of this region ',
            'Given a detailed description of this region ', '```json\n[{"subject": {"mask_2d": "', '"}, "predicate": "', '", "object": {"mask_2d": "', '"}}, {"subject": {"mask_2d": "', '"}}]\n```',
            'What is the', ' at the', ' with a', *(PROMPTS[k] for k in ('gcg', 'instances', 'psg')))  # one token each in the toy's tokenizer
+
+# %% ../nbs/03c_scenes.ipynb #52776271
+def toy_corpus(n=400): # conversations -> list of str
+    "Write text in the toy's language, to train a tokenizer on."
+    chat = SceneChat(ShapeWorld(n, 'train', seed=5))
+    said = [m['content'] for c in chat.stream() for m in c.messages]
+    return said + [f'{blank}{v}' for k in _ORDER for v in KINDS[k] for blank in ('', ' ')] * 200

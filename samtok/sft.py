@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CAPTION', 'load_params', 'processes', 'ChatCollator', 'SceneRows', 'Mix', 'training_rows', 'tokenizer_path',
-           'toy_corpus', 'build_model', 'tower', 'lora_config', 'sft_config', 'make_trainer', 'train', 'heldout_refer',
+           'build_model', 'tower', 'lora_config', 'sft_config', 'make_trainer', 'train', 'heldout_refer',
            'evaluate_refer', 'evaluate_captions', 'finish', 'run_sft', 'main']
 
 # %% ../nbs/04_sft.ipynb #90db874a
@@ -19,7 +19,7 @@ from .data import ImageError, Report, read_image
 from .look import mimetic_start, warm_up_vision
 from .masks import mask_iou_pairs
 from .runs import Run, RunError, atomic_write, check_gpus, data_file, launch, load_scale, mean_ci, parse_args, progress, seed_everything, watch
-from .scenes import KINDS, PHRASES, SceneChat, read_caption, refer
+from .scenes import KINDS, PHRASES, toy_corpus, SceneChat, read_caption, refer
 from .shapeworld import ShapeWorld, render
 from .shards import chat_row, code_table
 from .tokenizer import MaskTokenizer
@@ -146,12 +146,6 @@ def _file(name): return Path(name) if Path(name).exists() else data_file(*Path(n
 def tokenizer_path(name): return data_file(*Path(name).parts) if str(name).startswith('toy/') else name
 
 # %% ../nbs/04_sft.ipynb #11deab2f
-def toy_corpus(n=400): # conversations -> list of str
-    "Write text in the toy's language, to train its tokenizer on."
-    chat = SceneChat(ShapeWorld(n, 'train', seed=5))
-    said = [m['content'] for c in chat.stream() for m in c.messages]
-    return said + [f'{blank}{v}' for k in ('size', 'texture', 'color', 'shape') for v in KINDS[k] for blank in ('', ' ')] * 200
-
 def build_model(params, vocab): # -> model, processor, report of add_mask_words
     "Load the base model, or make the twin of a family, and teach it the mask words."
     if params['model'] in FAMILIES:
