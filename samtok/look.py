@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ANSWERS', 'EYES', 'cell_labels', 'cell_geometry', 'visual_tokens', 'token_grid', 'batched_attention', 'answer_words',
-           'warm_up_vision', 'neighbour_start', 'mimetic_start', 'read_cells', 'base_twin', 'make_eyes', 'main']
+           'warm_up_vision', 'neighbour_start', 'own_directions', 'mimetic_start', 'remember_images', 'forget_images',
+           'read_cells', 'base_twin', 'make_eyes', 'main']
 
 # %% ../nbs/04a_look.ipynb #f5fdfa18
 import json, math, os, re, sys, time, types
@@ -18,7 +19,7 @@ from .runs import Run, launch, mean_ci, parse_args, progress, seed_everything, w
 from .scenes import KINDS, PHRASES, toy_corpus
 from .shapeworld import ShapeWorld, render
 from .twins import twin_model, twin_processor, twin_tokenizer
-from .vlm import matrices
+from .vlm import VLMError, matrices
 
 # %% ../nbs/04a_look.ipynb #4e7854fd
 _BOOKS = ('code 0', 'code 1')
@@ -84,9 +85,9 @@ def _together(self, hidden_states, cu_seqlens, position_embeddings=None, **kwarg
     return self.proj((((q * q.shape[-1]**-.5) @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).reshape(len(hidden_states), -1))
 
 @contextmanager
-def batched_attention(model): # VLM; towers of other families are left as they are
+def batched_attention(model, where='visual|vision'): # VLM; regular expression for the names of its attention; towers of other families are left as they are
     "Let the images of a pass, all of one size, go through the tower's attention together."
-    found = [m for n, m in model.named_modules() if re.search('visual|vision', n) and hasattr(m, 'qkv') and hasattr(m, 'proj') and 'Qwen' in type(m).__name__]
+    found = [m for n, m in model.named_modules() if re.search(where, n) and hasattr(m, 'qkv') and hasattr(m, 'proj') and 'Qwen' in type(m).__name__]
     try:
         for m in found: m.forward = types.MethodType(_together, m)
         yield len(found)
@@ -228,19 +229,57 @@ def _nearby(attention, draw): # keys of what all words have in common, in the sl
 
 # %% ../nbs/04a_look.ipynb #b7610eb5
 @torch.no_grad()
+def own_directions(model, ids, draw): # (k,) token ids; torch.Generator
+    "Give words of a twin a direction each, the same in the matrices of input and output."
+    emb, head, tied = matrices(model)
+    rows = torch.randn(len(ids), emb.weight.shape[1], generator=draw)
+    emb.weight[ids] = (rows + .5) * (.05 if tied else 1.)
+    if not tied: head.weight[ids] = rows * .05
+
+@torch.no_grad()
 def mimetic_start(model, strength=.5, seed=0): # a twin with mask words, changed in place; share of what is found that is passed on -> int: layers changed
     "Let a twin's attention gather the words nearby, look for what is like them and copy it; give every word a direction of its own, the same at both ends."
-    draw, n = torch.Generator().manual_seed(seed), 0
-    emb, head, tied = matrices(model)
+    draw, n, emb = torch.Generator().manual_seed(seed), 0, matrices(model)[0]
     for name, m in model.named_modules():
         if re.search('visual|vision', name):
             if re.search(r'deepstack_merger.*fc2$', name): m.weight.zero_(); m.bias.zero_()
         elif all(hasattr(m, p) for p in ('q_proj', 'k_proj', 'v_proj', 'o_proj')):
             if not n and m.head_dim > 7: _nearby(m, draw)
             n += _alike(m, strength * (10 if not n else 1), draw)
-    emb.weight.copy_((torch.randn(emb.weight.shape, generator=draw) + .5) * (.05 if tied else 1.))
-    if not tied: head.weight.copy_((emb.weight - .5) * .05)
+    own_directions(model, torch.arange(len(emb.weight)), draw)
     return n
+
+# %% ../nbs/04a_look.ipynb #9983b94c
+def remember_images(model, draw): # VLM with a frozen tower in float32; function from a number to (pixel_values of the image, grid (1,3))
+    "Let the tower answer numbers, `pixel_values` (n,1), with what it saw of these images; pixels it still takes."
+    tower, memory = model.model.visual, {}
+    look = tower.forward
+    if any(p.requires_grad for p in tower.parameters()) or next(tower.parameters()).dtype != torch.float32: raise VLMError('Only a frozen tower in float32 can remember images: set freeze_vision.')
+    @torch.no_grad()
+    def forward(pixel_values, grid_thw, **kwargs):
+        if pixel_values.shape[1] != 1: return look(pixel_values, grid_thw, **kwargs)
+        numbers = pixel_values[:, 0].long().tolist()
+        if new := [k for k in dict.fromkeys(numbers) if k not in memory]:
+            pixels, grids = zip(*map(draw, new))
+            with batched_attention(tower, 'blocks'): seen = _per_image(look(torch.cat(pixels).to(pixel_values.device), torch.cat(grids).to(pixel_values.device), **kwargs), len(new))
+            memory.update(zip(new, seen))
+        return _together_again([memory[k] for k in numbers])
+    tower.forward = forward
+    return memory
+
+def forget_images(model): # VLM after remember_images
+    "Give the tower its own forward back."
+    model.model.visual.__dict__.pop('forward', None)
+
+def _per_image(out, n): # the tower's output for n images of one size -> for each (output class, tensors in bfloat16)
+    cut = lambda v: v.to(torch.bfloat16).chunk(n) if torch.is_tensor(v) else list(zip(*(x.to(torch.bfloat16).chunk(n) for x in v)))
+    parts = {k: cut(v) for k, v in out.items() if v is not None and k != 'last_hidden_state'}
+    return [(type(out), {k: v[j] for k, v in parts.items()}) for j in range(n)]
+
+def _together_again(seen): # the inverse, for images in any order; the tower's states before the merger are not kept
+    cls, first = seen[0]
+    join = lambda k: torch.cat([s[1][k] for s in seen]).float() if torch.is_tensor(first[k]) else [torch.cat(x).float() for x in zip(*(s[1][k] for s in seen))]
+    return cls(**{k: join(k) for k in first})
 
 # %% ../nbs/04a_look.ipynb #4eb5fba8
 @torch.no_grad()

@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'REFER', 'REFER_SHARE', 'ASK', 'ASK_SHARE', 'PHRASES', 'noun
            'ask_psg', 'ask_list', 'SceneChat', 'toy_corpus']
 
 # %% ../nbs/03c_scenes.ipynb #5e3f500b
-import json
+import json, re
 import numpy as np
 from .chat import PROMPTS, ChatDataset, ChatError, Conversation, answer_masks, answer_triplets, reading_order
 from .masks import masks_to_boxes
@@ -114,13 +114,19 @@ def read_caption(text): # -> dict of the attributes that a caption names
     return {**found, 'shape': next((names[w] for w in reversed(words) if w in names), None)}
 
 # %% ../nbs/03c_scenes.ipynb #3be793a6
+class _Sketch: # what a talk has to know of a scene, without its pixels
+    def __init__(self, scene): self.id, self.graph, self.areas, self.boxes = scene.id, scene.graph(), [int(m.sum()) for m in scene.visible], masks_to_boxes(scene.visible)
+
 class _Talk: # a conversation about one scene while it is made; masks are numbered as they are mentioned
-    def __init__(self, scene, rng, min_area):
-        self.scene, self.graph, self.rng, self.rounds, self.number = scene, scene.graph(), rng, [], {}
-        self.big = [k for k, m in enumerate(scene.visible) if m.sum() >= min_area]
+    def __init__(self, scene, rng, min_area): # Scene or _Sketch
+        self.scene, sketch = scene, scene if isinstance(scene, _Sketch) else _Sketch(scene)
+        self.graph, self.boxes, self.rng, self.rounds, self.number = sketch.graph, sketch.boxes, rng, [], {}
+        self.big = [k for k, area in enumerate(sketch.areas) if area >= min_area]
     def mask(self, k): return f'<mask:{self.number.setdefault(k, len(self.number))}>'
-    def sorted(self, ids): return [ids[i] for i in reading_order(masks_to_boxes(self.scene.visible[ids]))] if ids else []
+    def sorted(self, ids): return [ids[i] for i in reading_order(self.boxes[ids])] if ids else []
     def say(self, question, answer): self.rounds.append((question, answer))
+    def length(self): # roughly the words and masks said, a mask counting as four
+        return sum(len(re.findall(r'[\w|]+', s)) + 2 * s.count('<mask:') for r in self.rounds for s in r)
     def masks(self): return [self.scene.visible[k] for k in self.number]
     def pick(self): # an object that was not talked about, or any
         new = [k for k in self.big if k not in self.number] or self.big
@@ -200,22 +206,31 @@ class SceneChat(ChatDataset):
     def __init__(self, world=None, # ShapeWorld; None: its default
                  rounds=6,         # questions about a scene; fewer where no more can be asked
                  share=None,       # dict task -> weight; None: ASK_SHARE
-                 kind=None):       # only one kind of referring expression, see REFER
+                 kind=None,        # only one kind of referring expression, see REFER
+                 length=0):        # end the talk at about so many words and masks, so that conversations are of like length; 0: by rounds only
         super().__init__()
-        self.world, self.rounds, self.share, self.kind = world or ShapeWorld(), rounds, share or ASK_SHARE, kind
+        self.length = length
+        self.world, self.rounds, self.share, self.kind, self._sketches = world or ShapeWorld(), rounds, share or ASK_SHARE, kind, {}
     def __len__(self): return len(self.world)
     def records(self): return self.world.records()
     def load(self, record):
-        scene, rng = self.world.scene(record), np.random.default_rng([self.world.seed, self.epoch, record, 77])
+        scene = self.world.scene(record)
+        return self._conversation(record, scene, render(scene), lambda t: t.masks())
+    def sketch(self, record): # -> Conversation whose image is the scene's number and whose masks are None; every scene is drawn once, for all epochs
+        "Make a conversation without its pixels, for those who have the image and the words of its masks already."
+        if record not in self._sketches: self._sketches[record] = _Sketch(self.world.scene(record))
+        return self._conversation(record, self._sketches[record], record, lambda t: [None] * len(t.number))
+    def _conversation(self, record, scene, image, masks):
+        rng = np.random.default_rng([self.world.seed, self.epoch, record, 77])
         t = _Talk(scene, rng, self.world.min_area)
         if not t.big: raise ChatError(f'Scene {scene.id} has no object of at least {self.world.min_area} pixels to talk about.')
         for _ in range(200):                                                     # far more than it takes, unless nothing is left to ask
-            if len(t.rounds) >= self.rounds: break
+            if len(t.rounds) >= self.rounds or self.length and t.length() >= self.length: break
             task = str(rng.choice(list(self.share), p=np.array(list(self.share.values())) / sum(self.share.values())))
             ASK[task](t, **(dict(kind=self.kind) if task == 'refer' else {}))
         messages = [dict(role=r, content=c) for q, a in t.rounds for r, c in (('user', q), ('assistant', a))]
         messages[0]['content'] = '<image:0>\n' + messages[0]['content']
-        return Conversation(messages, [render(scene)], t.masks(), id=scene.id, dataset=self.name, task='scene', keys=[(record, k) for k in t.number])
+        return Conversation(messages, [image], masks(t), id=scene.id, dataset=self.name, task='scene', keys=[(record, k) for k in t.number])
 
 # %% ../nbs/03c_scenes.ipynb #0e8c7f40
 PHRASES = ('user\n', 'assistant\n', '```json\n[{"mask_2d": "', '", "label": "', '"}, {"mask_2d": "', '"}]\n```', 'Please segment the', 'Please segment all', ' in this image.', '\nGiven a detailed description of this region ',

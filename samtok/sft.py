@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CAPTION', 'load_params', 'processes', 'ChatCollator', 'SceneRows', 'Mix', 'training_rows', 'tokenizer_path',
-           'build_model', 'tower', 'lora_config', 'sft_config', 'make_trainer', 'train', 'heldout_refer',
-           'evaluate_refer', 'evaluate_captions', 'finish', 'run_sft', 'main']
+           'build_model', 'tower', 'SceneNumbers', 'lora_config', 'sft_config', 'make_trainer', 'train',
+           'heldout_refer', 'evaluate_refer', 'evaluate_captions', 'finish', 'run_sft', 'main']
 
 # %% ../nbs/04_sft.ipynb #90db874a
 import argparse, json, os, re, sys, time
@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import PrinterCallback, TrainerCallback
 from .chat import PROMPTS, ChatError, Conversation, to_messages
 from .data import ImageError, Report, read_image
-from .look import mimetic_start, warm_up_vision
+from .look import forget_images, mimetic_start, own_directions, remember_images, token_grid, warm_up_vision
 from .masks import mask_iou_pairs
 from .runs import Run, RunError, atomic_write, check_gpus, data_file, launch, load_scale, mean_ci, parse_args, progress, seed_everything, watch
 from .scenes import KINDS, PHRASES, toy_corpus, SceneChat, read_caption, refer
@@ -33,9 +33,9 @@ def load_params(scale='auto', gpus=0, recipe='', **overrides): # -> dict; see da
     return load_scale('sft', scale, gpus, **{**extra, **{k: v for k, v in overrides.items() if v is not None}})
 
 def processes(params): # -> int: one for each GPU; with device "cpu" as many on the CPU
-    "Say how many processes a run needs; refuses with a sentence what this machine cannot do."
+    "Say how many processes a run needs (without GPUs, as many as the scale has on a CPU); refuses with a sentence what this machine cannot do."
     if params['device'] != 'cpu': check_gpus(params['gpus'])
-    return max(1, params['gpus'])
+    return params['gpus'] or params['processes']
 
 # %% ../nbs/04_sft.ipynb #3a8bb159
 def _segments(processor, messages): # -> [(text, is it a reply?)] that joined make the whole chat
@@ -86,7 +86,7 @@ class ChatCollator:
 def _read(self, row): # -> (segments, images), or None
     try:
         messages, order = to_messages(json.loads(row['messages']) if isinstance(row['messages'], str) else row['messages'])
-        images = [Image.fromarray(read_image(row['images'][i])) for i in order]
+        images = [i if isinstance(i, int) else Image.fromarray(read_image(i)) for i in (row['images'][k] for k in order)]
     except (ImageError, KeyError, IndexError, ValueError) as e:
         if isinstance(e, ChatError): raise
         return self.report.add(f'{type(e).__name__}: conversation left out', f"{row.get('dataset', '')}, {row.get('id', '')}: {e}")
@@ -104,16 +104,17 @@ ChatCollator._read, ChatCollator._cut = _read, _cut
 # %% ../nbs/04_sft.ipynb #d6c3e019
 class SceneRows:
     "ShapeWorld conversations as rows with their mask words; row i is always the same, epoch by epoch new questions."
-    def __init__(self, chat, words, epochs=1, opening=0): # SceneChat; function from a Conversation to its masks' words; passes over the scenes; rows at the start that name all objects, each with its mask
-        self.chat, self.words, self.opening = chat, words, opening
+    def __init__(self, chat, words, epochs=1, opening=0, drawn=True): # SceneChat; function from a Conversation to its masks' words; passes over the scenes; rows at the start that name all objects, each with its mask; False: a row's image is the number of its scene
+        self.chat, self.words, self.opening, self.drawn = chat, words, opening, drawn
         self.first = SceneChat(chat.world, rounds=1, share=dict(list=1))
+        self.first._sketches = chat._sketches                                   # both draw a scene once
         self.n = opening + int(len(chat) * epochs)
     def __len__(self): return self.n
     def __getitem__(self, i):
         chat, i = (self.first, i) if i < self.opening else (self.chat, i - self.opening)
         chat.epoch, k = divmod(int(i), len(chat))
-        c = chat.load(k)
-        return chat_row(c, self.words(c), store=read_image)
+        c = chat.load(k) if self.drawn else chat.sketch(k)
+        return chat_row(c, self.words(c), store=read_image if self.drawn else int)
 
 # %% ../nbs/04_sft.ipynb #70b69697
 class Mix:
@@ -136,14 +137,14 @@ def training_rows(params, vocab): # -> rows with len and [i]
     "Open the training data: ShapeWorld with its codes, or a list of tokenised shards with weights."
     if params['data'] == 'shapeworld':
         table = code_table(_file(params['codes']), vocab)
-        return SceneRows(SceneChat(ShapeWorld(len(table), 'train'), params['rounds']), table, params['epochs'], params['opening'])
+        return SceneRows(SceneChat(ShapeWorld(len(table), 'train'), params['rounds'], length=params['length']), table, params['epochs'], params['opening'], not params['remember'])
     from datasets import load_dataset
     rows = json.loads(_file(params['data']).read_text()) if str(params['data']).endswith('.json') else [dict(path=params['data'])]
     parts = [(load_dataset('parquet', data_files=str(Path(r['path']) / '*.parquet'), split='train'), r.get('weight', 1.)) for r in rows]
     return Mix([(d, w * params['epochs']) for d, w in parts], params['seed'])
 
 def _file(name): return Path(name) if Path(name).exists() else data_file(*Path(name).parts)  # of the user, or of the package's data folder
-def tokenizer_path(name): return data_file(*Path(name).parts) if str(name).startswith('toy/') else name
+def tokenizer_path(name): return data_file(*Path(name).parts) if str(name).startswith('toy/') else name                   # and base models of the package
 
 # %% ../nbs/04_sft.ipynb #11deab2f
 def build_model(params, vocab): # -> model, processor, report of add_mask_words
@@ -152,17 +153,35 @@ def build_model(params, vocab): # -> model, processor, report of add_mask_words
         tk = twin_tokenizer(toy_corpus(), 700, phrases=PHRASES)
         processor = twin_processor(params['model'], tk, params['patch'], pixels=(params['side'] ** 2,) * 2)
         model = twin_model(params['model'], processor, **params['twin'], seed=params['seed'])
-    else: model, processor = load_vlm(params['model'], torch.bfloat16 if params['bf16'] and params['gpus'] and params['device'] != 'cpu' else torch.float32)
+    else: model, processor = load_vlm(tokenizer_path(params['model']), torch.bfloat16 if params['bf16'] and params['gpus'] and params['device'] != 'cpu' else torch.float32)
+    if params['attention']: model.set_attn_implementation(params['attention'])
     if params['max_pixels']: processor.image_processor.size = dict(processor.image_processor.size, longest_edge=params['max_pixels'])
     report = add_mask_words(model, processor, vocab, seed=params['seed'])
     if params['mimetic'] and params['model'] in FAMILIES: mimetic_start(model, params['mimetic'], params['seed'])
+    elif params['mimetic'] and report['added']: own_directions(model, torch.from_numpy(report['ids']), torch.Generator().manual_seed(params['seed']))
     if params['freeze_vision']:
-        for p in tower(model): p.requires_grad_(False)
+        for p in tower(model, merger=params['remember']): p.requires_grad_(False)
     return model, processor, report
 
 def tower(model, merger=False): # VLM; the merger (projector) as well -> list of parameters
     "List the weights of the vision tower."
     return [p for n, p in model.named_parameters() if re.search(r'(^|\.)(visual|vision_tower|vision_model)\.', n) and (merger or not re.search(r'merger|projector', n)) or merger and 'projector' in n]
+
+# %% ../nbs/04_sft.ipynb #971ab0ce
+class SceneNumbers:
+    "A processor for chats whose images are numbers of scenes: text as ever, `pixel_values` (n,1) the numbers."
+    def __init__(self, processor, world, model): # the model's processor, ShapeWorld; VLM
+        self.processor, self.world, self.tokenizer, self.image_token = processor, world, processor.tokenizer, processor.image_token
+        self.grid = self.draw(0)[1]
+        self.each = token_grid(model, processor, render(world.scene(0)))**2
+        self.image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
+    def draw(self, k): # -> (pixel_values, grid (1,3)) of scene k
+        b = self.processor.image_processor(images=[render(self.world.scene(k))], return_tensors='pt')
+        return b['pixel_values'], b['image_grid_thw']
+    def apply_chat_template(self, *args, **kwargs): return self.processor.apply_chat_template(*args, **kwargs)
+    def __call__(self, text, images, **kwargs):
+        b = self.tokenizer([t.replace(self.image_token, self.image_token * self.each) for t in text], **kwargs)
+        return dict(b, mm_token_type_ids=(b['input_ids'] == self.image_id).int(), pixel_values=torch.tensor(images, dtype=torch.float32)[:, None], image_grid_thw=self.grid.repeat(len(images), 1))
 
 # %% ../nbs/04_sft.ipynb #74d6f5bb
 def lora_config(params, model, ids): # -> peft.LoraConfig, or None
@@ -224,13 +243,15 @@ def make_trainer(params, path, model, processor, ids, rows, callbacks=()): # -> 
     from trl import SFTTrainer
     numbers = Dataset.from_dict(dict(row=range(len(rows))))                      # the trainer shuffles and shards numbers; the collator reads the rows
     trainer = SFTTrainer(model=model, args=sft_config(params, path), train_dataset=numbers, data_collator=ChatCollator(processor, params['max_length'], rows),
-                      processing_class=processor, peft_config=lora_config(params, model, ids), callbacks=[*callbacks, _Bar()])
+                      processing_class=getattr(processor, 'processor', processor), peft_config=lora_config(params, model, ids), callbacks=[*callbacks, _Bar()])
     trainer.remove_callback(PrinterCallback)                                     # the log goes into metrics.jsonl
     return trainer
 
 # %% ../nbs/04_sft.ipynb #d76a682b
 def _look(params, model, processor, vocab, run): # a twin learns to see before it learns to speak; its rows go into look.jsonl
-    rows = warm_up_vision(model, processor, code_table(_file(params['codes']), vocab), params['look_steps'], seed=params['seed'])
+    rows = warm_up_vision(model, processor, code_table(_file(params['codes']), vocab), params['look_steps'], lr=params['look_lr'], seed=params['seed'])
+    if params['freeze_vision']:
+        for p in tower(model, merger=params['remember']): p.requires_grad_(False)
     if run.main: atomic_write(run.path / 'look.jsonl', ''.join(json.dumps(r) + '\n' for r in rows))
 
 def train(params, path, on_log=None): # dict of load_params; run folder; called with all rows -> result dict, None on other ranks
@@ -240,16 +261,21 @@ def train(params, path, on_log=None): # dict of load_params; run folder; called 
     torch.set_flush_denormal(True); seed_everything(params['seed'])
     tokenizer = MaskTokenizer.from_pretrained(tokenizer_path(params['tokenizer']))
     model, processor, words = build_model(params, tokenizer.vocab)
-    trainer = make_trainer(params, path, model, processor, words['ids'], training_rows(params, tokenizer.vocab), [_Log(run, on_log)] + [_Freeze(model, params['freeze_steps'])] * bool(params['freeze_steps']))
+    rows = training_rows(params, tokenizer.vocab)
+    reads = SceneNumbers(processor, rows.chat.world, model) if params['remember'] else processor
+    trainer = make_trainer(params, path, model, reads, words['ids'], rows, [_Log(run, on_log)] + [_Freeze(model, params['freeze_steps'])] * bool(params['freeze_steps']))
     if (n := trainer.accelerator.num_processes) != processes(params): raise RunError(f"{n} processes run, {processes(params)} were asked for: start with torchrun or through run_sft().")
     last = _last(Path(path) / 'checkpoints')
     if params['look_steps'] and not last: _look(params, trainer.accelerator.unwrap_model(trainer.model), processor, tokenizer.vocab, run)
+    if params['remember']: remember_images(trainer.accelerator.unwrap_model(trainer.model), reads.draw)
     run.truncate(int(last.name.split('-')[1]) if last else 0)
     started = time.time()
     try: trainer.train(resume_from_checkpoint=str(last) if last else None)
     except torch.OutOfMemoryError as e: raise RunError(_memory(params, processor)) from e
     if not run.main: return None
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if params['remember']: forget_images(model)
+    if not torch.cuda.is_available(): torch.set_num_threads(os.cpu_count())      # torchrun gives each process one
     vlm = MaskVLM(model.merge_and_unload() if hasattr(model, 'merge_and_unload') else model, processor, tokenizer)
     return finish(run, vlm, time.time() - started)
 
@@ -317,7 +343,7 @@ def finish(run, vlm, seconds): # Run, MaskVLM -> result dict
 def run_sft(params, path, on_log=None): # -> result dict
     "Fine-tune in this process, or in one process for each GPU, watched."
     if processes(params) == 1: return train(params, path, on_log)
-    watch(path, launch('samtok.sft', dict(out=str(path), **params), gpus=params['gpus'], run_dir=path), on_log)
+    watch(path, launch('samtok.sft', dict(out=str(path), **params), gpus=processes(params), run_dir=path), on_log)
     return Run(path, params).result
 
 def main(argv=None):
