@@ -8,6 +8,7 @@ __all__ = ['load_params', 'scene_prompts', 'shard_prompts', 'mask_rewards', 'Mas
 
 # %% ../nbs/06_grpo.ipynb #b23ec738
 import argparse, json, os, sys, time
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -63,11 +64,16 @@ def shard_prompts(path, think=False): # folder of shards (samtok-tokenize), one 
     return rows.map(one, remove_columns=rows.column_names)
 
 # %% ../nbs/06_grpo.ipynb #9c847051
+def _named(name): # "module:name" -> a reward of the user
+    module, _, what = name.partition(':')
+    try: return getattr(import_module(module), what)
+    except (ImportError, AttributeError, ValueError) as e: raise RunError(f'The reward {name} cannot be loaded ({e}): give module:name, with the module in this folder or installed.') from e
+
 def mask_rewards(params, tokenizer): # -> list of rewards, list of weights
     "Choose the rewards of a run: one mask term, and those of replies without a target, of format and of repetition."
     v, part = dict(vocab=tokenizer.vocab), dict(answer_part='required' if params['think'] else True)
     mask = (DecodedMaskReward(tokenizer.decode, tokenizer.embed_image, tokenizer.vocab, answer_part=part['answer_part'], images=max(8, params['batch'])) if params['reward'] == 'decoded'
-            else MaskReward(params['reward'], params['alpha'], **v, **part))
+            else _named(params['reward']) if ':' in params['reward'] else MaskReward(params['reward'], params['alpha'], **v, **part))
     terms = [(mask, 1.), (NoTargetReward(**v, **part), params['no_target_weight']), (NonRepeatReward('answer' if params['think'] else 'reply', **v), params['non_repeat_weight'])]
     if params['think']: terms += [(FormatReward(), 1.), (NonRepeatReward('think', **v), params['non_repeat_weight'])]
     return [safe(r) for r, w in terms if w], [w for _, w in terms if w]
