@@ -331,4 +331,5 @@ def main(argv=None): # see EYES
     else: watch(path, launch('samtok.look', dict(out=path, **args), gpus=args['gpus'], run_dir=path))
     if 'RANK' not in os.environ: print(json.dumps(Run(path, args).result['metrics'], indent=1))
 
+# %% ../nbs/04a_look.ipynb #32498708
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -216,21 +216,26 @@ class SceneChat(ChatDataset):
     def load(self, record):
         scene = self.world.scene(record)
         return self._conversation(record, scene, render(scene), lambda t: t.masks())
-    def sketch(self, record): # -> Conversation whose image is the scene's number and whose masks are None; every scene is drawn once, for all epochs
-        "Make a conversation without its pixels, for those who have the image and the words of its masks already."
-        if record not in self._sketches: self._sketches[record] = _Sketch(self.world.scene(record))
-        return self._conversation(record, self._sketches[record], record, lambda t: [None] * len(t.number))
-    def _conversation(self, record, scene, image, masks):
-        rng = np.random.default_rng([self.world.seed, self.epoch, record, 77])
-        t = _Talk(scene, rng, self.world.min_area)
-        if not t.big: raise ChatError(f'Scene {scene.id} has no object of at least {self.world.min_area} pixels to talk about.')
-        for _ in range(200):                                                     # far more than it takes, unless nothing is left to ask
-            if len(t.rounds) >= self.rounds or self.length and t.length() >= self.length: break
-            task = str(rng.choice(list(self.share), p=np.array(list(self.share.values())) / sum(self.share.values())))
-            ASK[task](t, **(dict(kind=self.kind) if task == 'refer' else {}))
-        messages = [dict(role=r, content=c) for q, a in t.rounds for r, c in (('user', q), ('assistant', a))]
-        messages[0]['content'] = '<image:0>\n' + messages[0]['content']
-        return Conversation(messages, [image], masks(t), id=scene.id, dataset=self.name, task='scene', keys=[(record, k) for k in t.number])
+
+# %% ../nbs/03c_scenes.ipynb #567b4b21
+def _sketch(self, record): # -> Conversation whose image is the scene's number and whose masks are None; every scene is drawn once, for all epochs
+    "Make a conversation without its pixels, for those who have the image and the words of its masks already."
+    if record not in self._sketches: self._sketches[record] = _Sketch(self.world.scene(record))
+    return self._conversation(record, self._sketches[record], record, lambda t: [None] * len(t.number))
+
+def _conversation(self, record, scene, image, masks):
+    rng = np.random.default_rng([self.world.seed, self.epoch, record, 77])
+    t = _Talk(scene, rng, self.world.min_area)
+    if not t.big: raise ChatError(f'Scene {scene.id} has no object of at least {self.world.min_area} pixels to talk about.')
+    for _ in range(200):                                                     # far more than it takes, unless nothing is left to ask
+        if len(t.rounds) >= self.rounds or self.length and t.length() >= self.length: break
+        task = str(rng.choice(list(self.share), p=np.array(list(self.share.values())) / sum(self.share.values())))
+        ASK[task](t, **(dict(kind=self.kind) if task == 'refer' else {}))
+    messages = [dict(role=r, content=c) for q, a in t.rounds for r, c in (('user', q), ('assistant', a))]
+    messages[0]['content'] = '<image:0>\n' + messages[0]['content']
+    return Conversation(messages, [image], masks(t), id=scene.id, dataset=self.name, task='scene', keys=[(record, k) for k in t.number])
+
+SceneChat.sketch, SceneChat._conversation = _sketch, _conversation
 
 # %% ../nbs/03c_scenes.ipynb #0e8c7f40
 PHRASES = ('user\n', 'assistant\n', '```json\n[{"mask_2d": "', '", "label": "', '"}, {"mask_2d": "', '"}]\n```', 'Please segment the', 'Please segment all', ' in this image.', '\nGiven a detailed description of this region ',

@@ -35,7 +35,7 @@ def load_params(scale='auto', gpus=0, recipe='', **overrides): # -> dict; see da
 def processes(params): # -> int: one for each GPU; with device "cpu" as many on the CPU
     "Say how many processes a run needs (without GPUs, as many as the scale has on a CPU); refuses with a sentence what this machine cannot do."
     if params['device'] != 'cpu': check_gpus(params['gpus'])
-    return params['gpus'] or params['processes']
+    return params['gpus'] or params.get('cpu_processes', 1)
 
 # %% ../nbs/04_sft.ipynb #3a8bb159
 def _segments(processor, messages): # -> [(text, is it a reply?)] that joined make the whole chat
