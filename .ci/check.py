@@ -271,11 +271,35 @@ def docs():
         if problems := failed(command('nbdev_proc_nbs', '--n_workers', str(WORKERS), env={'PATH': f'{stub}:{os.environ["PATH"]}'})): return problems
     shutil.rmtree(ROOT / '_docs', ignore_errors=True)
     if (NBS / 'images').exists(): shutil.copytree(NBS / 'images', ROOT / '_docs/images')
+    for file in notebooks(): plain_page(file)
+    write_llms()
+    print('Quarto is not installed: plain pages are in _docs/. To render the site itself, install Quarto 1.4 or newer (quarto.org, "Get started", or conda install quarto from conda-forge) and run make docs again; the docs workflow does the same.')
+    return dead_links()
+
+def plain_page(file):
+    "Convert a processed notebook; links to notebooks become links to pages."
+    from nbconvert import HTMLExporter
+    page, _ = HTMLExporter(anchor_link_text='').from_filename(str(ROOT / '_proc' / file.relative_to(NBS)))
+    target = ROOT / '_docs' / file.relative_to(NBS).with_suffix('.html')
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(re.sub(r'(href="[^":#]*)\.ipynb((?:#[^"]*)?")', r'\1.html\2', page), encoding='utf-8')
+
+def write_llms():
+    "Write llms.txt: every page with the question it answers."
+    rows = []
     for file in notebooks():
-        target = (ROOT / '_docs' / file.relative_to(NBS)).parent
-        if problems := failed(command('jupyter', 'nbconvert', '--to', 'html', '--output-dir', str(target), str(ROOT / '_proc' / file.relative_to(NBS)))): return problems
-    print('Quarto is not installed: plain pages are in _docs/. The site itself is rendered where Quarto is (quarto.org), for example by the docs workflow.')
-    return []
+        lines = text(read(file)['cells'][0]).splitlines()
+        question = next((l[1:].strip() for l in lines if l.startswith('>')), '')
+        rows.append(f'- [{lines[0].lstrip("# ").strip()}]({file.relative_to(NBS).with_suffix(".html")}): {question}')
+    (ROOT / '_docs/llms.txt').write_text('# SAMTok\n\n' + '\n'.join(rows) + '\n', encoding='utf-8')
+
+def dead_links():
+    "Files that a plain page names and that are not there."
+    bad = []
+    for page in sorted((ROOT / '_docs').rglob('*.html')):
+        for link in set(re.findall(r'(?:href|src)="([^":#?]+)(?:#[^"]*)?"', page.read_text(encoding='utf-8'))):
+            if not (page.parent / link).exists(): bad.append(f'{page.relative_to(ROOT / "_docs")}: {link} is not there.')
+    return bad
 
 # ---------------------------------------------------------------- running notebooks
 
