@@ -278,11 +278,24 @@ def docs():
 
 def plain_page(file):
     "Convert a processed notebook; links to notebooks become links to pages."
+    import nbformat
     from nbconvert import HTMLExporter
-    page, _ = HTMLExporter(anchor_link_text='').from_filename(str(ROOT / '_proc' / file.relative_to(NBS)))
+    nb = nbformat.read(ROOT / '_proc' / file.relative_to(NBS), as_version=4)
+    for cell in nb.cells:
+        if cell.cell_type == 'raw': cell.update(nbformat.v4.new_markdown_cell(front_matter(cell.source)))
+        elif cell.cell_type == 'code':
+            if 'echo: false' in directives(cell): cell.metadata['transient'] = dict(remove_source=True)
+            cell.source = '\n'.join(l for l in cell.source.splitlines() if not l.startswith('#|'))
+    page, _ = HTMLExporter(anchor_link_text='', exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
     target = ROOT / '_docs' / file.relative_to(NBS).with_suffix('.html')
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(re.sub(r'(href="[^":#]*)\.ipynb((?:#[^"]*)?")', r'\1.html\2', page), encoding='utf-8')
+
+def front_matter(source):
+    "The title and the question of a processed notebook as Markdown."
+    import yaml
+    meta = next(yaml.safe_load_all(source)) or {}
+    return f'# {meta.get("title", "")}\n\n> {meta.get("description", "")}'
 
 def write_llms():
     "Write llms.txt: every page with the question it answers."
