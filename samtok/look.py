@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import get_cosine_schedule_with_warmup
-from .runs import Run, launch, mean_ci, parse_args, progress, seed_everything, watch
+from .runs import Run, launch, mean_ci, parse_args, pool_map, progress, seed_everything, watch
 from .scenes import KINDS, PHRASES, toy_corpus
 from .shapeworld import ShapeWorld, render
 from .twins import twin_model, twin_processor, twin_tokenizer
@@ -64,7 +64,7 @@ def cell_geometry(scene, # Scene
 # %% ../nbs/04a_look.ipynb #32e6cc86
 def visual_tokens(model, processor, images): # VLM, its processor, list of (H,W,3) uint8 of one size -> (N*g*g, C) float
     "Run the vision tower and its merger."
-    batch = processor.image_processor(images=images, return_tensors='pt').to(model.device)
+    batch = processor.image_processor(images=images, return_tensors='pt', device=model.device).to(model.device)
     out = model.get_image_features(batch['pixel_values'], batch['image_grid_thw'])
     out = getattr(out, 'pooler_output', out)
     return torch.cat(list(out)).float() if isinstance(out, (list, tuple)) else out.float()
@@ -128,14 +128,15 @@ def _to_words_size(model, processor, images): # scale the merger's last layer so
 
 # %% ../nbs/04a_look.ipynb #a36f5656
 class _Scenes: # a share of the first scenes of a world: images, labels, geometry; each is drawn when it is first wanted
-    def __init__(self, n, table, grid, rank=0, ranks=1):
+    def __init__(self, n, table, grid, rank=0, ranks=1, workers=0):
         self.world, self.table, self.grid, self.own, self.seen = ShapeWorld(n, 'train'), table, grid, range(rank, n, ranks), {}
+        if workers: self.seen.update(zip(self.own, pool_map(self._make, self.own, workers)))
+    def _make(self, i):
+        scene, t = self.world.scene(i), self.table
+        codes = None if t is None else t.codes[t.starts[i]:t.starts[i + 1]]
+        return render(scene), cell_labels(scene, codes, self.grid).astype(np.int16), *cell_geometry(scene, self.grid)
     def __getitem__(self, k):
-        i = self.own[k]
-        if i not in self.seen:
-            scene, t = self.world.scene(i), self.table
-            codes = None if t is None else t.codes[t.starts[i]:t.starts[i + 1]]
-            self.seen[i] = render(scene), cell_labels(scene, codes, self.grid).astype(np.int16), *cell_geometry(scene, self.grid)
+        if (i := self.own[k]) not in self.seen: self.seen[i] = self._make(i)
         return self.seen[i]
     def batch(self, rng, size): # -> list of images, labels (N,k), geometry (N,6), inside (N,64)
         images, *rest = zip(*(self[int(k)] for k in rng.integers(len(self.own), size=size)))
@@ -160,10 +161,11 @@ def warm_up_vision(model,     # a twin; its vision tower and merger are trained 
                    steps=400, batch=32, lr=2e-3, # optimizer steps, images a step (of each process), peak learning rate (warm-up over 50 steps, then cosine)
                    scenes=0,  # training scenes to draw from; 0: those of the table, or 12,000
                    seed=0, every=20, # of the draw of scenes; steps between two rows
+                   workers=0, # processes that draw all scenes first; 0: each is drawn when it is wanted
                    tell=None): # called with each row -> list of rows: step, loss, accuracy of each answer
     "Let the visual tokens of a twin say what they see, in the twin's own words."
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    data, rng = _Scenes(scenes or (len(table) if table else 12_000), table, token_grid(model, processor, render(ShapeWorld(1).scene(0))), rank, ranks), np.random.default_rng([seed, rank])
+    data, rng = _Scenes(scenes or (len(table) if table else 12_000), table, token_grid(model, processor, render(ShapeWorld(1).scene(0))), rank, ranks, workers), np.random.default_rng([seed, rank])
     torch.manual_seed(seed)
     reader = _Reader(model.get_input_embeddings().weight, answer_words(processor, table.vocab if table else None)).to(model.device)
     optimizers, weights = _optimizers(model, reader, lr)
@@ -253,7 +255,7 @@ def mimetic_start(model, strength=.5, seed=0): # a twin with mask words, changed
 def remember_images(model, draw): # VLM with a frozen tower in float32; function from a number to (pixel_values of the image, grid (1,3))
     "Let the tower answer numbers, `pixel_values` (n,1), with what it saw of these images; pixels it still takes."
     tower, memory = model.model.visual, {}
-    look = tower.forward
+    look, device = tower.forward, next(tower.parameters()).device
     if any(p.requires_grad for p in tower.parameters()) or next(tower.parameters()).dtype != torch.float32: raise VLMError('Only a frozen tower in float32 can remember images: set freeze_vision.')
     @torch.no_grad()
     def forward(pixel_values, grid_thw, **kwargs):
@@ -261,7 +263,7 @@ def remember_images(model, draw): # VLM with a frozen tower in float32; function
         numbers = pixel_values[:, 0].long().tolist()
         if new := [k for k in dict.fromkeys(numbers) if k not in memory]:
             pixels, grids = zip(*map(draw, new))
-            with batched_attention(tower, 'blocks'): seen = _per_image(look(torch.cat(pixels).to(pixel_values.device), torch.cat(grids).to(pixel_values.device), **kwargs), len(new))
+            with batched_attention(tower, 'blocks'): seen = _per_image(look(torch.cat(pixels).to(device), torch.cat(grids).to(device), **kwargs), len(new))
             memory.update(zip(new, seen))
         return _together_again([memory[k] for k in numbers])
     tower.forward = forward
@@ -298,7 +300,7 @@ def read_cells(model, processor, n, split='heldout', batch=32): # twin; scenes -
     return out
 
 # %% ../nbs/04a_look.ipynb #b31e2ec7
-EYES = dict(family='qwen3_vl', side=128, patch=8, twin=dict(hidden=192, layers=4, heads=8, vision=128, depth=5, grid=16), mimetic=.5, steps=1800, batch=32, lr=3e-3, scenes=12_000, seed=0, eval_n=320, gpus=0)
+EYES = dict(family='qwen3_vl', side=128, patch=8, twin=dict(hidden=192, layers=4, heads=8, vision=128, depth=5, grid=16), mimetic=.5, steps=1800, batch=32, lr=3e-3, scenes=12_000, seed=0, eval_n=320, gpus=0, device='cpu', workers=0)
 
 def base_twin(params): # dict like EYES -> model, processor
     "Make the twin that is to learn to see."
@@ -315,10 +317,11 @@ def make_eyes(path, params): # run folder, dict like EYES; started by torchrun i
     if 'RANK' in os.environ: torch.set_num_threads(1); dist.init_process_group('gloo')
     torch.set_flush_denormal(True); seed_everything(params['seed'])
     model, processor = base_twin(params)
+    model.to(params['device'])
     started, tell = time.time(), lambda row: run.log(**row) if run.main else None
-    warm_up_vision(model, processor, None, params['steps'], params['batch'], params['lr'], params['scenes'], params['seed'], tell=tell)
+    warm_up_vision(model, processor, None, params['steps'], params['batch'], params['lr'], params['scenes'], params['seed'], workers=params['workers'], tell=tell)
     if not run.main: return None
-    model.to(torch.bfloat16).save_pretrained(run.path / 'eyes'); processor.save_pretrained(run.path / 'eyes')
+    model.to('cpu', torch.bfloat16).save_pretrained(run.path / 'eyes'); processor.save_pretrained(run.path / 'eyes')
     metrics = {k: mean_ci(v) for k, v in read_cells(model.float(), processor, params['eval_n']).items()}
     return run.save_result(metrics, n=params['eval_n'], seconds=round(time.time() - started, 1), command='python -m samtok.look ' + ' '.join(f'--{k} {v}' for k, v in params.items() if v != EYES[k])) or run.result
 

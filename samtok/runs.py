@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RunError', 'atomic_write', 'data_file', 'resolve_scale', 'load_scale', 'check_gpus', 'seed_everything', 'environment',
-           'read_rows', 'Run', 'mean_ci', 'parse_args', 'launch', 'watch', 'progress']
+           'read_rows', 'Run', 'mean_ci', 'parse_args', 'launch', 'watch', 'progress', 'pool_map']
 
 # %% ../nbs/00d_runs.ipynb #66953e55
 import argparse, json, math, os, platform, random, subprocess, sys, time
 from importlib import metadata, util
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 import numpy as np
 
@@ -239,6 +240,19 @@ def progress(items, desc=''): # iterable or int -> iterable
     from tqdm.auto import tqdm
     quiet = os.environ.get('RANK', '0') != '0' or 'CI' in os.environ or not (sys.stderr.isatty() or 'JPY_PARENT_PID' in os.environ)
     return tqdm(range(items) if isinstance(items, int) else items, desc=desc, mininterval=1, disable=quiet, leave=False)
+
+# %% ../nbs/00d_runs.ipynb #ca80a0e0
+_job = None                                                                     # what the forks of pool_map do
+def _do(item): return _job(item)
+
+def pool_map(fn, items, workers=0): # function of an item, iterable; processes, 0: this one -> iterator over fn(item), in order
+    "Map in forked processes."
+    global _job
+    if not workers or 'fork' not in get_all_start_methods():
+        yield from map(fn, items)
+        return
+    _job = fn
+    with get_context('fork').Pool(workers) as pool: yield from pool.imap(_do, items, 16)
 
 # %% ../nbs/00d_runs.ipynb #fe58fb53
 if __name__ == '__main__' and '__file__' in globals(): _demo()

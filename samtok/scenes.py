@@ -13,6 +13,7 @@ import json, re
 import numpy as np
 from .chat import PROMPTS, ChatDataset, ChatError, Conversation, answer_masks, answer_triplets, reading_order
 from .masks import masks_to_boxes
+from .runs import pool_map
 from .shapeworld import COLORS, INVERSE, LETTERS, SHAPES, SIZES, TEXTURES, ShapeWorld, render
 
 # %% ../nbs/03c_scenes.ipynb #a7346701
@@ -235,7 +236,11 @@ def _conversation(self, record, scene, image, masks):
     messages[0]['content'] = '<image:0>\n' + messages[0]['content']
     return Conversation(messages, [image], masks(t), id=scene.id, dataset=self.name, task='scene', keys=[(record, k) for k in t.number])
 
-SceneChat.sketch, SceneChat._conversation = _sketch, _conversation
+def _sketch_ahead(self, workers=0): # processes
+    "Draw the sketches of all scenes now."
+    self._sketches.update(enumerate(pool_map(lambda k: _Sketch(self.world.scene(k)), range(len(self)), workers)))
+
+SceneChat.sketch, SceneChat.sketch_ahead, SceneChat._conversation = _sketch, _sketch_ahead, _conversation
 
 # %% ../nbs/03c_scenes.ipynb #0e8c7f40
 PHRASES = ('user\n', 'assistant\n', '```json\n[{"mask_2d": "', '", "label": "', '"}, {"mask_2d": "', '"}]\n```', 'Please segment the', 'Please segment all', ' in this image.', '\nGiven a detailed description of this region ',

@@ -18,7 +18,7 @@ from .chat import PROMPTS, ChatError, Conversation, to_messages
 from .data import ImageError, Report, read_image
 from .look import forget_images, mimetic_start, own_directions, remember_images, token_grid, warm_up_vision
 from .masks import mask_iou_pairs
-from .runs import Run, RunError, atomic_write, check_gpus, data_file, launch, load_scale, mean_ci, parse_args, progress, seed_everything, watch
+from .runs import Run, RunError, atomic_write, check_gpus, data_file, launch, load_scale, mean_ci, parse_args, pool_map, progress, seed_everything, watch
 from .scenes import KINDS, PHRASES, toy_corpus, SceneChat, read_caption, refer
 from .shapeworld import ShapeWorld, render
 from .shards import chat_row, code_table
@@ -136,13 +136,15 @@ class Mix:
 def training_rows(params, vocab): # -> rows with len and [i]
     "Open the training data: ShapeWorld with its codes, or a list of tokenised shards with weights."
     if params['data'] == 'shapeworld':
-        table = code_table(_file(params['codes']), vocab)
-        return SceneRows(SceneChat(ShapeWorld(len(table), 'train'), params['rounds'], length=params['length']), table, params['epochs'], params['opening'], not params['remember'])
+        table = code_table(_file(params['codes']), vocab) if vocab else None
+        chat = SceneChat(ShapeWorld(len(table) if vocab else params['scenes'], 'train'), params['rounds'], length=params['length'])
+        return SceneRows(chat, table or (lambda c: [_corners(chat._sketches[i].boxes[k], chat.world.size) for i, k in c.keys]), params['epochs'], params['opening'], not params['remember'])
     from datasets import load_dataset
     rows = json.loads(_file(params['data']).read_text()) if str(params['data']).endswith('.json') else [dict(path=params['data'])]
     parts = [(load_dataset('parquet', data_files=str(Path(r['path']) / '*.parquet'), split='train'), r.get('weight', 1.)) for r in rows]
     return Mix([(d, w * params['epochs']) for d, w in parts], params['seed'])
 
+def _corners(box, size): return ','.join(str(min(99, int(100 * v / size))) for v in box) # what a base model says of a region
 def _file(name): return Path(name) if Path(name).exists() else data_file(*Path(name).parts)  # of the user, or of the package's data folder
 def tokenizer_path(name): return data_file(*Path(name).parts) if str(name).startswith('toy/') else name                   # and base models of the package
 
@@ -153,10 +155,10 @@ def build_model(params, vocab): # -> model, processor, report of add_mask_words
         tk = twin_tokenizer(toy_corpus(), 700, phrases=PHRASES)
         processor = twin_processor(params['model'], tk, params['patch'], pixels=(params['side'] ** 2,) * 2)
         model = twin_model(params['model'], processor, **params['twin'], seed=params['seed'])
-    else: model, processor = load_vlm(tokenizer_path(params['model']), torch.bfloat16 if params['bf16'] and params['gpus'] and params['device'] != 'cpu' else torch.float32)
+    else: model, processor = load_vlm(tokenizer_path(params['model']), getattr(torch, params['dtype']))
     if params['attention']: model.set_attn_implementation(params['attention'])
     if params['max_pixels']: processor.image_processor.size = dict(processor.image_processor.size, longest_edge=params['max_pixels'])
-    report = add_mask_words(model, processor, vocab, seed=params['seed'])
+    report = add_mask_words(model, processor, vocab, seed=params['seed']) if vocab else dict(added=0, ids=np.zeros(0, int))
     if params['mimetic'] and params['model'] in FAMILIES: mimetic_start(model, params['mimetic'], params['seed'])
     elif params['mimetic'] and report['added']: own_directions(model, torch.from_numpy(report['ids']), torch.Generator().manual_seed(params['seed']))
     if params['freeze_vision']:
@@ -172,12 +174,14 @@ class SceneNumbers:
     "A processor for chats whose images are numbers of scenes: text as ever, `pixel_values` (n,1) the numbers."
     def __init__(self, processor, world, model): # the model's processor, ShapeWorld; VLM
         self.processor, self.world, self.tokenizer, self.image_token = processor, world, processor.tokenizer, processor.image_token
+        self.model, self.drawn = model, {}
         self.grid = self.draw(0)[1]
         self.each = token_grid(model, processor, render(world.scene(0)))**2
         self.image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
     def draw(self, k): # -> (pixel_values, grid (1,3)) of scene k
-        b = self.processor.image_processor(images=[render(self.world.scene(k))], return_tensors='pt')
+        b = self.processor.image_processor(images=[self.drawn[k] if k in self.drawn else render(self.world.scene(k))], return_tensors='pt', device=self.model.device)
         return b['pixel_values'], b['image_grid_thw']
+    def draw_ahead(self, workers): self.drawn = dict(enumerate(pool_map(lambda k: render(self.world.scene(k)), range(len(self.world)), workers)))
     def apply_chat_template(self, *args, **kwargs): return self.processor.apply_chat_template(*args, **kwargs)
     def __call__(self, text, images, **kwargs):
         b = self.tokenizer([t.replace(self.image_token, self.image_token * self.each) for t in text], **kwargs)
@@ -249,7 +253,7 @@ def make_trainer(params, path, model, processor, ids, rows, callbacks=()): # -> 
 
 # %% ../nbs/04_sft.ipynb #d76a682b
 def _look(params, model, processor, vocab, run): # a twin learns to see before it learns to speak; its rows go into look.jsonl
-    rows = warm_up_vision(model, processor, code_table(_file(params['codes']), vocab), params['look_steps'], lr=params['look_lr'], seed=params['seed'])
+    rows = warm_up_vision(model, processor, code_table(_file(params['codes']), vocab), params['look_steps'], params['look_batch'], params['look_lr'], seed=params['seed'], workers=params['workers'])
     if params['freeze_vision']:
         for p in tower(model, merger=params['remember']): p.requires_grad_(False)
     if run.main: atomic_write(run.path / 'look.jsonl', ''.join(json.dumps(r) + '\n' for r in rows))
@@ -259,15 +263,18 @@ def train(params, path, on_log=None): # dict of load_params; run folder; called 
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.finished: return run.result
     torch.set_flush_denormal(True); seed_everything(params['seed'])
-    tokenizer = MaskTokenizer.from_pretrained(tokenizer_path(params['tokenizer']))
-    model, processor, words = build_model(params, tokenizer.vocab)
-    rows = training_rows(params, tokenizer.vocab)
+    tokenizer = MaskTokenizer.from_pretrained(tokenizer_path(params['tokenizer'])) if params['tokenizer'] else None
+    vocab = tokenizer and tokenizer.vocab
+    model, processor, words = build_model(params, vocab)
+    rows = training_rows(params, vocab)
     reads = SceneNumbers(processor, rows.chat.world, model) if params['remember'] else processor
     trainer = make_trainer(params, path, model, reads, words['ids'], rows, [_Log(run, on_log)] + [_Freeze(model, params['freeze_steps'])] * bool(params['freeze_steps']))
     if (n := trainer.accelerator.num_processes) != processes(params): raise RunError(f"{n} processes run, {processes(params)} were asked for: start with torchrun or through run_sft().")
     last = _last(Path(path) / 'checkpoints')
-    if params['look_steps'] and not last: _look(params, trainer.accelerator.unwrap_model(trainer.model), processor, tokenizer.vocab, run)
-    if params['remember']: remember_images(trainer.accelerator.unwrap_model(trainer.model), reads.draw)
+    if params['look_steps'] and not last: _look(params, trainer.accelerator.unwrap_model(trainer.model), processor, vocab, run)
+    if params['remember']:
+        if params['workers']: rows.chat.sketch_ahead(params['workers']); reads.draw_ahead(params['workers']) # many cores draw all scenes first
+        remember_images(trainer.accelerator.unwrap_model(trainer.model), reads.draw)
     run.truncate(int(last.name.split('-')[1]) if last else 0)
     started = time.time()
     try: trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -276,6 +283,9 @@ def train(params, path, on_log=None): # dict of load_params; run folder; called 
     model = trainer.accelerator.unwrap_model(trainer.model)
     if params['remember']: forget_images(model)
     if not torch.cuda.is_available(): torch.set_num_threads(os.cpu_count())      # torchrun gives each process one
+    if not tokenizer:
+        model.save_pretrained(run.path / 'vlm'); processor.save_pretrained(run.path / 'vlm')
+        return run.save_result(dict(run_loss=run.rows()[-1]['loss']), 0, round(time.time() - started, 1)) or run.result
     vlm = MaskVLM(model.merge_and_unload() if hasattr(model, 'merge_and_unload') else model, processor, tokenizer)
     return finish(run, vlm, time.time() - started)
 

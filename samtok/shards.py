@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from .chat import fill, mask_words
 from .data import DataError, Mixture, Report, read_image
-from .runs import Run, RunError, atomic_write, data_file, parse_args, progress
+from .runs import Run, RunError, atomic_write, data_file, parse_args, pool_map, progress
 from .shapeworld import ShapeWorld, render
 
 # %% ../nbs/03f_shards.ipynb #1c72572c
@@ -168,7 +168,7 @@ def tokenize_data(dataset,    # ChatDataset, or a Mixture of them
     return merge_report(out, count, plan)
 
 # %% ../nbs/03f_shards.ipynb #0dcf5097
-def scene_codes(world, tokenizer, out, batch=16, chunk=64): # ShapeWorld; MaskTokenizer; .npz file; scenes and masks at a time -> Path; raises RunError
+def scene_codes(world, tokenizer, out, batch=16, chunk=64, workers=0): # ShapeWorld; MaskTokenizer; .npz file; scenes and masks at a time; processes that draw -> Path; raises RunError
     "Write the codes of all objects of all scenes; a finished file stays."
     out, mark = Path(out), dict(fingerprint=fingerprint(tokenizer), world=json.dumps([world.split, world.seed, world.n, world.size, list(world.count)]))
     if out.exists():
@@ -176,9 +176,9 @@ def scene_codes(world, tokenizer, out, batch=16, chunk=64): # ShapeWorld; MaskTo
         if differ: raise RunError(f"{out.name} holds codes of another tokenizer or other scenes ({', '.join(differ)} differ): choose another name, or delete it.")
         return out
     codes, starts = [np.zeros((0, tokenizer.vocab.depth), np.uint16)], [0]
-    for a in progress(range(0, len(world), batch), 'scenes'):
-        scenes = [world.scene(i) for i in range(a, min(len(world), a + batch))]
-        for c in tokenizer.encode([render(s) for s in scenes], [s.visible for s in scenes], chunk=chunk): codes.append(c.astype(np.uint16)); starts.append(starts[-1] + len(c))
+    drawn = pool_map(lambda i: (render(s := world.scene(i)), s.visible), range(len(world)), workers)
+    for _ in progress(range(0, len(world), batch), 'scenes'):
+        for c in tokenizer.encode(*map(list, zip(*islice(drawn, batch))), chunk=chunk): codes.append(c.astype(np.uint16)); starts.append(starts[-1] + len(c))
     np.savez(buffer := io.BytesIO(), codes=np.concatenate(codes), starts=np.array(starts, np.int64), **mark)
     atomic_write(out, buffer.getvalue())
     return out
@@ -212,7 +212,7 @@ def _tokenize(a, rank, world):
     gpu = torch.cuda.is_available() if a['device'] == 'auto' else a['device'] == 'cuda'
     device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % max(1, torch.cuda.device_count())}" if gpu else 'cpu' if a['device'] == 'auto' else a['device']
     spec, tokenizer = _spec(a['data'], a['args']), MaskTokenizer.from_pretrained(a['tokenizer'], device=device)
-    if a['out'].endswith('.npz'): return dict(file=scene_codes(open_mixture(spec).world, tokenizer, a['out']).name) if rank == 0 else None
+    if a['out'].endswith('.npz'): return dict(file=scene_codes(open_mixture(spec).world, tokenizer, a['out'], workers=a['workers']).name) if rank == 0 else None
     try: return tokenize_data(open_mixture(spec), tokenizer, a['out'], spec, a['shard'], a['batch'], a['epochs'], a['seed'], a['n'], rank, world)
     except torch.OutOfMemoryError as e: raise RunError(f"The GPU's memory is full with {a['batch']} conversations in one pass: start again with a lower --batch, the finished shards stay.") from e
 
@@ -220,8 +220,8 @@ def _tokenize(a, rank, world):
 def main(argv=None): # see the defaults
     "Tokenize a data set from the command line (console command `samtok-tokenize`)."
     help = dict(data='shapeworld, a format of samtok.chat_formats, module:class, or a JSON file with a mixture', args='arguments of the data set, as JSON', tokenizer='folder, hub id or "toy"', out='folder, or FILE.npz for the codes of ShapeWorld',
-                shard='records in a shard', batch='conversations in one pass', epochs='passes over the data', seed='choice of a mixture with broken weights', n='only the first n records, 0: all', device='auto, cpu or cuda')
-    a = parse_args(dict(data='shapeworld', args={}, tokenizer='toy', out='', shard=512, batch=8, epochs=1, seed=0, n=0, device='auto'), argv, prog='samtok-tokenize', help=help)
+                shard='records in a shard', batch='conversations in one pass', epochs='passes over the data', seed='choice of a mixture with broken weights', n='only the first n records, 0: all', device='auto, cpu or cuda', workers='processes that draw scenes, for FILE.npz')
+    a = parse_args(dict(data='shapeworld', args={}, tokenizer='toy', out='', shard=512, batch=8, epochs=1, seed=0, n=0, device='auto', workers=0), argv, prog='samtok-tokenize', help=help)
     try: report = _tokenize(a, int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)))
     except (ValueError, OSError) as e:
         print(f'samtok-tokenize: {e}', file=sys.stderr)
