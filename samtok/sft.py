@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CAPTION', 'load_params', 'processes', 'ChatCollator', 'SceneRows', 'Mix', 'training_rows', 'tokenizer_path',
            'build_model', 'tower', 'SceneNumbers', 'lora_config', 'sft_config', 'make_trainer', 'train',
-           'heldout_refer', 'evaluate_refer', 'evaluate_captions', 'finish', 'run_sft', 'main']
+           'heldout_refer', 'evaluate_refer', 'evaluate_captions', 'evaluate_boxes', 'heldout_metrics', 'finish',
+           'run_sft', 'main']
 
 # %% ../nbs/04_sft.ipynb #90db874a
 import argparse, json, os, re, sys, time
@@ -17,7 +18,7 @@ from transformers import PrinterCallback, TrainerCallback
 from .chat import PROMPTS, ChatError, Conversation, to_messages
 from .data import ImageError, Report, read_image
 from .look import forget_images, mimetic_start, own_directions, remember_images, token_grid, warm_up_vision
-from .masks import mask_iou_pairs
+from .masks import mask_iou_pairs, masks_to_boxes
 from .runs import Run, RunError, atomic_write, check_gpus, data_file, launch, load_scale, mean_ci, parse_args, pool_map, progress, seed_everything, watch
 from .scenes import KINDS, PHRASES, toy_corpus, SceneChat, read_caption, refer
 from .shapeworld import ShapeWorld, render
@@ -144,7 +145,6 @@ def training_rows(params, vocab): # -> rows with len and [i]
     parts = [(load_dataset('parquet', data_files=str(Path(r['path']) / '*.parquet'), split='train'), r.get('weight', 1.)) for r in rows]
     return Mix([(d, w * params['epochs']) for d, w in parts], params['seed'])
 
-def _corners(box, size): return ','.join(str(min(99, int(100 * v / size))) for v in box) # what a base model says of a region
 def _file(name): return Path(name) if Path(name).exists() else data_file(*Path(name).parts)  # of the user, or of the package's data folder
 def tokenizer_path(name): return data_file(*Path(name).parts) if str(name).startswith('toy/') else name                   # and base models of the package
 
@@ -228,7 +228,7 @@ def sft_config(params, path): # -> trl.SFTConfig
     p, cuda = params, params['gpus'] > 0 and params['device'] != 'cpu'
     return SFTConfig(output_dir=str(Path(path) / 'checkpoints'), per_device_train_batch_size=p['batch'], gradient_accumulation_steps=p['accumulate'], max_steps=p['steps'] or -1, num_train_epochs=1,
                      learning_rate=p['lr'], lr_scheduler_type='cosine', warmup_steps=p['warmup'], weight_decay=p['weight_decay'], max_grad_norm=p['clip'], adam_beta2=p['beta2'],
-                     logging_steps=p['log_every'], save_steps=p['checkpoint_every'], save_total_limit=1, seed=p['seed'], bf16=bool(p['bf16']), use_cpu=not cuda, report_to='none', disable_tqdm=True,
+                     logging_steps=p['log_every'], save_steps=p['checkpoint_every'], save_total_limit=1, seed=p['seed'], bf16=bool(p['bf16']), use_cpu=not cuda, report_to='none', disable_tqdm=True, ddp_find_unused_parameters=bool(not p['freeze_vision'] or p['freeze_steps']),
                      gradient_checkpointing=p['gradient_checkpointing'], dataloader_num_workers=p['workers'], train_sampling_strategy='sequential' if p['data'] == 'shapeworld' else 'random', dataset_kwargs=dict(skip_prepare_dataset=True), remove_unused_columns=False, max_length=None,
                      deepspeed=p['deepspeed'] or None, fsdp=p['fsdp'] or None)
 
@@ -283,11 +283,9 @@ def train(params, path, on_log=None): # dict of load_params; run folder; called 
     model = trainer.accelerator.unwrap_model(trainer.model)
     if params['remember']: forget_images(model)
     if not torch.cuda.is_available(): torch.set_num_threads(os.cpu_count())      # torchrun gives each process one
-    if not tokenizer:
-        model.save_pretrained(run.path / 'vlm'); processor.save_pretrained(run.path / 'vlm')
-        return run.save_result(dict(run_loss=run.rows()[-1]['loss']), 0, round(time.time() - started, 1)) or run.result
-    vlm = MaskVLM(model.merge_and_unload() if hasattr(model, 'merge_and_unload') else model, processor, tokenizer)
-    return finish(run, vlm, time.time() - started)
+    model = model.merge_and_unload() if hasattr(model, 'merge_and_unload') else model
+    for c in (model.config, model.config.get_text_config()): c.use_cache = True   # training switched it off; what is saved is to be generated with
+    return finish(run, MaskVLM(model, processor, tokenizer) if tokenizer else (model.eval(), processor), time.time() - started)
 
 # %% ../nbs/04_sft.ipynb #4a51bbfa
 def heldout_refer(n, split='heldout', share=.25, seed=0): # expressions, split of ShapeWorld, share without target -> list of (scene, text, ids, kind)
@@ -335,17 +333,44 @@ def evaluate_captions(vlm, n, split='heldout', batch=32): # MaskVLM, regions -> 
         for k in KINDS: out[k].append(float(said[k] == getattr(o, k)))
     return out
 
+# %% ../nbs/04_sft.ipynb #ea804e65
+def _corners(box, size): return ','.join(str(min(99, int(100 * v / size))) for v in box) # (4,) xyxy pixels -> what a base says of a region
+
+def _painted(boxes): # list of (4,) corners in percent -> (100,100) bool
+    out = np.zeros((100, 100), bool)
+    for x0, y0, x1, y1 in boxes: out[y0:y1 + 1, x0:x1 + 1] = True
+    return out
+
+@torch.no_grad()
+def evaluate_boxes(model, processor, asked, batch=32): # VLM without mask words, its processor; rows of heldout_refer -> dict of lists over expressions
+    "Ask for held-out expressions: IoU of the boxes that are written with those that are meant."
+    out, read = dict(box_iou=[], no_target=[]), lambda text: [[int(v) for v in m] for m in re.findall(r'\b(\d\d?),(\d\d?),(\d\d?),(\d\d?)\b', text)]
+    for a in range(0, len(asked), batch):
+        part = asked[a:a + batch]
+        texts = [processor.apply_chat_template(to_messages([dict(role='user', content='<image:0>\n' + PROMPTS['refer'].format(phrase=t))])[0], tokenize=False, add_generation_prompt=True) for _, t, *_ in part]
+        given = processor(text=texts, images=[Image.fromarray(render(s)) for s, *_ in part], padding=True, padding_side='left', add_special_tokens=False, return_tensors='pt').to(model.device)
+        said = processor.tokenizer.batch_decode(model.generate(**given, max_new_tokens=96, do_sample=False)[:, given['input_ids'].shape[1]:])
+        for (scene, _, ids, _), text in zip(part, said):
+            got, want = read(text), [[int(v) for v in _corners(b, scene.size).split(',')] for b in masks_to_boxes(scene.visible[ids])]
+            if want: out['box_iou'].append(float(mask_iou_pairs(_painted(want)[None], _painted(got)[None])[0]))
+            else: out['no_target'].append(float(not got))
+    return out
+
 # %% ../nbs/04_sft.ipynb #ed8dda12
-def finish(run, vlm, seconds): # Run, MaskVLM -> result dict
+def heldout_metrics(vlm, n): # MaskVLM, or (model, processor) of a base that writes boxes; expressions -> dict of figures with intervals
+    "Measure a model on held-out scenes."
+    if isinstance(vlm, tuple): return {k: mean_ci(v) for k, v in evaluate_boxes(*vlm, heldout_refer(n)).items() if v}
+    r, c = evaluate_refer(vlm, heldout_refer(n)), evaluate_captions(vlm, n // 2)
+    kinds = {f'score_{k}': mean_ci([s for s, o in zip(r['score'], r['kind']) if o == k]) for k in dict.fromkeys(r['kind'])}
+    return {k: mean_ci(r[k]) for k in ('iou', 'ceiling', 'pair', 'first', 'no_target') if r[k]} | dict(malformed=int(sum(r['malformed'])), caption=mean_ci(np.mean([c[k] for k in c], 0)), **{f'caption_{k}': mean_ci(c[k]) for k in c}) | kinds
+
+def finish(run, vlm, seconds): # Run; see heldout_metrics -> result dict
     "Save the model, measure it on held-out scenes, write the result."
     p = run.params
-    vlm.save_pretrained(run.path / 'vlm')
-    metrics = dict(run_loss=run.rows()[-1]['loss'] if run.rows() else None)
-    if p['eval_n']:
-        r, c = evaluate_refer(vlm, heldout_refer(p['eval_n'])), evaluate_captions(vlm, p['eval_n'] // 2)
-        metrics |= {k: mean_ci(r[k]) for k in ('iou', 'ceiling', 'pair', 'first', 'no_target') if r[k]} | dict(malformed=int(sum(r['malformed'])), caption=mean_ci(np.mean([c[k] for k in c], 0)), **{f'caption_{k}': mean_ci(c[k]) for k in c})
+    for part in (vlm if isinstance(vlm, tuple) else [vlm]): part.save_pretrained(run.path / 'vlm')
+    metrics = dict(run_loss=run.rows()[-1]['loss'] if run.rows() else None) | (heldout_metrics(vlm, p['eval_n']) if p['eval_n'] else {})
     base = load_params(p['scale'], p['gpus'])
-    given = ''.join(f' -p {k} {v}' for k, v in p.items() if base.get(k) != v and not isinstance(v, dict))
+    given = ''.join(f' -p {k} {v}' if v != '' else f' -p {k} ""' for k, v in p.items() if base.get(k) != v and not isinstance(v, dict))
     run.save_result(metrics, n=p['eval_n'], seconds=round(seconds, 1), command=f"papermill nbs/04_sft.ipynb out.ipynb -p scale {p['scale']}" + (f" -p gpus {p['gpus']}" if p['gpus'] else '') + given)
     return run.result
 

@@ -59,11 +59,11 @@ def shape_mask(shape, # one of SHAPES or LETTERS
                size   # (H, W) in pixels
               ): # (H,W) bool, the whole shape, clipped at the border
     "Draw one shape as a mask; the rest of the scene is not considered."
-    img = Image.new('1', size[::-1]); draw = ImageDraw.Draw(img)
+    img = Image.new('L', size[::-1]); draw = ImageDraw.Draw(img)
     rot = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     for fill, polygons in ((1, _OUTLINES[shape]), (0, _HOLES.get(shape, []))):
-        for p in polygons: draw.polygon([tuple(q) for q in (p * r) @ rot.T + (x, y)], fill=fill)
-    return np.array(img)
+        for p in polygons: draw.polygon(((p * r) @ rot.T + (x, y)).ravel().tolist(), fill=fill)
+    return np.array(img).view(bool)
 
 # %% ../nbs/00e_shapeworld.ipynb #5c74a9bf
 _PATTERNS = dict(plain=lambda x, y: x >= 0, striped=lambda x, y: (x + y) % 8 < 4, checked=lambda x, y: (x // 4 + y // 4) % 2 == 0,
@@ -101,13 +101,15 @@ class Scene:
                  size=128,      # side of the square image in pixels
                  background=(60, 60, 60), # RGB in [0,255]
                  seed=0,        # seed of the pixel noise
-                 id=''):
+                 id='',
+                 amodal=None):  # (n,H,W) bool, the whole shapes where they are drawn already
         self.objects, self.size, self.background, self.seed, self.id = objects, size, background, seed, id
         hw = (size, size)
-        self.amodal = np.stack([shape_mask(o.shape, o.x, o.y, o.r, o.angle, hw) for o in objects]) if objects else np.zeros((0, *hw), bool)
-        top = np.zeros(hw, np.int16)  # 0 background, k+1 object k
+        if amodal is None: amodal = [shape_mask(o.shape, o.x, o.y, o.r, o.angle, hw) for o in objects]
+        self.amodal = np.stack(amodal) if len(objects) else np.zeros((0, *hw), bool)
+        top = np.zeros(hw, np.uint16)  # 0 background, k+1 object k
         for k, m in enumerate(self.amodal): top[m] = k + 1
-        self.visible = np.stack([top == k + 1 for k in range(len(objects))]) if objects else self.amodal
+        self.visible = top == np.arange(1, len(objects) + 1, dtype=np.uint16)[:, None, None]
         self.parts = {k: shape_mask('circle', o.x, o.y, .42 * o.r, 0, hw) & self.visible[k] for k, o in enumerate(objects) if o.part}
 
 # %% ../nbs/00e_shapeworld.ipynb #b136a4f6
@@ -167,12 +169,15 @@ def scene_graph(scene # Scene
 Scene.graph = scene_graph
 
 # %% ../nbs/00e_shapeworld.ipynb #8c35ffaa
+_CUM = np.cumsum(list(SIZE_SHARE.values())); _CUM /= _CUM[-1]
+
 def _draw_object(rng, split, scale):
     while True:
-        shape = str(rng.choice(LETTERS if rng.random() < _LETTER_SHARE else SHAPES))
+        names = LETTERS if rng.random() < _LETTER_SHARE else SHAPES
+        shape = names[rng.integers(len(names))]
         color = list(COLORS)[rng.integers(len(COLORS))]
         if split == 'unseen' or not is_kept_back(shape, color): break
-    size = str(rng.choice(list(SIZES), p=list(SIZE_SHARE.values())))
+    size = list(SIZES)[int(_CUM.searchsorted(rng.random(), side='right'))]        # the numbers that rng.choice would draw, in a tenth of its time
     if shape in LETTERS and size in ('tiny', 'small'): size = 'medium'  # strokes must stay a few pixels wide
     r = rng.uniform(*SIZES[size]) * scale
     lo, hi = (0, 128 * scale) if rng.random() < .12 else (r, 128 * scale - r)
@@ -182,11 +187,12 @@ def _draw_object(rng, split, scale):
                        float(rng.uniform(-.5, .5)), None if part == color else part)
 
 # %% ../nbs/00e_shapeworld.ipynb #b561bde4
-def _fits(scene, objects, new, seen):
+def _fits(scene, new, seen): # side, SceneObject, [(what is seen of an object (H,W) bool, its pixels)] -> (mask, the same with the new one), or None
     mask = shape_mask(new.shape, new.x, new.y, new.r, new.angle, (scene, scene))
-    left = [s & ~mask for s in seen]
-    if mask.sum() < 12 or any(n.sum() < .55 * s.sum() or n.sum() < 12 for n, s in zip(left, seen)): return None
-    return left + [mask]
+    area = np.count_nonzero(mask)
+    hidden = [np.count_nonzero(s & mask) for s, _ in seen]
+    if area < 12 or any(n - h < max(.55 * n, 12) for (_, n), h in zip(seen, hidden)): return None
+    return mask, [(s & ~mask, n - h) if h else (s, n) for (s, n), h in zip(seen, hidden)] + [(mask, area)]
 
 def draw_scene(rng,         # np.random.Generator
                split='train', # one of SPLITS
@@ -194,15 +200,15 @@ def draw_scene(rng,         # np.random.Generator
                count=(3, 8) # fewest and most objects
               ): # Scene
     "Draw a random scene; the same generator state gives the same scene."
-    objects, seen, want = [], [], int(rng.integers(count[0], count[1] + 1))
+    objects, masks, seen, want = [], [], [], int(rng.integers(count[0], count[1] + 1))
     background = tuple(int(v) for v in rng.integers(20, 100, 3))
     for k in range(want):
         for _ in range(30):
             new = _draw_object(rng, split, size / 128)
             if split == 'unseen' and k == 0 and not is_kept_back(new.shape, new.color): continue
-            fit = _fits(size, objects, new, seen)
-            if fit is not None: objects.append(new); seen = fit; break
-    return Scene(objects, size, background, int(rng.integers(2**31)))
+            fit = _fits(size, new, seen)
+            if fit is not None: objects.append(new); masks.append(fit[0]); seen = fit[1]; break
+    return Scene(objects, size, background, int(rng.integers(2**31)), amodal=masks)
 
 # %% ../nbs/00e_shapeworld.ipynb #d11e5262
 def scene_seed(split, # one of SPLITS
