@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS, LIB, FLOORS = ROOT / 'nbs', ROOT / 'samtok', json.loads((ROOT / '.ci/floors.json').read_text())
 RUN_NOTEBOOKS = r'(toy_sam2|02a_|02b_|04_|06_|08_|09_|quickstart|tokenizer_ablation|tokenizer_cost)'  # these have one cell tagged `parameters`
 CELLS, MAX_KB, EXPORT_LINES = range(25, 81), 500, 30
+RUN_TIME = r'[Rr]uns in (seconds|under a minute|under two minutes) on two CPU cores'
 SLOW, TIMEOUT, WORKERS = 90, 300, 2                      # seconds, seconds, notebooks at a time
 ABSOLUTE = r'(?<![\w.:/<])/(?:home|root|Users|work|tmp|mnt|opt|var|content|data)/[\w.]|\b[A-Z]:\\\\?\w'
 
@@ -68,6 +69,7 @@ def lint_notebook(file):
     runs = bool(re.match(RUN_NOTEBOOKS, file.name))
     if tagged != 1 if runs else tagged > (not is_source(file)): yield f'{tagged} cells are tagged `parameters`, {int(runs)} should be.'
     for i, cell in enumerate(cells): yield from (f'cell {i}: {p}' for p in lint_cell(cell, file))
+    if not any(re.search(RUN_TIME, text(c)) for c in cells[:3] if c['cell_type'] == 'markdown'): yield 'does not say near its top how long it runs, for example *Runs in seconds on two CPU cores.*'
     if is_source(file): yield from lint_source(file, cells, codes)
 
 def lint_cell(cell, file):

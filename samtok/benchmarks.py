@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from .chat import PROMPTS, ChatDataset, Conversation, answer_masks, caption_chat, mask_array, places
-from .chat_formats import open_chat
+from .chat_formats import _Around, open_chat
 from .data import read_image
 from .formats import ReasonSeg, _find_image, open_dataset
 from .masks import box_to_mask, mask_to_box, mask_to_rle, segmentation_to_mask
@@ -74,28 +74,25 @@ def toy_questions(caption): # true description of a drawn object -> dict(name, q
     return dict(name=about['shape'], questions=rows + wrong)
 
 # %% ../nbs/07b_benchmarks.ipynb #937b90e9
-class Reason(ChatDataset):
+class Reason(_Around):
     "ReasonSeg: the first question of each image; the second mask, which no message names, is what does not count."
     name = 'reason'
-    def __init__(self, root): super().__init__(); self.inner = ReasonSeg(root) # folder of a split
-    def records(self): return self.inner.records()
+    def __init__(self, root): super().__init__(ReasonSeg(root)) # folder of a split
     def load(self, record):
-        s = self.inner.load(record)
-        masks = [s.masks.any(0)] + [s.meta['void']] * ('void' in s.meta)
+        s = self._sample(record)
+        masks = [s.masks.any(0)] + ([s.meta['void']] if 'void' in s.meta else [])
         question = s.meta['texts'][0]
         ask = f'{question} Please segment it in this image.' if s.meta['is_sentence'] else PROMPTS['refer'].format(phrase=question)
         messages = [dict(role='user', content='<image:0>\n' + ask), dict(role='assistant', content=answer_masks(['target']))]
         return Conversation(messages, [s.image], masks, id=s.id, dataset=self.name, task='long' if s.meta['is_sentence'] else 'short')
 
-class MaskSet(ChatDataset):
+class MaskSet(_Around):
     "Any data set of masks: all masks of an image, to be written as words and read back."
     name = 'masks'
     def __init__(self, format, **args): # name in samtok.formats and its arguments, or "shapeworld"
-        super().__init__()
-        self.inner = ShapeWorld(**{'n': 1000, 'split': 'heldout', 'seed': 20, **args}) if format == 'shapeworld' else open_dataset(format, **args)
-    def records(self): return self.inner.records()
+        super().__init__(ShapeWorld(**{'n': 1000, 'split': 'heldout', 'seed': 20, **args}) if format == 'shapeworld' else open_dataset(format, **args))
     def load(self, record):
-        s = self.inner.load(record).drop_empty()
+        s = self._sample(record)
         messages = [dict(role='user', content='<image:0>'), dict(role='assistant', content=''.join(f'<mask:{k}>' for k in range(len(s))))]
         return Conversation(messages, [s.image], list(s.masks), id=s.id, dataset=s.dataset)
     def fits(self, c): return len(c) > 0

@@ -9,11 +9,12 @@ __all__ = ['CHAT_FORMATS', 'read_plain_pickle', 'Refer', 'ReferLines', 'Llava', 
 # %% ../nbs/03b_chat_formats.ipynb #2c49e713
 import inspect, json, os, pickle
 from collections import defaultdict
+from copy import copy
 from pathlib import Path
 import numpy as np
 from .chat import NO_TARGET, PROMPTS, ChatDataset, ChatError, Conversation, answer_masks, answer_triplets, caption_chat, reading_order, refer_chat
-from .data import read_image
-from .formats import CocoPanoptic, _find_image, _read_json
+from .data import _kept, _leaves, read_image
+from .formats import CocoPanoptic, _find_image, _read_json, open_dataset
 from .masks import MaskError, masks_to_boxes, segmentation_to_mask
 
 # %% ../nbs/03b_chat_formats.ipynb #e4936977
@@ -154,15 +155,24 @@ class RegionCaptions(ChatDataset):
         return caption_chat(image, segmentation_to_mask(row[self.keys['mask']], image.shape[:2]), row.get(self.keys['text']), self.zoom, id=str(row.get('id', '')), dataset=self.name)
 
 # %% ../nbs/03b_chat_formats.ipynb #eb4b9ea3
-class Instances(ChatDataset):
+class _Around(ChatDataset): # conversations about the samples of another data set
+    def __init__(self, inner): # MaskDataset; a copy of it counts in this report
+        super().__init__()
+        self.inner = copy(inner); self.report.merge(inner.report)
+    def _lend(self): # -> the inner data set, with this report and this epoch
+        for d in _leaves(self.inner): d.report, d.epoch = self.report, self.epoch
+        return self.inner
+    def records(self): return self._lend().records()
+    def _sample(self, record): return _kept(self._lend().load(record), self.report, self.inner.name) # -> MaskSample without empty masks
+
+class Instances(_Around):
     "Instance segmentation from any MaskDataset (COCONut, V3Det, COCO, ...): all regions of a label, or with `every` all regions with their labels."
     name = 'instances'
-    def __init__(self, dataset, every=False, most=30): # MaskDataset with labels; ask for everything?; masks in an answer at most
-        super().__init__()
-        self.dataset, self.every, self.most = dataset, every, most
-    def records(self): return self.dataset.records()
+    def __init__(self, dataset, every=False, most=30): # MaskDataset with labels, or {"name": of samtok.formats, and its arguments}; ask for everything?; masks in an answer at most
+        super().__init__(open_dataset(**dataset) if isinstance(dataset, dict) else dataset)
+        self.every, self.most = every, most
     def load(self, record):
-        s = self.dataset.load(record).drop_empty()
+        s = self._sample(record)
         if not len(s): raise MaskError('no region has a pixel')
         groups = {None: range(len(s))} if self.every else {l: [i for i, x in enumerate(s.labels) if x == l] for l in dict.fromkeys(s.labels)}
         groups = {l: list(ids)[:self.most] for l, ids in groups.items()}

@@ -238,9 +238,13 @@ def _read(self, record, epoch): # -> MaskSample, or None when it was counted and
     except Exception as e:                                                  # files of others fail in every way; the report keeps the case
         self.report.add(f"{type(e).__name__}: sample skipped", f"{self.name}, record {_brief(record)}: {_sentence(e)}")
         return None
-    kept = sample.drop_empty()
-    for _ in range(len(sample) - len(kept)): self.report.add("empty: mask dropped", f"{self.name}, sample {sample.id}: a mask has no pixel.")
+    kept = _kept(sample, self.report, self.name)
     self.report.update(ok=1, masks=len(kept))
+    return kept
+
+def _kept(sample, report, name): # -> the sample without its empty masks, which are counted
+    kept = sample.drop_empty()
+    for _ in range(len(sample) - len(kept)): report.add("empty: mask dropped", f"{name}, sample {sample.id}: a mask has no pixel.")
     return kept
 
 def _sentence(e): return e if isinstance(e, (ImageError, MaskError, DataError)) else f"The file is not as expected ({type(e).__name__}: {e})."
@@ -370,6 +374,8 @@ class Mixture(MaskDataset):
     def load(self, record): return self.parts[record[0]][0].load(record[1])
     def _read(self, record, epoch): return self.parts[record[0]][0]._read(record[1], epoch)
     def __len__(self): return sum(self._share(k, 0, 0)[0] for k in range(len(self.parts))) # records of one epoch
+
+def _leaves(dataset): return [leaf for d, _ in dataset.parts for leaf in _leaves(d)] if hasattr(dataset, "parts") else [dataset] # the sets that count for themselves
 
 # %% ../nbs/00c_data.ipynb #13459345
 def _share(self, k, seed, epoch): # -> records of part k in this epoch, whole passes, rest, where the rest starts

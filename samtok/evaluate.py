@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SCORERS', 'SHOWN', 'prediction', 'Ceiling', 'read_predictions', 'Scorer', 'Score', 'score', 'weights_mark',
            'Predictions', 'reply_batch', 'predict', 'open_model', 'open_tokenizer', 'Evaluation', 'evaluate',
-           'write_questions', 'main']
+           'paper_table', 'write_questions', 'main']
 
 # %% ../nbs/08_evaluate.ipynb #34a55f21
-import argparse, hashlib, json, math, os, re, sys, time
+import argparse, hashlib, json, math, os, re, shlex, sys, time
 from pathlib import Path
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from .chat import fill, mask_array
 from .data import Report, read_image
 from .masks import MaskError, mask_to_rle, rle_area
 from .metrics import GRES, RES, Calibration, KeyedRES, MetricError, Reconstruction, bootstrap_ci
-from .runs import Run, check_gpus, data_file, launch, progress, read_rows, watch
+from .runs import Run, atomic_write, check_gpus, data_file, environment, launch, progress, read_rows, watch
 from .show import table
 from .sweep import _flock
 from .text_metrics import GCG, PSG, Captions
@@ -329,6 +329,71 @@ def _score_store(task, store, chats, data, n, start, n_boot, seed, judge=None, *
     (store.path / 'score.json').write_text(json.dumps(found.to_dict(), indent=1, default=str))
     return found
 
+# %% ../nbs/08_evaluate.ipynb #5790b746
+def _save(self, file, model, command, seconds=None): # JSON file; name of the model, what was typed, how long it took
+    "Write the figures of all tasks, with command and environment."
+    tasks = {t: {**s.to_dict(), 'seconds': s.seconds} for t, s in self.scores.items()}
+    short = lambda v: round(float(v), 6)
+    row = dict(model=model, command=command, seconds=seconds, environment=environment(), tasks=tasks)
+    atomic_write(file, json.dumps(json.loads(json.dumps(row, default=str), parse_float=short), indent=1) + '\n')
+
+Evaluation.save = _save
+
+# %% ../nbs/08_evaluate.ipynb #bb1f84a3
+def _runs(folder, kind): # kind: published, ours, toy -> list of dict, as Evaluation.save writes them; other files are left out
+    found = [json.loads(f.read_text()) for f in sorted(folder.glob(f'{kind}_*.json'))]
+    return [r for r in found if isinstance(r, dict) and isinstance(r.get('tasks'), dict)]
+
+def _figure(at, run): # "task/figure" or "task/figure/group", a saved evaluation -> its entry or None
+    task, figure, *group = at.split('/')
+    s = run.get('tasks', {}).get(task, {})
+    return s.get('groups', {}).get(group[0], {}).get(figure) if group else s.get('figures', {}).get(figure)
+
+def _points(at, run): # -> '79.4 (78.1 to 80.6)' or None
+    if (v := _figure(at, run)) is None: return None
+    unit = 1 if get_task(at.split('/')[0]).metric in ('pairs', 'grades') else 100        # these two count in points already
+    return f"{unit * v['mean']:.1f} ({unit * v['low']:.1f} to {unit * v['high']:.1f})" if isinstance(v, dict) else f'{unit * v:.1f}'
+
+def _join(values): return ' / '.join('-' if v is None else v if isinstance(v, str) else f'{v:g}' for v in values) if any(v is not None for v in values) else None
+
+def _origin(at, run): # -> dict n, command, commit of a saved figure
+    if (v := _figure(at, run)) is None: return dict(n=None, command=None, commit=None)
+    commit = run['environment'].get('commit')
+    return dict(n=v['n'] if isinstance(v, dict) else run['tasks'][at.split('/')[0]]['n'], command=run['command'], commit=commit and commit[:7] + '+' * bool(run['environment'].get('dirty')))
+
+# %% ../nbs/08_evaluate.ipynb #dba7b1a7
+def _paper_rows(t, folder): # a table of paper.json, folder of results -> list of dict
+    tasks, label = t.get('tasks', []), ' / '.join(t['figures'])
+    found = [(kind, run) for kind in ('published', 'ours') for run in _runs(folder, kind)]
+    def row(r, task, kind=None, run={}):
+        where = t.get('where') or [f'{task}/{k}' for k in t['figures']]
+        got = _join([w and _points(w, run) for w in where]) if task else None
+        first = next((w for w in where if w and _figure(w, run) is not None), '/')
+        return {t.get('of', 'model'): r['name'], 'split': r.get('split'), f"paper's figure ({label})": _join(r.get('paper', [None])), "others' figure": _join(r.get('others', [None])),
+                'published checkpoint in our evaluator': got if kind == 'published' else None, 'ours': got if kind == 'ours' else None, **_origin(first, run if got else {}), 'source': r.get('source')}
+    fits = lambda kind, run, r: kind == 'published' and 'checkpoint' in r and r.get('task') in run['tasks'] and Path(run['model']).name == Path(r['checkpoint']).name
+    rows = [row(r, r.get('task'), *next((f for f in found if fits(*f, r)), ())) for r in t['rows']]
+    rows += [row(dict(name=run['model'], split=task), task, kind, run) for kind, run in found for task in tasks if task in run['tasks'] and not any(fits(kind, run, r) and r['task'] == task for r in t['rows'])]
+    empty = [k for k in ('split', "others' figure", 'source') if all(r[k] is None for r in rows)]
+    return [{k: v for k, v in r.items() if k not in empty} for r in rows]
+
+# %% ../nbs/08_evaluate.ipynb #39782711
+def _toy_rows(t, folder): # -> list of dict: what the twins of a table reached
+    rows, runs = [], _runs(folder, 'toy')
+    for task in t.get('toy', []):
+        for run in [r for r in runs if task in r['tasks']] or [{}]:
+            for k in [k for k in SHOWN[get_task(task).metric] if _figure(f'{task}/{k}', run)] or [None]:
+                rows.append(dict(task=task, model=run.get('model'), figure=k, value=_points(f'{task}/{k}', run), **_origin(f'{task}/{k}', run)))
+    return rows
+
+def paper_table(name, toy=False, folder=None): # name of a table in paper.json; its twins in ShapeWorld instead; folder of results, None: results/ of the checkout -> table
+    "Show a table of the paper beside what was run here; a dash where nothing was."
+    folder = Path(folder or data_file().parent / 'results')
+    try: tables = json.loads((folder / 'paper.json').read_text())['tables']
+    except OSError as e: raise EvaluateError(f"The paper's figures, paper.json, are not in {folder.name} ({e.strerror}): they are part of a checkout, in results/.") from e
+    if name not in tables: raise EvaluateError(f"There is no table {name!r} in paper.json: choose one of {', '.join(tables)}.")
+    return table((_toy_rows if toy else _paper_rows)(tables[name], folder))
+
 # %% ../nbs/08_evaluate.ipynb #885515c9
 def write_questions(task, folder, n=None, root=''): # Task, folder, samples at most -> number of questions
     "Write the questions of a task for a model that lives elsewhere: questions.jsonl, and images as PNG; masks in them are RLE."
@@ -349,7 +414,7 @@ def _arguments(argv):
     for name, how in dict(task=dict(help='names with commas, or "all" twins; none: list them'), predictions=dict(help='JSONL with id, and masks (RLE) or reply (words)'), model=dict(help='folder, hub id, "toy" or "ceiling"'), questions=dict(help='write the questions into this folder, ask nobody'),
                           tokenizer=dict(default='', help='mask tokenizer: folder, hub id, "toy"'), root=dict(default='', help='folder of the benchmarks'), n=dict(type=int, default=0, help='samples of a task at most; 0: all (of twins 200)'), out=dict(help='folder of predictions (default runs/evaluate); with --predictions a JSON file for the score'),
                           policy=dict(help='how broken replies are read'), constrained=dict(type=yes, help='true or false: only well-formed words'), threshold=dict(type=float, help='logit above which a pixel is inside'), convention=dict(help='of the metric'), similarity=dict(help='of phrases: "words" or a text encoder'),
-                          missing=dict(default='skip', help='samples without prediction: skip, or zero'), judge=dict(help='JSONL with the answers of a judge'), requests=dict(help='write the requests for a judge into this file'), device=dict(default='cpu'), gpus=dict(type=int, default=0), batch=dict(type=int, default=32), seed=dict(type=int, default=0)).items(): p.add_argument(f'--{name}', *(['--samples'] if name == 'n' else []), **how)
+                          missing=dict(default='skip', help='samples without prediction: skip, or zero'), judge=dict(help='JSONL with the answers of a judge'), save=dict(help='JSON file for the figures of all tasks, with command and environment'), requests=dict(help='write the requests for a judge into this file'), device=dict(default='cpu'), gpus=dict(type=int, default=0), batch=dict(type=int, default=32), seed=dict(type=int, default=0)).items(): p.add_argument(f'--{name}', *(['--samples'] if name == 'n' else []), **how)
     p.add_argument('--data', action='append', default=[], metavar='NAME=VALUE', help='another file or option of the data; may be given several times')
     return p.parse_args(argv)
 
@@ -368,7 +433,7 @@ def _tasks(a): # arguments -> list of Task
 
 def main(argv=None): # -> exit code: 0, 1 where nothing could be counted, 2 for an error
     "Evaluate from the command line."
-    a = _arguments(argv)
+    a, start = _arguments(argv), time.perf_counter()
     if not a.task: print(*[f"{t.name:16} {t.metric:15} {' '.join(t.splits)}" for t in TASKS.values()], sep='\n'); return 0
     try:
         tasks = _tasks(a)
@@ -377,7 +442,8 @@ def main(argv=None): # -> exit code: 0, 1 where nothing could be counted, 2 for 
         if a.predictions and len(tasks) > 1: raise EvaluateError('A file of predictions belongs to one task: name one.')
         if not a.predictions and not a.model: raise EvaluateError('There is nothing to score: give --predictions FILE, or --model NAME to ask one, or --questions FOLDER.')
         if a.predictions: scores = [_score_file(a, tasks[0])]
-        else: scores = list(evaluate(a.model, tasks, a.n or None, a.out or 'runs/evaluate', a.tokenizer, a.root, a.policy, a.constrained, a.threshold, a.device, a.batch, a.gpus, seed=a.seed, judge=a.judge, missing=a.missing, similarity=a.similarity).scores.values())
+        else: found = evaluate(a.model, tasks, a.n or None, a.out or 'runs/evaluate', a.tokenizer, a.root, a.policy, a.constrained, a.threshold, a.device, a.batch, a.gpus, seed=a.seed, judge=a.judge, missing=a.missing, similarity=a.similarity); scores = list(found.scores.values())
+        if a.save and a.model and scores: found.save(a.save, a.model, shlex.join(['samtok-eval', *(sys.argv[1:] if argv is None else argv)]), time.perf_counter() - start)
         print(table([r for s in scores for r in s.rows()])._repr_markdown_())
         for s in scores: print(*[f'{s.task.name}: {k}: {v}. {s.report.examples.get(k, "")}' for k, v in s.report.items()], sep='\n') if s.report else None
     except (ValueError, OSError) as e: print(f'samtok-eval: {e}', file=sys.stderr); return 2

@@ -7,8 +7,7 @@ __all__ = ['load_params', 'scene_prompts', 'shard_prompts', 'mask_rewards', 'Mas
            'make_trainer', 'load_policy', 'train', 'final_replies', 'finish', 'compare', 'run_grpo', 'main']
 
 # %% ../nbs/06_grpo.ipynb #b23ec738
-import argparse, json, os, sys, time
-from importlib import import_module
+import json, os, time
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -19,8 +18,8 @@ from trl import GRPOConfig, GRPOTrainer
 from .chat import PROMPTS, THINK, Conversation, answer_masks, fill, reading_order, to_messages
 from .data import read_image
 from .masks import masks_to_boxes
-from .rewards import DecodedMaskReward, FormatReward, MaskReward, NoTargetReward, NonRepeatReward, reward_report, safe
-from .runs import Run, RunError, data_file, launch, load_scale, mean_ci, parse_args, seed_everything, watch
+from .rewards import DecodedMaskReward, FormatReward, MaskReward, NoTargetReward, NonRepeatReward, find_reward, reward_report, safe
+from .runs import Run, RunError, data_file, launch, load_scale, mean_ci, run_main, seed_everything, watch
 from .scenes import refer
 from .sft import _Bar, _last, evaluate_refer, heldout_refer, lora_config, processes, tokenizer_path, tower
 from .shapeworld import ShapeWorld, render
@@ -64,16 +63,11 @@ def shard_prompts(path, think=False): # folder of shards (samtok-tokenize), one 
     return rows.map(one, remove_columns=rows.column_names)
 
 # %% ../nbs/06_grpo.ipynb #9c847051
-def _named(name): # "module:name" -> a reward of the user
-    module, _, what = name.partition(':')
-    try: return getattr(import_module(module), what)
-    except (ImportError, AttributeError, ValueError) as e: raise RunError(f'The reward {name} cannot be loaded ({e}): give module:name, with the module in this folder or installed.') from e
-
 def mask_rewards(params, tokenizer): # -> list of rewards, list of weights
     "Choose the rewards of a run: one mask term, and those of replies without a target, of format and of repetition."
-    v, part = dict(vocab=tokenizer.vocab), dict(answer_part='required' if params['think'] else True)
+    own, v, part = find_reward(params['reward']), dict(vocab=tokenizer.vocab), dict(answer_part='required' if params['think'] else True)
     mask = (DecodedMaskReward(tokenizer.decode, tokenizer.embed_image, tokenizer.vocab, answer_part=part['answer_part'], images=max(8, params['batch'])) if params['reward'] == 'decoded'
-            else _named(params['reward']) if ':' in params['reward'] else MaskReward(params['reward'], params['alpha'], **v, **part))
+            else own if own is not None else MaskReward(params['reward'], params['alpha'], **v, **part))
     terms = [(mask, 1.), (NoTargetReward(**v, **part), params['no_target_weight']), (NonRepeatReward('answer' if params['think'] else 'reply', **v), params['non_repeat_weight'])]
     if params['think']: terms += [(FormatReward(), 1.), (NonRepeatReward('think', **v), params['non_repeat_weight'])]
     return [safe(r) for r, w in terms if w], [w for _, w in terms if w]
@@ -134,10 +128,11 @@ def grpo_config(params, path): # -> trl.GRPOConfig
 _NAMES = {'reward': 'reward', 'reward_std': 'reward_std', 'kl': 'kl', 'entropy': 'entropy', 'length': 'completions/mean_length', 'cut_off': 'completions/clipped_ratio', 'silent': 'frac_reward_zero_std', 'grad_norm': 'grad_norm', 'lr': 'learning_rate'}
 
 class _Log(TrainerCallback): # the trainer's log, and held-out scenes now and then, into the run's metrics
-    def __init__(self, run, tell, vlm, asked): self.run, self.tell, self.vlm, self.asked, self.started, self.last = run, tell, vlm, asked, time.time(), {}
+    def __init__(self, run, tell, vlm, asked): self.run, self.tell, self.vlm, self.asked, self.started, self.terms = run, tell, vlm, asked, time.time(), [r.__name__ for r in mask_rewards(run.params, vlm.tokenizer)[0]]
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not self.run.main or 'reward' not in (logs or {}): return
-        row = {a: float(logs[b]) for a, b in _NAMES.items() if b in logs} | {k.split('/')[1]: float(v) for k, v in logs.items() if k.startswith('rewards/') and k.endswith('/mean') and v is not None}
+        terms = {t: logs.get(f'rewards/{t}/mean') for t in self.terms}           # None where no reply of the step has the term
+        row = {a: float(logs[b]) for a, b in _NAMES.items() if logs.get(b) is not None} | {t: None if v is None else float(v) for t, v in terms.items()}
         every = self.run.params['eval_every']
         if every and state.global_step % every < args.logging_steps: row |= summary(evaluate_refer(self.vlm, self.asked))
         self.run.log(state.global_step, **row, seconds=round(time.time() - self.started, 1))
@@ -169,6 +164,7 @@ def load_policy(params): # -> MaskVLM
 
 def train(params, path, on_log=None): # dict of load_params; run folder; called with all rows -> result dict, None on other ranks
     "Run GRPO; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
+    find_reward(params['reward'])                                                # a misspelt name ends here, before anything is loaded or written
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.finished: return run.result
     torch.set_flush_denormal(True); seed_everything(params['seed'])
@@ -221,20 +217,14 @@ def compare(before, after): # of evaluate_refer, on the same expressions -> dict
 # %% ../nbs/06_grpo.ipynb #156dba92
 def run_grpo(params, path, on_log=None): # -> result dict
     "Run GRPO in this process, or in one process for each GPU, watched."
+    find_reward(params['reward'])
     if processes(params) == 1: return train(params, path, on_log)
     watch(path, launch('samtok.grpo', dict(out=str(path), **params), gpus=params['gpus'], run_dir=path), on_log)
     return Run(path, params).result
 
 def main(argv=None):
     "Run GRPO from the command line; every parameter of the scale's file is an option."
-    argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument('--scale', default='auto'); first.add_argument('--gpus', type=int, default=0)
-    defaults = load_params(**vars(first.parse_known_args(argv)[0]))
-    args = parse_args({**defaults, 'out': f"runs/grpo_{defaults['scale']}"}, argv, prog='samtok.grpo')
-    path = args.pop('out')
-    result = train(args, path) if 'RANK' in os.environ else run_grpo(args, path)
-    if result: print(json.dumps(result['metrics'], indent=1))
+    run_main('grpo', load_params, train, run_grpo, argv)
 
 # %% ../nbs/06_grpo.ipynb #05c01741
 if __name__ == '__main__' and '__file__' in globals(): main()

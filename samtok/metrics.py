@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from pycocotools import mask as _coco
 from .masks import MaskError, _coco_rle, box_iou, check_mask, mask_to_box, rle_to_mask
+from .runs import _interval, _replicates
 from .show import outline
 
 # %% ../nbs/07_metrics.ipynb #50519a30
@@ -230,21 +231,15 @@ class GRES(RES):
         return figures
 
 # %% ../nbs/07_metrics.ipynb #7ec80a08
-def _replicates(metric, columns, n_boot, seed): # -> dict figure: (n_boot,) float64
-    n, rng = len(columns['n']), np.random.default_rng(seed)
-    step, drawn = max(1, int(4e6 // n)), []
-    for i in range(0, n_boot, step): drawn.append(metric._figures(columns, rng.multinomial(n, np.full(n, 1 / n), min(step, n_boot - i)).astype(np.float64)))
-    return {k: np.concatenate([d[k] for d in drawn]) for k in drawn[0]}
-
-def _interval(values, level, other): # replicates; value where none is finite
-    values = values[np.isfinite(values)]
-    return dict(zip(('low', 'high'), map(float, np.quantile(values, [(1 - level) / 2, (1 + level) / 2])))) if len(values) else dict(low=other, high=other)
+def _drawn(metric, columns, n_boot, seed): # -> dict figure: (n_boot,) float64
+    n = len(columns['n'])
+    return _replicates(lambda rng, b: metric._figures(columns, rng.multinomial(n, np.full(n, 1 / n), b).astype(np.float64)), n, n_boot, seed)
 
 def bootstrap_ci(metric, # Metric
                  n_boot=1000, seed=0, level=.95): # -> dict figure: dict(mean, low, high, n); mean is the figure itself
     "Compute every figure with its bootstrap confidence interval over samples."
     value, columns = metric.compute(), metric.table()[1]
-    return {k: dict(mean=value[k], **_interval(v, level, value[k]), n=value['n']) for k, v in _replicates(metric, columns, n_boot, seed).items()}
+    return {k: dict(mean=value[k], **_interval(v, level, value[k]), n=value['n']) for k, v in _drawn(metric, columns, n_boot, seed).items()}
 
 # %% ../nbs/07_metrics.ipynb #0773dab7
 def _paired(a, b): # two Metric -> columns of both, in the same order of samples
@@ -260,7 +255,7 @@ def paired_test(a, b, # Metric of two models on the same samples
     "Test by paired bootstrap whether two models differ; difference = a - b, p is two-sided."
     if differ := _differ(a, b): raise MetricError(f'{a!r} and {b!r} count differently ({", ".join(differ)}): use the same convention and options for both.')
     va, vb, columns, out = a.compute(), b.compute(), _paired(a, b), {}
-    ra, rb = (_replicates(m, c, n_boot, seed) for m, c in zip((a, b), columns))
+    ra, rb = (_drawn(m, c, n_boot, seed) for m, c in zip((a, b), columns))
     for k in (k for k in ra if k in rb):
         drawn, diff = ra[k] - rb[k], va[k] - vb[k]
         drawn = drawn[np.isfinite(drawn)]

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['RewardError', 'reply_text', 'split_reply', 'ColumnError', 'MaskReward', 'best_matching', 'DecodedMaskReward',
            'FormatReward', 'NoTargetReward', 'read_triplets', 'NonRepeatReward', 'grounded', 'GroundedMaskReward',
-           'PhraseReward', 'TripletReward', 'WeightedReward', 'combine', 'task_rewards', 'SafeReward', 'safe',
-           'advantages', 'find_exploits', 'RewardReport', 'reward_report']
+           'PhraseReward', 'TripletReward', 'WeightedReward', 'combine', 'task_rewards', 'find_reward', 'SafeReward',
+           'safe', 'advantages', 'find_exploits', 'RewardReport', 'reward_report']
 
 # %% ../nbs/05_rewards.ipynb #2a85fce2
 import json, math, re
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from hashlib import sha1
+from importlib import import_module
 import numpy as np
 from .masks import mask_to_rle, rle_iou
-from .runs import mean_ci
+from .runs import RunError, mean_ci
 from .show import table
 from .words import MaskVocab
 
@@ -394,6 +395,13 @@ def task_rewards(
                  no_target=lambda: [NoTargetReward(**v), NonRepeatReward(**v)])
     if task not in lists: raise RewardError(f"There are no rewards for {task!r}; choose one of {', '.join(lists)}.")
     return lists[task]()
+
+def find_reward(name): # "paper", "released", "graded", "decoded", or "module:name" -> what module:name is, None for the others; raises RunError
+    "Check the name of a run's mask reward, before anything heavy is loaded."
+    module, own, what = name.partition(":")
+    if not own and name not in (choices := [*_MODES, "decoded"]): raise RunError(f"There is no reward {name!r}: choose one of {', '.join(choices)}, or give module:name for one of your own.")
+    try: return getattr(import_module(module), what) if own else None
+    except (ImportError, AttributeError, ValueError) as e: raise RunError(f"The reward {name} cannot be loaded ({e}): give module:name, with the module in this folder or installed.") from e
 
 # %% ../nbs/05_rewards.ipynb #129190ef
 @dataclass

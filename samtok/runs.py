@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RunError', 'atomic_write', 'data_file', 'resolve_scale', 'load_scale', 'check_gpus', 'seed_everything', 'environment',
-           'read_rows', 'Run', 'mean_ci', 'parse_args', 'launch', 'watch', 'progress', 'pool_map']
+           'read_rows', 'Run', 'mean_ci', 'parse_args', 'run_main', 'launch', 'watch', 'progress', 'pool_map']
 
 # %% ../nbs/00d_runs.ipynb #66953e55
 import argparse, json, math, os, platform, random, subprocess, sys, time
@@ -169,16 +169,23 @@ def _save_result(self, metrics, # dict; values: numbers, lists, or dicts of mean
 Run.save_result = _save_result
 
 # %% ../nbs/00d_runs.ipynb #f56e2f11
+def _replicates(draw, n, n_boot, seed): # function of a generator and b, which draws n of n values b times -> dict figure: (b,); all n_boot of them
+    rng, step = np.random.default_rng(seed), max(1, int(4e6 // n))
+    drawn = [draw(rng, min(step, n_boot - i)) for i in range(0, n_boot, step)]
+    return {k: np.concatenate([d[k] for d in drawn]) for k in drawn[0]}
+
+def _interval(values, level, other=float('nan')): # replicates; what stands for both ends where none is finite -> dict(low, high)
+    values = values[np.isfinite(values)]
+    return dict(zip(('low', 'high'), map(float, np.quantile(values, [(1 - level) / 2, (1 + level) / 2])))) if len(values) else dict(low=other, high=other)
+
 def mean_ci(values, # list or array of numbers
             n_boot=1000, seed=0, level=.95): # -> dict(mean, low, high, n); raises RunError for NaN or no values
     "Compute a mean with its bootstrap confidence interval."
     v = np.asarray(values, np.float64).ravel()
     if not len(v): raise RunError('There are no values to average.')
     if not np.isfinite(v).all(): raise RunError(f'{int((~np.isfinite(v)).sum())} of {len(v)} values are not finite: decide what they count as first.')
-    rng, step = np.random.default_rng(seed), max(1, int(2e7 // len(v)))
-    means = np.concatenate([v[rng.integers(0, len(v), (min(step, n_boot - i), len(v)))].mean(1) for i in range(0, n_boot, step)])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return dict(mean=round(float(v.mean()), 6), low=round(float(low), 6), high=round(float(high), 6), n=len(v))
+    drawn = _replicates(lambda rng, b: dict(mean=v[rng.integers(0, len(v), (b, len(v)))].mean(1)), len(v), n_boot, seed)
+    return {k: round(x, 6) for k, x in dict(mean=float(v.mean()), **_interval(drawn['mean'], level)).items()} | dict(n=len(v))
 
 # %% ../nbs/00d_runs.ipynb #68abbfc6
 def _typed(default):
@@ -197,6 +204,21 @@ def parse_args(defaults, # dict name -> value
     p = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
     for k, v in defaults.items(): p.add_argument(f'--{k}', type=_typed(v), default=v, help=(help or {}).get(k, '') + f' (default: {v})'.replace('%', '%%'))
     return vars(p.parse_args(argv))
+
+# %% ../nbs/00d_runs.ipynb #a2f49c08
+def run_main(name,     # of the run, for example "train_tokenizer"
+             load,     # function of scale, gpus and what is in `first` -> dict of parameters
+             train, run, # functions of parameters and a run folder -> result dict or None: in this process; in as many as it takes
+             argv=None, **first): # first: further options that decide on the defaults, with theirs
+    "Run a module of the package from the command line: every parameter of the scale's file is an option."
+    argv, first = sys.argv[1:] if argv is None else argv, dict(scale='auto', gpus=0) | first
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for k, v in first.items(): p.add_argument(f'--{k}', type=_typed(v), default=v)
+    defaults = load(**vars(p.parse_known_args(argv)[0]))
+    args = parse_args({**first, **defaults, 'out': f"runs/{name}_{defaults['scale']}"}, argv, prog=f'samtok.{name}')
+    path, args = args['out'], {k: args[k] for k in defaults}
+    result = train(args, path) if 'RANK' in os.environ else run(args, path)
+    if result: print(json.dumps(result['metrics'], indent=1))
 
 # %% ../nbs/00d_runs.ipynb #8a56ecb6
 def launch(module,   # name of a module with a command line, "samtok.train_tokenizer"

@@ -258,6 +258,19 @@ def _look(params, model, processor, vocab, run): # a twin learns to see before i
         for p in tower(model, merger=params['remember']): p.requires_grad_(False)
     if run.main: atomic_write(run.path / 'look.jsonl', ''.join(json.dumps(r) + '\n' for r in rows))
 
+def _remember(params, model, rows, reads): # each scene is looked at once; with workers many cores draw all of them first
+    if params['workers']: rows.chat.sketch_ahead(params['workers']); reads.draw_ahead(params['workers'])
+    remember_images(model, reads.draw)
+
+def _trained(params, trainer): # -> the model as it is to be used and saved
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if params['remember']: forget_images(model)
+    if not torch.cuda.is_available(): torch.set_num_threads(os.cpu_count())      # torchrun gives each process one
+    model = model.merge_and_unload() if hasattr(model, 'merge_and_unload') else model
+    for c in (model.config, model.config.get_text_config()): c.use_cache = True   # training switched it off
+    return model.eval()
+
+# %% ../nbs/04_sft.ipynb #93335777
 def train(params, path, on_log=None): # dict of load_params; run folder; called with all rows -> result dict, None on other ranks
     "Fine-tune; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
@@ -272,20 +285,14 @@ def train(params, path, on_log=None): # dict of load_params; run folder; called 
     if (n := trainer.accelerator.num_processes) != processes(params): raise RunError(f"{n} processes run, {processes(params)} were asked for: start with torchrun or through run_sft().")
     last = _last(Path(path) / 'checkpoints')
     if params['look_steps'] and not last: _look(params, trainer.accelerator.unwrap_model(trainer.model), processor, vocab, run)
-    if params['remember']:
-        if params['workers']: rows.chat.sketch_ahead(params['workers']); reads.draw_ahead(params['workers']) # many cores draw all scenes first
-        remember_images(trainer.accelerator.unwrap_model(trainer.model), reads.draw)
+    if params['remember']: _remember(params, trainer.accelerator.unwrap_model(trainer.model), rows, reads)
     run.truncate(int(last.name.split('-')[1]) if last else 0)
     started = time.time()
     try: trainer.train(resume_from_checkpoint=str(last) if last else None)
     except torch.OutOfMemoryError as e: raise RunError(_memory(params, processor)) from e
     if not run.main: return None
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if params['remember']: forget_images(model)
-    if not torch.cuda.is_available(): torch.set_num_threads(os.cpu_count())      # torchrun gives each process one
-    model = model.merge_and_unload() if hasattr(model, 'merge_and_unload') else model
-    for c in (model.config, model.config.get_text_config()): c.use_cache = True   # training switched it off; what is saved is to be generated with
-    return finish(run, MaskVLM(model, processor, tokenizer) if tokenizer else (model.eval(), processor), time.time() - started)
+    model = _trained(params, trainer)
+    return finish(run, MaskVLM(model, processor, tokenizer) if tokenizer else (model, processor), time.time() - started)
 
 # %% ../nbs/04_sft.ipynb #4a51bbfa
 def heldout_refer(n, split='heldout', share=.25, seed=0): # expressions, split of ShapeWorld, share without target -> list of (scene, text, ids, kind)

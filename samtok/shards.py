@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from .chat import fill, mask_words
-from .data import DataError, Mixture, Report, read_image
+from .data import DataError, Mixture, Report, _leaves, read_image
 from .runs import Run, RunError, atomic_write, data_file, parse_args, pool_map, progress
 from .shapeworld import ShapeWorld, render
 
@@ -84,8 +84,6 @@ def open_mixture(spec): # dict of name and arguments, or a list of these with we
     return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else Mixture(parts)
 
 # %% ../nbs/03f_shards.ipynb #f8d2774b
-def _leaves(dataset): return [leaf for d, _ in dataset.parts for leaf in _leaves(d)] if hasattr(dataset, 'parts') else [dataset]
-
 def make_shard(dataset, block, tokenizer, batch=8): # ChatDataset or Mixture; [(epoch, record)]; MaskTokenizer; conversations in one pass -> rows, dict of counts
     "Tokenize a range of records."
     report, rows = Report(), []

@@ -315,6 +315,17 @@ def _forward(self, pixels, # (B,3,S,S) float, as of prepare_image
 MaskTokenizer.forward = _forward
 
 # %% ../nbs/02_tokenizer.ipynb #7418168f
+def _not_there(name, e): # hub id, what fetching it raised -> sentence; None where the hub knows it
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    kinds = {RepositoryNotFoundError: 'does the hub know it (or show it to you)', HFValidationError: 'is it a valid hub id', LocalEntryNotFoundError: 'could the hub be reached', ConnectionError: 'could the hub be reached'}
+    why = next((w for cause in (e, e.__cause__, e.__context__) for kind, w in kinds.items() if isinstance(cause, kind)), None)
+    return why and f'Neither is there a folder {name} here, nor {why}: correct the path or the id, or fetch the files where there is a network and give their folder.'
+
+def _fetch(name, patterns, **kwargs): # hub id, names of files -> Path of the folder that has them; raises CheckpointError
+    from huggingface_hub import snapshot_download
+    try: return Path(snapshot_download(str(name), allow_patterns=patterns, **kwargs))
+    except (OSError, ValueError) as e: raise CheckpointError(_not_there(name, e) or f'{name} could not be fetched: {type(e).__name__}: {str(e).splitlines()[0][:200]}') from e
+
 @classmethod
 def _from_pretrained(cls, name, # a folder, "toy", or a hub id such as "user/tokenizer"
                      **kwargs): # device: str; others go to huggingface_hub
@@ -324,11 +335,10 @@ def _from_pretrained(cls, name, # a folder, "toy", or a hub id such as "user/tok
     try:
         if path.is_dir(): return _load_folder(cls, path).to(device)
         if path.exists() or str(name).count('/') != 1 or str(name).startswith(('.', '/', '~')): raise CheckpointError(f'{name} is not a folder with a tokenizer. Give a folder, "toy", or a hub id "user/name".')
-        from huggingface_hub import snapshot_download
-        return _load_folder(cls, Path(snapshot_download(str(name), allow_patterns=['config.json', 'model.safetensors'], **kwargs))).to(device)
+        return _load_folder(cls, _fetch(name, ['config.json', 'model.safetensors'], **kwargs)).to(device)
     except (OSError, ValueError) as e:
         if isinstance(e, CheckpointError): raise
-        raise CheckpointError(f'The tokenizer {name} could not be fetched or read: {type(e).__name__}: {str(e).splitlines()[0][:200]}') from e
+        raise CheckpointError(f'The tokenizer {name} could not be read: {type(e).__name__}: {str(e).splitlines()[0][:200]}') from e
 
 # %% ../nbs/02_tokenizer.ipynb #02185c0f
 def _load_folder(cls, path):

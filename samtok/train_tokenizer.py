@@ -9,7 +9,7 @@ __all__ = ['load_params', 'tokenizer_config', 'training_data', 'heldout_data', '
            'main']
 
 # %% ../nbs/02a_train_tokenizer.ipynb #d566fbe6
-import argparse, json, math, os, sys, time
+import json, math, os, time
 from dataclasses import dataclass, fields
 from pathlib import Path
 import numpy as np
@@ -21,7 +21,7 @@ from .formats import open_dataset
 from .losses import candidate_loss, logit_iou, mask_terms
 from .masks import mask_iou_pairs
 from .quantizer import code_usage
-from .runs import Run, check_gpus, data_file, launch, load_scale, mean_ci, parse_args, progress, seed_everything, watch
+from .runs import Run, check_gpus, data_file, launch, load_scale, mean_ci, progress, run_main, seed_everything, watch
 from .shapeworld import ShapeWorld
 from .tokenizer import MaskTokenizer, TokenizerConfig, mask_prompts, prepare_image
 
@@ -307,14 +307,7 @@ def masks_per_second(params, masks_per_image, n=16, repeats=3): # n masks in all
 # %% ../nbs/02a_train_tokenizer.ipynb #95bfb961
 def main(argv=None):
     "Train from the command line; every parameter of the scale's file is an option."
-    argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument('--scale', default='auto'); first.add_argument('--gpus', type=int, default=0)
-    defaults = load_params(**vars(first.parse_known_args(argv)[0]))
-    args = parse_args({**defaults, 'out': f"runs/train_tokenizer_{defaults['scale']}"}, argv, prog='samtok.train_tokenizer')
-    path = args.pop('out')
-    result = train(args, path) if 'RANK' in os.environ else run_training(args, path)
-    if result: print(json.dumps(result['metrics'], indent=1))
+    run_main('train_tokenizer', load_params, train, run_training, argv)
 
 # %% ../nbs/02a_train_tokenizer.ipynb #9ad0d9fc
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -16,7 +16,7 @@ from .chat import PROMPTS, Conversation, caption_chat, fill, mask_array, read_an
 from .data import read_image
 from .grammar import AnswerGrammar, MaskGrammar, VLMError, count_mask_words, mask_word_ids
 from .runs import data_file
-from .tokenizer import ImageEmbedding, MaskTokenizer
+from .tokenizer import ImageEmbedding, MaskTokenizer, _fetch, _not_there
 
 # %% ../nbs/03_vlm.ipynb #9d06674b
 def matrices(model): # -> input embedding, output head (or None), is it one matrix?
@@ -57,7 +57,7 @@ def load_vlm(name,   # folder, or hub id "user/name"
     from transformers import AutoModelForImageTextToText, AutoProcessor
     if not Path(name).is_dir() and (Path(name).exists() or str(name).count('/') != 1 or str(name)[0] in './~'): raise VLMError(f'{Path(name).name} is not a folder with a model: give a folder, a hub id "user/name", or "toy".')
     try: return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False, **kwargs), AutoProcessor.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e: raise VLMError(f'The model {Path(name).name} could not be loaded ({type(e).__name__}): {" ".join(str(e).split())[:300]}') from e
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e: raise VLMError(not Path(name).is_dir() and _not_there(name, e) or f'The model {Path(name).name} could not be loaded ({type(e).__name__}): {" ".join(str(e).split())[:300]}') from e
 
 # %% ../nbs/03_vlm.ipynb #e7c97ebd
 @dataclass
@@ -107,13 +107,14 @@ class MaskVLM:
     def vocab(self): return self.tokenizer.vocab
     @classmethod
     def from_pretrained(cls, vlm='toy', # folder, hub id or "toy": model and processor with mask words
-                        tokenizer=None, # folder, hub id, "toy" or a MaskTokenizer; None: the folder `mask_tokenizer` in `vlm`
+                        tokenizer=None, # folder, hub id, "toy" or a MaskTokenizer; None: the folder `mask_tokenizer` in `vlm`, also on the hub
                         device='cpu', dtype=torch.float32, **kwargs): # kwargs go to the model; raises VLMError, CheckpointError
         "Load model, processor and mask tokenizer."
         name = data_file('toy', 'vlm') if str(vlm) == 'toy' else vlm
         if str(vlm) == 'toy' and tokenizer is None: tokenizer = data_file('toy', 'tokenizer_16')  # it is in the package once
         model, processor = load_vlm(name, dtype, **kwargs)
-        inner = Path(name) / 'mask_tokenizer'
+        hub = {k: v for k, v in kwargs.items() if k in ('revision', 'token', 'cache_dir', 'local_files_only')}
+        inner = (Path(name) if tokenizer is not None or Path(name).is_dir() else _fetch(name, ['mask_tokenizer/*'], **hub)) / 'mask_tokenizer'
         if tokenizer is None and not inner.is_dir(): raise VLMError(f'{Path(name).name} comes without a mask tokenizer: name it, tokenizer=... (a folder, a hub id, or "toy").')
         if not isinstance(tokenizer, MaskTokenizer): tokenizer = MaskTokenizer.from_pretrained(inner if tokenizer is None else tokenizer)
         return cls(model.to(device), processor, tokenizer.to(device))
