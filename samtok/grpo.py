@@ -134,7 +134,7 @@ class _Log(TrainerCallback): # the trainer's log, and held-out scenes now and th
         terms = {t: logs.get(f'rewards/{t}/mean') for t in self.terms}           # None where no reply of the step has the term
         row = {a: float(logs[b]) for a, b in _NAMES.items() if logs.get(b) is not None} | {t: None if v is None else float(v) for t, v in terms.items()}
         every = self.run.params['eval_every']
-        if every and state.global_step % every < args.logging_steps: row |= summary(evaluate_refer(self.vlm, self.asked))
+        if every and state.global_step % every < args.logging_steps: row |= {f'heldout_{k}': v for k, v in summary(evaluate_refer(self.vlm, self.asked)).items()}
         self.run.log(state.global_step, **row, seconds=round(time.time() - self.started, 1))
         if self.tell: self.tell(self.run.rows())
 
@@ -160,7 +160,7 @@ def make_trainer(params, path, vlm, rows, callbacks=()): # -> MaskGRPOTrainer
 # %% ../nbs/06_grpo.ipynb #f5473f7f
 def load_policy(params): # -> MaskVLM
     "Load the model to start from."
-    return MaskVLM.from_pretrained(params['model'], tokenizer_path(params['tokenizer']) or None, dtype=torch.bfloat16 if params['bf16'] and params['gpus'] and params['device'] != 'cpu' else torch.float32)
+    return MaskVLM.from_pretrained(tokenizer_path(params['model']), tokenizer_path(params['tokenizer']) or None, dtype=torch.bfloat16 if params['bf16'] and params['gpus'] and params['device'] != 'cpu' else torch.float32)
 
 def train(params, path, on_log=None): # dict of load_params; run folder; called with all rows -> result dict, None on other ranks
     "Run GRPO; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
@@ -201,7 +201,8 @@ def finish(run, vlm, asked, rewards, seconds): # Run, MaskVLM, held-out expressi
         metrics |= compare(before, after)
         said, wanted, rows = final_replies(vlm, p, min(48, p['eval_n']))
         report = reward_report(said, wanted, [MaskReward('paper', vocab=vlm.vocab), NoTargetReward(vocab=vlm.vocab)], p['replies'])
-        metrics |= dict(exploits=[dict(r) for r in report.cheats()], silent=report.silent(), malformed=int(sum(not s.ok for t in said for s in vlm.vocab.parse(t))), sampled=len(said))
+        patterns = [dict(r) for r in report.cheats()]                              # what looks like cheating; an exploit is what earns more than the other replies
+        metrics |= dict(exploits=[r for r in patterns if r['mean_total'] > r['mean_total_of_others']], patterns=patterns, silent=report.silent(), malformed=int(sum(not s.ok for t in said for s in vlm.vocab.parse(t))), sampled=len(said))
     base = load_params(p['scale'], p['gpus'])
     given = ''.join(f' -p {k} {v}' for k, v in p.items() if base.get(k) != v and not isinstance(v, dict))
     run.save_result(metrics, n=p['eval_n'], seconds=round(seconds, 1), command=f"papermill nbs/06_grpo.ipynb out.ipynb -p scale {p['scale']}" + (f" -p gpus {p['gpus']}" if p['gpus'] else '') + given)

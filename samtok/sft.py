@@ -9,7 +9,7 @@ __all__ = ['CAPTION', 'load_params', 'processes', 'ChatCollator', 'SceneRows', '
            'run_sft', 'main']
 
 # %% ../nbs/04_sft.ipynb #90db874a
-import argparse, json, os, re, sys, time
+import json, os, re, time
 from pathlib import Path
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from .chat import PROMPTS, ChatError, Conversation, to_messages
 from .data import ImageError, Report, read_image
 from .look import forget_images, mimetic_start, own_directions, remember_images, token_grid, warm_up_vision
 from .masks import mask_iou_pairs, masks_to_boxes
-from .runs import Run, RunError, atomic_write, check_gpus, data_file, launch, load_scale, mean_ci, parse_args, pool_map, progress, seed_everything, watch
+from .runs import Run, RunError, atomic_write, check_gpus, data_file, launch, load_scale, mean_ci, pool_map, progress, run_main, seed_everything, watch
 from .scenes import KINDS, PHRASES, toy_corpus, SceneChat, read_caption, refer
 from .shapeworld import ShapeWorld, render
 from .shards import chat_row, code_table
@@ -390,14 +390,7 @@ def run_sft(params, path, on_log=None): # -> result dict
 
 def main(argv=None):
     "Fine-tune from the command line; every parameter of the scale's file is an option."
-    argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument('--scale', default='auto'); first.add_argument('--gpus', type=int, default=0); first.add_argument('--recipe', default='')
-    defaults = load_params(**vars(first.parse_known_args(argv)[0]))
-    args = parse_args({**defaults, 'recipe': '', 'out': f"runs/sft_{defaults['scale']}"}, argv, prog='samtok.sft')
-    path, _ = args.pop('out'), args.pop('recipe')
-    result = train(args, path) if 'RANK' in os.environ else run_sft(args, path)
-    if result: print(json.dumps(result['metrics'], indent=1))
+    run_main('sft', load_params, train, run_sft, argv, recipe='')
 
 # %% ../nbs/04_sft.ipynb #3b163266
 if __name__ == '__main__' and '__file__' in globals(): main()
