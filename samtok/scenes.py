@@ -94,10 +94,11 @@ def refer_nothing(rng, graph): # -> (text, []), or None
 REFER = dict(attributes=refer_attributes, relation=refer_relation, order=refer_order, place=refer_place, nothing=refer_nothing)
 REFER_SHARE = dict(attributes=.45, relation=.13, order=.1, place=.12, nothing=.2)
 
-def refer(rng, graph, kind=None): # -> (text, ids, kind)
+def refer(rng, graph, kind=None, nothing=.2): # one of REFER, None: any; share of expressions without a target -> (text, ids, kind)
     "Draw a referring expression and what it means."
+    share = [nothing if k == 'nothing' else p * (1 - nothing) / .8 for k, p in REFER_SHARE.items()]
     while True:
-        k = kind or str(rng.choice(list(REFER), p=list(REFER_SHARE.values())))
+        k = kind or str(rng.choice(list(REFER), p=share))
         if found := REFER[k](rng, graph): return *found, k
         if kind and kind != 'attributes': kind = None
 
@@ -139,10 +140,10 @@ class _Talk: # a conversation about one scene while it is made; masks are number
         return answer_masks([labels[k] if labels else self.graph['objects'][k]['shape'] for k in ids], [self.number[k] for k in ids])
 
 # %% ../nbs/03c_scenes.ipynb #58c052ff
-def ask_refer(t, kind=None):
+def ask_refer(t, kind=None, nothing=.2):
     "Ask for what an expression means; objects too small to be a region are not asked for."
     for _ in range(20):
-        text, ids, _kind = refer(t.rng, t.graph, kind)
+        text, ids, _kind = refer(t.rng, t.graph, kind, nothing)
         if all(k in t.big for k in ids) and (not ids or any(k not in t.number for k in ids)): break
     else: return
     t.say(PROMPTS['refer'].format(phrase=text), t.answer(ids))
@@ -208,9 +209,10 @@ class SceneChat(ChatDataset):
                  rounds=6,         # questions about a scene; fewer where no more can be asked
                  share=None,       # dict task -> weight; None: ASK_SHARE
                  kind=None,        # only one kind of referring expression, see REFER
+                 nothing=.2,       # share of referring expressions that mean nothing that is there
                  length=0):        # end the talk at about so many words and masks, so that conversations are of like length; 0: by rounds only
         super().__init__()
-        self.length = length
+        self.length, self.nothing = length, nothing
         self.world, self.rounds, self.share, self.kind, self._sketches = world or ShapeWorld(), rounds, share or ASK_SHARE, kind, {}
     def __len__(self): return len(self.world)
     def records(self): return self.world.records()
@@ -231,7 +233,7 @@ def _conversation(self, record, scene, image, masks):
     for _ in range(200):                                                     # far more than it takes, unless nothing is left to ask
         if len(t.rounds) >= self.rounds or self.length and t.length() >= self.length: break
         task = str(rng.choice(list(self.share), p=np.array(list(self.share.values())) / sum(self.share.values())))
-        ASK[task](t, **(dict(kind=self.kind) if task == 'refer' else {}))
+        ASK[task](t, **(dict(kind=self.kind, nothing=self.nothing) if task == 'refer' else {}))
     messages = [dict(role=r, content=c) for q, a in t.rounds for r, c in (('user', q), ('assistant', a))]
     messages[0]['content'] = '<image:0>\n' + messages[0]['content']
     return Conversation(messages, [image], masks(t), id=scene.id, dataset=self.name, task='scene', keys=[(record, k) for k in t.number])
