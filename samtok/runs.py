@@ -268,7 +268,7 @@ _job = None                                                                     
 def _do(item): return _job(item)
 
 def pool_map(fn, items, workers=0): # function of an item, iterable; processes, 0: this one -> iterator over fn(item), in order
-    "Map in forked processes."
+    "Map in forked processes; the function must not call torch."
     global _job
     if not workers or 'fork' not in get_all_start_methods():
         yield from map(fn, items)
