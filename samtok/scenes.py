@@ -94,9 +94,9 @@ def refer_nothing(rng, graph): # -> (text, []), or None
 REFER = dict(attributes=refer_attributes, relation=refer_relation, order=refer_order, place=refer_place, nothing=refer_nothing)
 REFER_SHARE = dict(attributes=.45, relation=.13, order=.1, place=.12, nothing=.2)
 
-def refer(rng, graph, kind=None, nothing=.2): # one of REFER, None: any; share of expressions without a target -> (text, ids, kind)
+def refer(rng, graph, kind=None, nothing=REFER_SHARE['nothing']): # one of REFER, None: any; share of expressions without a target -> (text, ids, kind)
     "Draw a referring expression and what it means."
-    share = [nothing if k == 'nothing' else p * (1 - nothing) / .8 for k, p in REFER_SHARE.items()]
+    share = [nothing if k == 'nothing' else p * (1 - nothing) / (1 - REFER_SHARE['nothing']) for k, p in REFER_SHARE.items()]
     while True:
         k = kind or str(rng.choice(list(REFER), p=share))
         if found := REFER[k](rng, graph): return *found, k
@@ -140,7 +140,7 @@ class _Talk: # a conversation about one scene while it is made; masks are number
         return answer_masks([labels[k] if labels else self.graph['objects'][k]['shape'] for k in ids], [self.number[k] for k in ids])
 
 # %% ../nbs/03c_scenes.ipynb #58c052ff
-def ask_refer(t, kind=None, nothing=.2):
+def ask_refer(t, kind=None, nothing=REFER_SHARE['nothing']):
     "Ask for what an expression means; objects too small to be a region are not asked for."
     for _ in range(20):
         text, ids, _kind = refer(t.rng, t.graph, kind, nothing)
@@ -209,7 +209,7 @@ class SceneChat(ChatDataset):
                  rounds=6,         # questions about a scene; fewer where no more can be asked
                  share=None,       # dict task -> weight; None: ASK_SHARE
                  kind=None,        # only one kind of referring expression, see REFER
-                 nothing=.2,       # share of referring expressions that mean nothing that is there
+                 nothing=REFER_SHARE['nothing'], # share of referring expressions that mean nothing that is there
                  length=0):        # end the talk at about so many words and masks, so that conversations are of like length; 0: by rounds only
         super().__init__()
         self.length, self.nothing = length, nothing
