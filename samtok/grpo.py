@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['load_params', 'scene_prompts', 'shard_prompts', 'mask_rewards', 'MaskGRPOTrainer', 'grpo_config', 'summary',
-           'make_trainer', 'load_policy', 'train', 'final_replies', 'finish', 'compare', 'run_grpo', 'main']
+           'make_trainer', 'load_policy', 'train', 'final_replies', 'exploits', 'searched', 'finish', 'compare',
+           'run_grpo', 'main']
 
 # %% ../nbs/06_grpo.ipynb #b23ec738
 import json, os, time
@@ -160,7 +161,7 @@ def make_trainer(params, path, vlm, rows, callbacks=()): # -> MaskGRPOTrainer
 # %% ../nbs/06_grpo.ipynb #f5473f7f
 def load_policy(params): # -> MaskVLM
     "Load the model to start from."
-    return MaskVLM.from_pretrained(tokenizer_path(params['model']), tokenizer_path(params['tokenizer']) or None, dtype=torch.bfloat16 if params['bf16'] and params['gpus'] and params['device'] != 'cpu' else torch.float32)
+    return MaskVLM.from_pretrained(tokenizer_path(params['model']), tokenizer_path(params['tokenizer']) or None, dtype=getattr(torch, params['dtype']))
 
 def train(params, path, on_log=None): # dict of load_params; run folder; called with all rows -> result dict, None on other ranks
     "Run GRPO; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
@@ -191,18 +192,32 @@ def final_replies(vlm, params, n=32, seed=99): # MaskVLM, parameters, prompts ->
     return said, [r['answer'] for r in rows for _ in range(params['replies'])], rows
 
 # %% ../nbs/06_grpo.ipynb #72b50954
+def exploits(before, after): # RewardReport of the start and of the policy, on the same prompts -> list of dict, one for each pattern that was found
+    "Compare what looks like cheating; an exploit has become more frequent, or earns more than the other replies of its group (intervals over groups above zero)."
+    rows = []
+    for kind in dict.fromkeys(k for r in (before, after) for e in r.exploits for k in e):
+        at = [np.array([kind in e for e in r.exploits]).reshape(-1, r.group_size) for r in (before, after)]
+        more, earned = mean_ci(at[1].mean(1) - at[0].mean(1)), mean_ci((at[1] * after.advantages.reshape(at[1].shape)).mean(1))
+        rows.append(dict(found=kind.replace('_', ' '), replies_before=int(at[0].sum()), replies_after=int(at[1].sum()), more=more, earned=earned, exploit=more['low'] > 0 or earned['low'] > 0))
+    return rows
+
+def searched(vlm, params, n): # MaskVLM, parameters, prompts -> RewardReport of sampled replies
+    "Let a policy write as in training and score what it wrote with the paper's reward."
+    said, wanted, _ = final_replies(vlm, params, n)
+    return reward_report(said, wanted, [MaskReward('paper', vocab=vlm.vocab), NoTargetReward(vocab=vlm.vocab)], params['replies'])
+
+# %% ../nbs/06_grpo.ipynb #f7a2e584
 def finish(run, vlm, asked, rewards, seconds): # Run, MaskVLM, held-out expressions, rewards of the run -> result dict
     "Save the policy, compare it with where it started, look for exploits, write the result."
     p = run.params
     vlm.save_pretrained(run.path / 'vlm')
     metrics = dict(failed=sum(r.failed for r in rewards), failures=[f for r in rewards for f in r.failures][:5])
     if asked:
-        before, after = evaluate_refer(load_policy(p), asked), evaluate_refer(vlm, asked)
-        metrics |= compare(before, after)
-        said, wanted, rows = final_replies(vlm, p, min(48, p['eval_n']))
-        report = reward_report(said, wanted, [MaskReward('paper', vocab=vlm.vocab), NoTargetReward(vocab=vlm.vocab)], p['replies'])
-        patterns = [dict(r) for r in report.cheats()]                              # what looks like cheating; an exploit is what earns more than the other replies
-        metrics |= dict(exploits=[r for r in patterns if r['mean_total'] > r['mean_total_of_others']], patterns=patterns, silent=report.silent(), malformed=int(sum(not s.ok for t in said for s in vlm.vocab.parse(t))), sampled=len(said))
+        start = load_policy(p)
+        metrics |= compare(evaluate_refer(start, asked), evaluate_refer(vlm, asked))
+        before, after = (searched(v, p, min(48, p['eval_n'])) for v in (start, vlm))
+        patterns = exploits(before, after)
+        metrics |= dict(exploits=[r['found'] for r in patterns if r['exploit']], patterns=patterns, silent_before=before.silent(), silent=after.silent(), malformed=int(sum(not s.ok for t in after.replies for s in vlm.vocab.parse(t))), sampled=len(after.replies))
     base = load_params(p['scale'], p['gpus'])
     given = ''.join(f' -p {k} {v}' for k, v in p.items() if base.get(k) != v and not isinstance(v, dict))
     run.save_result(metrics, n=p['eval_n'], seconds=round(seconds, 1), command=f"papermill nbs/06_grpo.ipynb out.ipynb -p scale {p['scale']}" + (f" -p gpus {p['gpus']}" if p['gpus'] else '') + given)
@@ -218,7 +233,6 @@ def compare(before, after): # of evaluate_refer, on the same expressions -> dict
 # %% ../nbs/06_grpo.ipynb #156dba92
 def run_grpo(params, path, on_log=None): # -> result dict
     "Run GRPO in this process, or in one process for each GPU, watched."
-    find_reward(params['reward'])
     if processes(params) == 1: return train(params, path, on_log)
     watch(path, launch('samtok.grpo', dict(out=str(path), **params), gpus=params['gpus'], run_dir=path), on_log)
     return Run(path, params).result

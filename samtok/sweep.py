@@ -251,7 +251,7 @@ def plot_sweep(rows, # list of dict: parameters, and metrics as numbers or dict(
 
 # %% ../nbs/09_sweep.ipynb #5188e2a3
 _TOY = dict(scale='toy', init_from='toy', steps=80, continuous=0., lr=2e-4, warmup=10, start_batches=60, eval_scenes=85)
-_02A, _04, _08 = 'nbs/02a_train_tokenizer.ipynb', 'nbs/04_sft.ipynb', 'nbs/08_evaluate.ipynb'
+_02A, _04, _06, _08 = 'nbs/02a_train_tokenizer.ipynb', 'nbs/04_sft.ipynb', 'nbs/06_grpo.ipynb', 'nbs/08_evaluate.ipynb'
 _SIZES = [8, 16, 32, 64, 256]
 _sized = lambda size: f"runs/sweeps/sizes/{run_name(_02A, dict(codebook_size=size), _TOY)}/tokenizer"  # what the sweep `sizes` leaves behind
 
@@ -263,6 +263,7 @@ SWEEPS = {
     'constrained': dict(notebook=_08, grid=dict(constrained=[False, True]), fixed={}, show=('constrained', 'iou'), question='Does it help to allow only well-formed words?'),
     'policies': dict(notebook=_08, grid=dict(policy=['strict', 'flat', 'published_gres', 'published_gcg', 'published_single']), fixed={}, show=('policy', 'iou'), question='How much of a score is the reading of broken replies?'),
     'sft_data': dict(notebook=_04, grid=dict(epochs=[.125, .25, .5, 1.]), fixed=dict(scale='toy', steps=0), show=('epochs', 'iou'), question='How much data does fine-tuning need?'),
+    'rl': dict(notebook=_06, grid=dict(reward=['paper', 'graded', 'decoded'], seed=[0, 1, 2]), fixed=dict(scale='toy', steps=100, eval_every=0), show=('reward', 'score_difference'), question='Which reward improves what a model draws, and what it leaves undrawn?'),
     'sft_codebooks': dict(notebook=_04, grid=dict(tokenizer=[_sized(s) for s in _SIZES]), fixed=dict(scale='toy'), show=('tokenizer', 'iou'), question='How many words can a small language model learn to say?'),
 }
 
