@@ -10,7 +10,7 @@
 
 A check returns a list of problems, each a sentence that says where and what. The source is the notebooks, so every check reads files and none of them changes any.
 """
-import ast, base64, difflib, json, os, re, shutil, signal, subprocess, sys, tempfile, time, traceback
+import ast, base64, difflib, json, logging, os, re, shutil, signal, subprocess, sys, tempfile, time, traceback
 from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from functools import cache
@@ -68,9 +68,16 @@ def lint_notebook(file):
     tagged = sum('parameters' in c['metadata'].get('tags', []) for c in cells)
     runs = bool(re.match(RUN_NOTEBOOKS, file.name))
     if tagged != 1 if runs else tagged > (not is_source(file)): yield f'{tagged} cells are tagged `parameters`, {int(runs)} should be.'
+    if runs and (unread := unread_parameters(file, cells)): yield f"papermill cannot read the line of {', '.join(unread)}, so that its help page leaves it out: no quotes with brackets, = or ; in the comment."
     for i, cell in enumerate(cells): yield from (f'cell {i}: {p}' for p in lint_cell(cell, file))
     if not any(re.search(RUN_TIME, text(c)) for c in cells[:3] if c['cell_type'] == 'markdown'): yield 'does not say near its top how long it runs, for example *Runs in seconds on two CPU cores.*'
     if is_source(file): yield from lint_source(file, cells, codes)
+
+def unread_parameters(file, cells): # -> names in the parameters cell that papermill does not find
+    from papermill.inspection import inspect_notebook
+    logging.getLogger('papermill').setLevel(logging.ERROR)
+    named = [n.target.id for c in cells if 'parameters' in c['metadata'].get('tags', []) for n in parse(c) if isinstance(n, ast.AnnAssign)]
+    return sorted(set(named) - set(inspect_notebook(str(file))))
 
 def lint_cell(cell, file):
     source = text(cell)

@@ -20,7 +20,7 @@ from .data import ImageError, Report, read_image
 from .look import forget_images, mimetic_start, own_directions, remember_images, token_grid, warm_up_vision
 from .masks import mask_iou_pairs, masks_to_boxes
 from .runs import Run, RunError, atomic_write, check_gpus, data_file, launch, load_scale, mean_ci, pool_map, progress, run_main, seed_everything, watch
-from .scenes import KINDS, PHRASES, toy_corpus, SceneChat, read_caption, refer
+from .scenes import ASK_SHARE, KINDS, PHRASES, toy_corpus, SceneChat, read_caption, refer
 from .shapeworld import ShapeWorld, render
 from .shards import chat_row, code_table
 from .tokenizer import MaskTokenizer
@@ -138,13 +138,14 @@ def training_rows(params, vocab): # -> rows with len and [i]
     "Open the training data: ShapeWorld with its codes, or a list of tokenised shards with weights."
     if params['data'] == 'shapeworld':
         table = code_table(_file(params['codes']), vocab) if vocab else None
-        chat = SceneChat(ShapeWorld(len(table) if vocab else params['scenes'], 'train'), params['rounds'], nothing=params['nothing'], length=params['length'])
+        chat = SceneChat(ShapeWorld(len(table) if vocab else params['scenes'], 'train'), params['rounds'], _tasks(params['refer']), nothing=params['nothing'], length=params['length'])
         return SceneRows(chat, table or (lambda c: [_corners(chat._sketches[i].boxes[k], chat.world.size) for i, k in c.keys]), params['epochs'], params['opening'], not params['remember'])
     from datasets import load_dataset
     rows = json.loads(_file(params['data']).read_text()) if str(params['data']).endswith('.json') else [dict(path=params['data'])]
     parts = [(load_dataset('parquet', data_files=str(Path(r['path']) / '*.parquet'), split='train'), r.get('weight', 1.)) for r in rows]
     return Mix([(d, w * params['epochs']) for d, w in parts], params['seed'])
 
+def _tasks(refer): return {k: refer if k == 'refer' else v * (1 - refer) / (1 - ASK_SHARE['refer']) for k, v in ASK_SHARE.items()}
 def _file(name): return Path(name) if Path(name).exists() else data_file(*Path(name).parts)  # of the user, or of the package's data folder
 def tokenizer_path(name): return data_file(*Path(name).parts) if str(name).startswith('toy/') else name                   # and base models of the package
 
