@@ -176,7 +176,8 @@ def train(params, path, on_log=None): # dict of load_params; run folder; called 
     last = _last(Path(path) / 'checkpoints')
     run.truncate(int(last.name.split('-')[1]) if last else 0)
     started = time.time()
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    try: trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except torch.OutOfMemoryError as e: raise RunError(f"The GPU's memory is full with {params['batch']} replies of up to {params['max_new_tokens']} tokens at a time: lower batch (and raise accumulate {params['accumulate']} as much) or max_new_tokens, or set gradient_checkpointing.") from e
     if not run.main: return None
     model = trainer.accelerator.unwrap_model(trainer.model)
     vlm.model = (model.merge_and_unload() if hasattr(model, 'merge_and_unload') else model).eval()

@@ -138,7 +138,7 @@ def training_rows(params, vocab): # -> rows with len and [i]
     "Open the training data: ShapeWorld with its codes, or a list of tokenised shards with weights."
     if params['data'] == 'shapeworld':
         table = code_table(_file(params['codes']), vocab) if vocab else None
-        chat = SceneChat(ShapeWorld(len(table) if vocab else params['scenes'], 'train'), params['rounds'], _tasks(params['refer']), nothing=params['nothing'], length=params['length'])
+        chat = SceneChat(ShapeWorld(len(table) if vocab else params['scenes'], 'train'), params['rounds'], _tasks(params['refer_share']), nothing=params['nothing'], length=params['length'])
         return SceneRows(chat, table or (lambda c: [_corners(chat._sketches[i].boxes[k], chat.world.size) for i, k in c.keys]), params['epochs'], params['opening'], not params['remember'])
     from datasets import load_dataset
     rows = json.loads(_file(params['data']).read_text()) if str(params['data']).endswith('.json') else [dict(path=params['data'])]

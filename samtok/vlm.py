@@ -51,12 +51,15 @@ def add_mask_words(model,     # any Hugging Face model that writes text
     return dict(added=added, ids=ids.numpy(), rows=emb.weight.shape[0], resized=resized, tied=tied)
 
 # %% ../nbs/03_vlm.ipynb #d90ffa43
+_HUB = ('revision', 'token', 'cache_dir', 'local_files_only') # what model, processor and tokenizer are all fetched with
+
 def load_vlm(name,   # folder, or hub id "user/name"
              dtype=torch.float32, **kwargs): # kwargs go to the model's from_pretrained -> model, processor; raises VLMError
     "Load a model and its processor, without running code that comes with them."
     from transformers import AutoModelForImageTextToText, AutoProcessor
     if not Path(name).is_dir() and (Path(name).exists() or str(name).count('/') != 1 or str(name)[0] in './~'): raise VLMError(f'{Path(name).name} is not a folder with a model: give a folder, a hub id "user/name", or "toy".')
-    try: return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False, **kwargs), AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    both = {k: v for k, v in kwargs.items() if k in _HUB}
+    try: return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False, **kwargs), AutoProcessor.from_pretrained(name, trust_remote_code=False, **both)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e: raise VLMError(not Path(name).is_dir() and _not_there(name, e) or f'The model {Path(name).name} could not be loaded ({type(e).__name__}): {" ".join(str(e).split())[:300]}') from e
 
 # %% ../nbs/03_vlm.ipynb #e7c97ebd
@@ -113,7 +116,7 @@ class MaskVLM:
         name = data_file('toy', 'vlm') if str(vlm) == 'toy' else vlm
         if str(vlm) == 'toy' and tokenizer is None: tokenizer = data_file('toy', 'tokenizer_16')  # it is in the package once
         model, processor = load_vlm(name, dtype, **kwargs)
-        hub = {k: v for k, v in kwargs.items() if k in ('revision', 'token', 'cache_dir', 'local_files_only')}
+        hub = {k: v for k, v in kwargs.items() if k in _HUB}
         inner = (Path(name) if tokenizer is not None or Path(name).is_dir() else _fetch(name, ['mask_tokenizer/*'], **hub)) / 'mask_tokenizer'
         if tokenizer is None and not inner.is_dir(): raise VLMError(f'{Path(name).name} comes without a mask tokenizer: name it, tokenizer=... (a folder, a hub id, or "toy").')
         if not isinstance(tokenizer, MaskTokenizer): tokenizer = MaskTokenizer.from_pretrained(inner if tokenizer is None else tokenizer)
