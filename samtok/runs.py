@@ -7,7 +7,7 @@ __all__ = ['RunError', 'atomic_write', 'data_file', 'resolve_scale', 'load_scale
            'read_rows', 'Run', 'mean_ci', 'parse_args', 'run_main', 'launch', 'watch', 'progress', 'pool_map']
 
 # %% ../nbs/00d_runs.ipynb #66953e55
-import argparse, json, math, os, platform, random, subprocess, sys, time
+import argparse, json, math, os, platform, random, re, subprocess, sys, time
 from importlib import metadata, util
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
@@ -232,6 +232,11 @@ def launch(module,   # name of a module with a command line, "samtok.train_token
     with open(Path(run_dir) / 'worker.log', 'ab') as log:
         return subprocess.Popen(head + options, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
 
+def _last_words(lines, n=12): # of a log -> those of the worker that failed, before the launcher sums up
+    sums_up = [i for i, l in enumerate(lines) if re.match(r'E\d{4} .*elastic.*failed', l)]
+    own = [l for l in lines[:sums_up[-1] if sums_up else None] if not re.match(r'[WE]\d{4} .*elastic', l)]
+    return own[-n:]
+
 def watch(path, proc, on_log=None, every=1.): # run folder, process of launch, called with all rows when there are new ones
     "Follow a run until its processes end; raises RunError with the end of their log if they fail."
     seen = 0
@@ -245,8 +250,7 @@ def watch(path, proc, on_log=None, every=1.): # run folder, process of launch, c
     finally:
         if proc.poll() is None: proc.terminate(); proc.wait()                   # an interrupt or a failing on_log leaves no workers behind
     if proc.returncode:
-        tail = (Path(path) / 'worker.log').read_text(errors='replace').splitlines()[-12:]
-        raise RunError(f'The workers ended with code {proc.returncode}. Their last lines:\n' + '\n'.join(tail))
+        raise RunError(f'The workers ended with code {proc.returncode}. Their last lines:\n' + '\n'.join(_last_words((Path(path) / 'worker.log').read_text(errors='replace').splitlines())))
 
 # %% ../nbs/00d_runs.ipynb #b4b6b6c3
 def _demo(argv=None):
