@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import get_cosine_schedule_with_warmup
-from .runs import Run, launch, mean_ci, parse_args, pool_map, progress, seed_everything, watch
+from .runs import Run, launch, leave_group, mean_ci, parse_args, pool_map, progress, seed_everything, watch
 from .scenes import KINDS, PHRASES, toy_corpus
 from .shapeworld import ShapeWorld, render
 from .twins import twin_model, twin_processor, twin_tokenizer
@@ -330,7 +330,7 @@ def main(argv=None): # see EYES
     "Teach a twin to see, from the command line."
     args = parse_args({**EYES, 'out': 'runs/eyes'}, argv, prog='samtok.look')
     path = args.pop('out')
-    if 'RANK' in os.environ or args['gpus'] < 2: make_eyes(path, args)
+    if 'RANK' in os.environ or args['gpus'] < 2: make_eyes(path, args); leave_group()
     else: watch(path, launch('samtok.look', dict(out=path, **args), gpus=args['gpus'], run_dir=path))
     if 'RANK' not in os.environ: print(json.dumps(Run(path, args).result['metrics'], indent=1))
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RunError', 'atomic_write', 'data_file', 'resolve_scale', 'load_scale', 'check_gpus', 'seed_everything', 'environment',
-           'read_rows', 'Run', 'mean_ci', 'parse_args', 'run_main', 'launch', 'watch', 'progress', 'pool_map']
+           'read_rows', 'Run', 'mean_ci', 'parse_args', 'leave_group', 'run_main', 'launch', 'watch', 'progress',
+           'pool_map']
 
 # %% ../nbs/00d_runs.ipynb #66953e55
 import argparse, json, math, os, platform, random, re, subprocess, sys, time
@@ -206,6 +207,11 @@ def parse_args(defaults, # dict name -> value
     return vars(p.parse_args(argv))
 
 # %% ../nbs/00d_runs.ipynb #a2f49c08
+def leave_group():
+    "End torch's process group where there is one: its threads can abort an interpreter that ends before it."
+    dist = sys.modules.get('torch.distributed')
+    if dist and dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
+
 def run_main(name,     # of the run, for example "train_tokenizer"
              load,     # function of scale, gpus and what is in `first` -> dict of parameters
              train, run, # functions of parameters and a run folder -> result dict or None: in this process; in as many as it takes
@@ -218,6 +224,7 @@ def run_main(name,     # of the run, for example "train_tokenizer"
     args = parse_args({**first, **defaults, 'out': f"runs/{name}_{defaults['scale']}"}, argv, prog=f'samtok.{name}')
     path, args = args['out'], {k: args[k] for k in defaults}
     result = train(args, path) if 'RANK' in os.environ else run(args, path)
+    if 'RANK' in os.environ: leave_group()
     if result: print(json.dumps(result['metrics'], indent=1))
 
 # %% ../nbs/00d_runs.ipynb #8a56ecb6
