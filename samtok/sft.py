@@ -25,7 +25,7 @@ from .shapeworld import ShapeWorld, render
 from .shards import chat_row, code_table
 from .tokenizer import MaskTokenizer
 from .twins import FAMILIES, twin_model, twin_processor, twin_tokenizer
-from .vlm import MaskVLM, add_mask_words, load_vlm, matrices
+from .vlm import MaskVLM, _replies, add_mask_words, load_vlm, matrices
 
 # %% ../nbs/04_sft.ipynb #b0d696a9
 def load_params(scale='auto', gpus=0, recipe='', **overrides): # -> dict; see data/params/sft_*.json
@@ -349,15 +349,13 @@ def _painted(boxes): # list of (4,) corners in percent -> (100,100) bool
     for x0, y0, x1, y1 in boxes: out[y0:y1 + 1, x0:x1 + 1] = True
     return out
 
-@torch.no_grad()
 def evaluate_boxes(model, processor, asked, batch=32): # VLM without mask words, its processor; rows of heldout_refer -> dict of lists over expressions
     "Ask for held-out expressions: IoU of the boxes that are written with those that are meant."
     out, read = dict(box_iou=[], no_target=[]), lambda text: [[int(v) for v in m] for m in re.findall(r'\b(\d\d?),(\d\d?),(\d\d?),(\d\d?)\b', text)]
     for a in range(0, len(asked), batch):
         part = asked[a:a + batch]
-        texts = [processor.apply_chat_template(to_messages([dict(role='user', content='<image:0>\n' + PROMPTS['refer'].format(phrase=t))])[0], tokenize=False, add_generation_prompt=True) for _, t, *_ in part]
-        given = processor(text=texts, images=[Image.fromarray(render(s)) for s, *_ in part], padding=True, padding_side='left', add_special_tokens=False, return_tensors='pt').to(model.device)
-        said = processor.tokenizer.batch_decode(model.generate(**given, max_new_tokens=96, do_sample=False)[:, given['input_ids'].shape[1]:])
+        ask = lambda text: processor.apply_chat_template(to_messages([dict(role='user', content='<image:0>\n' + PROMPTS['refer'].format(phrase=text))])[0], tokenize=False, add_generation_prompt=True)
+        said = _replies(model, processor, [(ask(t), [Image.fromarray(render(s))]) for s, t, *_ in part], 96)
         for (scene, _, ids, _), text in zip(part, said):
             got, want = read(text), [[int(v) for v in _corners(b, scene.size).split(',')] for b in masks_to_boxes(scene.visible[ids])]
             if want: out['box_iou'].append(float(mask_iou_pairs(_painted(want)[None], _painted(got)[None])[0]))

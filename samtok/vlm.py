@@ -174,15 +174,19 @@ def _batch(processor, texts, images): # -> tensors, prompts padded on the left
 MaskVLM.prompt = _prompt
 
 # %% ../nbs/03_vlm.ipynb #c3c4c505
-def _write(self, prompts, max_new_tokens, how, **kwargs): # list of (text, images); "answer", True or False -> replies of one batch
-    batch = _batch(self.processor, [t for t, _ in prompts], [i for _, images in prompts for i in images]).to(self.device)
+@torch.no_grad()
+def _replies(model, processor, prompts, max_new_tokens, grammar=None, **kwargs): # any VLM; list of (text, images) -> replies of one batch
+    batch = _batch(processor, [t for t, _ in prompts], [i for _, images in prompts for i in images]).to(model.device)
     at = batch['input_ids'].shape[1]
-    grammar = [self.grammars[how].starting_at(at, max_new_tokens)] if how else []
-    out = self.model.generate(**batch, max_new_tokens=max_new_tokens, logits_processor=LogitsProcessorList(grammar), **{'do_sample': False, **kwargs})
-    end = self.model.generation_config.eos_token_id
-    stop = {self.processor.tokenizer.eos_token_id, self.processor.tokenizer.pad_token_id, *(end if isinstance(end, list) else [end])}
+    rules = LogitsProcessorList([grammar.starting_at(at, max_new_tokens)] if grammar else [])
+    out = model.generate(**batch, max_new_tokens=max_new_tokens, logits_processor=rules, **{'do_sample': False, **kwargs})
+    end = model.generation_config.eos_token_id
+    stop = {processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id, *(end if isinstance(end, list) else [end])}
     cut = [row[:next((i for i, t in enumerate(row) if t in stop), len(row))] for row in out[:, at:].tolist()]
-    return [t.strip() for t in self.processor.tokenizer.batch_decode(cut, skip_special_tokens=False)]
+    return [t.strip() for t in processor.tokenizer.batch_decode(cut, skip_special_tokens=False)]
+
+def _write(self, prompts, max_new_tokens, how, **kwargs): # list of (text, images); "answer", True or False -> replies of one batch
+    return _replies(self.model, self.processor, prompts, max_new_tokens, self.grammars[how] if how else None, **kwargs)
 
 @torch.no_grad()
 def _generate(self, conversations, # list of Conversation; the last message of each is the user's
