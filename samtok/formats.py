@@ -16,7 +16,7 @@ from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
-from .data import IMAGE_SUFFIXES, DataError, MaskDataset, read_ids, read_image, walk_files
+from .data import IMAGE_SUFFIXES, DataError, MaskDataset, MaskFolder, read_ids, read_image, walk_files
 from .masks import MaskError, polygons_to_mask, rle_area
 
 # %% ../nbs/00f_formats.ipynb #0dabd456
@@ -376,7 +376,7 @@ class Davis(VideoPngs):
     name = "davis"
 
 # %% ../nbs/00f_formats.ipynb #b8768cb2
-REGISTRY = {cls.name: cls for cls in (CocoInstances, Lvis, EntitySeg, PixelWeb, CocoPanoptic, Coconut, Sa1b, Labelme, ReasonSeg, IdMaps, AdeChallenge, Voc,
+REGISTRY = {cls.name: cls for cls in (MaskFolder, CocoInstances, Lvis, EntitySeg, PixelWeb, CocoPanoptic, Coconut, Sa1b, Labelme, ReasonSeg, IdMaps, AdeChallenge, Voc,
                                       Cityscapes, CityscapesPolygons, Ade20k, YoloSeg, SaV, VideoRles, Mevis, Revos, VideoPngs, RefYtvos, Davis)}
 
 def open_dataset(

@@ -212,7 +212,9 @@ def finish(run, vlm, asked, rewards, seconds): # Run, MaskVLM, held-out expressi
     "Save the policy, compare it with where it started, look for exploits, write the result."
     p = run.params
     vlm.save_pretrained(run.path / 'vlm')
-    metrics = dict(failed=sum(r.failed for r in rewards), failures=[f for r in rewards for f in r.failures][:5])
+    seen = [r['reward'] for r in run.rows() if 'reward' in r]
+    quarter = max(1, len(seen) // 4)
+    metrics = dict(reward_first_quarter=float(np.mean(seen[:quarter])) if seen else None, reward_last_quarter=float(np.mean(seen[-quarter:])) if seen else None, failed=sum(r.failed for r in rewards), failures=[f for r in rewards for f in r.failures][:5])
     if asked:
         start = load_policy(p)
         metrics |= compare(evaluate_refer(start, asked), evaluate_refer(vlm, asked))
