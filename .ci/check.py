@@ -295,10 +295,17 @@ def plain_page(file):
         elif cell.cell_type == 'code':
             if 'echo: false' in directives(cell): cell.metadata['transient'] = dict(remove_source=True)
             cell.source = '\n'.join(l for l in cell.source.splitlines() if not l.startswith('#|'))
+            for data in (o.data for o in cell.outputs if 'data' in o and 'text/markdown' in o.data): data['text/markdown'] = plain(data['text/markdown'])
+        else: cell.source = plain(cell.source)
     page, _ = HTMLExporter(anchor_link_text='', exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
     target = ROOT / '_docs' / file.relative_to(NBS).with_suffix('.html')
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(re.sub(r'(href="[^":#]*)\.ipynb((?:#[^"]*)?")', r'\1.html\2', page), encoding='utf-8')
+
+def plain(markdown):
+    "Markdown without what only Quarto reads: attributes of links stay out, a diagram is the text it is made of."
+    markdown = re.sub(r'\{target="_blank"[^}]*\}', '', markdown).replace('```{mermaid}', '```text')
+    return re.sub(r'^%%\|.*\n', '', markdown, flags=re.M)
 
 def front_matter(source):
     "The title and the question of a processed notebook as Markdown."
