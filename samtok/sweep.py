@@ -263,7 +263,7 @@ SWEEPS = {
     'constrained': dict(notebook=_08, grid=dict(constrained=[False, True]), fixed={}, show=('constrained', 'iou'), question='Does it help to allow only well-formed words?'),
     'policies': dict(notebook=_08, grid=dict(policy=['strict', 'flat', 'published_gres', 'published_gcg', 'published_single']), fixed={}, show=('policy', 'iou'), question='How much of a score is the reading of broken replies?'),
     'sft_data': dict(notebook=_04, grid=dict(epochs=[.125, .25, .5, 1.]), fixed=dict(scale='toy', steps=0), show=('epochs', 'iou'), question='How much data does fine-tuning need?'),
-    'rl': dict(notebook=_06, grid=dict(reward=['paper', 'graded', 'decoded'], seed=[0, 1, 2]), fixed=dict(scale='toy', steps=60, eval_every=0), show=('reward', 'score_difference'), question='Which reward improves what a model draws, and what it leaves undrawn?'),
+    'rl': dict(notebook=_06, grid=dict(reward=['paper', 'graded', 'decoded'], seed=[0, 1, 2]), fixed=dict(scale='toy', steps=60, lr=1e-4, kl=.01, non_repeat_weight=.5, eval_every=0), show=('reward', 'score_difference'), question='Which reward improves what a model draws, and what it leaves undrawn?'),
     'sft_codebooks': dict(notebook=_04, grid=dict(tokenizer=[_sized(s) for s in _SIZES]), fixed=dict(scale='toy'), show=('tokenizer', 'iou'), question='How many words can a small language model learn to say?'),
 }
 
