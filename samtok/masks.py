@@ -9,6 +9,7 @@ __all__ = ['MaskError', 'check_mask', 'check_masks', 'mask_to_rle', 'rle_to_mask
            'id_map_to_masks']
 
 # %% ../nbs/00_masks.ipynb #8d7c454f
+from pathlib import Path
 import numpy as np
 from pycocotools import mask as _coco
 
@@ -23,6 +24,8 @@ def check_mask(
     name="mask", # how the error calls it
 ): # (H,W) bool, C-contiguous; an empty mask (no pixel set) is fine; raises MaskError
     "Check that `mask` is one binary mask and return it as bool."
+    if isinstance(mask, (str, Path)): raise MaskError(f"The {name} is the name of a file ({mask}): read it first, samtok.cli.read_masks(path, size).")
+    if isinstance(mask, dict): raise MaskError(f"The {name} is a dict; if it is a run-length code, decode it first: segmentation_to_mask(rle, size).")
     try: mask = np.asarray(mask)
     except (ValueError, TypeError) as e: raise MaskError(f"The {name} is not a rectangular array: {e}.") from e
     if mask.ndim != 2: raise MaskError(f"The {name} has shape {mask.shape}; give one (H,W) array.")

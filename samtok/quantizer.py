@@ -152,7 +152,7 @@ def _rvq_forward(self, x):
             residual, total = residual - rows, total + rows
             codes.append(code); losses.append(F.mse_loss(flat, total))
         out = flat + (total - flat).detach()
-        return out.reshape(x.shape), torch.stack(codes, -1).reshape(*x.shape[:-1], -1), torch.stack(losses).mean()
+        return out.reshape(x.shape), torch.stack(codes, -1).reshape(*x.shape[:-1], len(codes)), torch.stack(losses).mean()
 
 ResidualVQ.forward = _rvq_forward
 

@@ -209,6 +209,7 @@ def _segment(self, image, # one image, or a list of them
     "Find what expressions mean."
     many = isinstance(text, (list, tuple))
     texts = list(text) if many else [text]
+    if not all(isinstance(t, str) for t in texts): raise VLMError(f'An expression is a text, and {next(t for t in texts if not isinstance(t, str))!r} is not.')
     images = list(image) if isinstance(image, (list, tuple)) else [image] * len(texts)
     if len(images) != len(texts): raise VLMError(f'{len(images)} images came with {len(texts)} expressions: give one for each, or one image.')
     ask = PROMPTS.get(prompt, prompt)
