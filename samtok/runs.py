@@ -241,7 +241,7 @@ def launch(module,   # name of a module with a command line, "samtok.train_token
 
 def _last_words(lines, n=12): # of a log -> those of the worker that failed, before the launcher sums up
     sums_up = [i for i, l in enumerate(lines) if re.match(r'E\d{4} .*elastic.*failed', l)]
-    own = [l for l in lines[:sums_up[-1] if sums_up else None] if not re.match(r'[WE]\d{4} .*elastic', l)]
+    own = [l for l in lines[:sums_up[-1] if sums_up else None] if not re.match(r'[WEI]\d{4} .*torch/distributed/', l)]
     return own[-n:]
 
 def watch(path, proc, on_log=None, every=1.): # run folder, process of launch, called with all rows when there are new ones
