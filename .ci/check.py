@@ -300,7 +300,7 @@ def plain_page(file):
     page, _ = HTMLExporter(anchor_link_text='', exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
     target = ROOT / '_docs' / file.relative_to(NBS).with_suffix('.html')
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(re.sub(r'(href="[^":#]*)\.ipynb((?:#[^"]*)?")', r'\1.html\2', page), encoding='utf-8')
+    target.write_text(re.sub(r'(href="[^":#]*)\.ipynb((?:#[^"]*)?")', r'\1.html\2', page).replace('</head>', '<style>pre { white-space: pre-wrap; }</style></head>'), encoding='utf-8')
 
 def plain(markdown):
     "Markdown without what only Quarto reads: attributes of links stay out, a diagram is the text it is made of."

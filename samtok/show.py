@@ -20,6 +20,8 @@ def color_of(i): # number of a region -> (3,) uint8 RGB
     "Pick the colour of a region."
     return PALETTE[i % len(PALETTE)]
 
+def _ink(color): return 'black' if np.dot(color, (.299, .587, .114)) > 140 else 'white' # for text on a colour
+
 # %% ../nbs/00b_show.ipynb #e044c593
 def outline(mask): # (H,W) bool -> (H,W) bool
     "Find the pixels of a mask that touch its outside (or the border of the image)."
@@ -82,7 +84,7 @@ def show_image(image, # (H,W,3) uint8
         ax.plot([x0 - .5, x1 - .5, x1 - .5, x0 - .5, x0 - .5], [y0 - .5, y0 - .5, y1 - .5, y1 - .5, y0 - .5], c=color_of(i) / 255, lw=1.2)
     for i, text in enumerate(labels or []):
         px, py = (boxes[i][0], boxes[i][1]) if boxes is not None else [v.mean() for v in np.nonzero(masks[i])[::-1]] if masks is not None and masks[i].any() else (0, 0)
-        ax.text(px, py, text, fontsize=7, color='white', bbox=dict(facecolor=color_of(i) / 255, pad=1, lw=0))
+        ax.text(px, py, text, fontsize=7, color=_ink(color_of(i)), clip_on=True, bbox=dict(facecolor=color_of(i) / 255, pad=1, lw=0))
     return fig
 
 # %% ../nbs/00b_show.ipynb #25445217
@@ -179,10 +181,10 @@ def words_html(text, # str
     out, at, k = [], 0, 0
     for s in spans:
         out.append(html.escape(text[at:s.start])); at = s.end
-        style = f"background:rgb{tuple(int(v) for v in color_of(k))};color:white" if s.ok else "border:1px dotted #c00"
+        style = f"background:rgb{tuple(int(v) for v in color_of(k))};color:{_ink(color_of(k))}" if s.ok else "border:1px dotted #c00"
         out.append(f'<span style="{style};border-radius:3px;padding:0 2px" title="{html.escape(s.problem or "")}">{html.escape(text[s.start:s.end])}</span>')
         k += s.ok
-    return _Html(f'<div style="font-family:monospace">{"".join(out)}{html.escape(text[at:])}</div>')
+    return _Html(f'<div style="font-family:monospace;white-space:pre-wrap">{"".join(out)}{html.escape(text[at:])}</div>')
 
 # %% ../nbs/00b_show.ipynb #90dbef9e
 def changes_html(old, new): # str each -> str that notebooks show as HTML
