@@ -123,7 +123,7 @@ def grpo_config(params, path): # -> trl.GRPOConfig
                       max_completion_length=p['max_new_tokens'], temperature=p['temperature'], beta=p['kl'], epsilon=p['epsilon'], loss_type=p['loss'], scale_rewards=p['scale_rewards'], num_iterations=p['iterations'],
                       learning_rate=p['lr'], lr_scheduler_type='constant_with_warmup', warmup_steps=p['warmup'], weight_decay=p['weight_decay'], max_grad_norm=p['clip'], steps_per_generation=p['rollout'] or None, logging_steps=p['log_every'],
                       save_steps=p['checkpoint_every'], save_total_limit=1, seed=p['seed'], bf16=bool(p['bf16']), use_cpu=not cuda, report_to='none', disable_tqdm=True, gradient_checkpointing=p['gradient_checkpointing'],
-                      remove_unused_columns=False, mask_truncated_completions=False, **vllm)
+                      remove_unused_columns=False, mask_truncated_completions=False, deepspeed=p['deepspeed'] or None, fsdp=p['fsdp'] or None, **vllm)
 
 # %% ../nbs/06_grpo.ipynb #80007c87
 _NAMES = {'reward': 'reward', 'reward_std': 'reward_std', 'kl': 'kl', 'entropy': 'entropy', 'length': 'completions/mean_length', 'cut_off': 'completions/clipped_ratio', 'silent': 'frac_reward_zero_std', 'grad_norm': 'grad_norm', 'lr': 'learning_rate'}
@@ -177,7 +177,7 @@ def train(params, path, on_log=None): # dict of load_params; run folder; called 
     run.truncate(int(last.name.split('-')[1]) if last else 0)
     started = time.time()
     try: trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except torch.OutOfMemoryError as e: raise RunError(f"The GPU's memory is full with {params['batch']} replies of up to {params['max_new_tokens']} tokens at a time: lower batch (and raise accumulate {params['accumulate']} as much) or max_new_tokens, or set gradient_checkpointing.") from e
+    except torch.OutOfMemoryError as e: raise RunError(f"The GPU's memory is full with {params['batch']} replies of up to {params['max_new_tokens']} tokens at a time: lower batch (and raise accumulate {params['accumulate']} as much) or max_new_tokens, set gradient_checkpointing, or share the weights among the GPUs with fsdp or deepspeed.") from e
     if not run.main: return None
     model = trainer.accelerator.unwrap_model(trainer.model)
     vlm.model = (model.merge_and_unload() if hasattr(model, 'merge_and_unload') else model).eval()
