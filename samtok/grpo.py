@@ -208,6 +208,8 @@ def searched(vlm, params, n): # MaskVLM, parameters, prompts -> RewardReport of 
     return reward_report(said, wanted, [MaskReward('paper', vocab=vlm.vocab), NoTargetReward(vocab=vlm.vocab)], params['replies'])
 
 # %% ../nbs/06_grpo.ipynb #f7a2e584
+def _broken(vlm, replies): return sum(not s.ok for t in replies for s in vlm.vocab.parse(t)) # -> groups that cannot be decoded
+
 def finish(run, vlm, asked, rewards, seconds): # Run, MaskVLM, held-out expressions, rewards of the run -> result dict
     "Save the policy, compare it with where it started, look for exploits, write the result."
     p = run.params
@@ -220,7 +222,7 @@ def finish(run, vlm, asked, rewards, seconds): # Run, MaskVLM, held-out expressi
         metrics |= compare(evaluate_refer(start, asked), evaluate_refer(vlm, asked))
         before, after = (searched(v, p, min(48, p['eval_n'])) for v in (start, vlm))
         patterns = exploits(before, after)
-        metrics |= dict(exploits=[r['found'] for r in patterns if r['exploit']], patterns=patterns, silent_before=before.silent(), silent=after.silent(), malformed=int(sum(not s.ok for t in after.replies for s in vlm.vocab.parse(t))), sampled=len(after.replies))
+        metrics |= dict(exploits=[r['found'] for r in patterns if r['exploit']], patterns=patterns, silent_before=before.silent(), silent=after.silent(), malformed=_broken(vlm, after.replies), malformed_unconstrained=_broken(vlm, final_replies(vlm, {**p, 'constrained': False}, min(48, p['eval_n']))[0]), sampled=len(after.replies))
     base = load_params(p['scale'], p['gpus'])
     given = ''.join(f' -p {k} {v}' for k, v in p.items() if base.get(k) != v and not isinstance(v, dict))
     run.save_result(metrics, n=p['eval_n'], seconds=round(seconds, 1), command=f"papermill nbs/06_grpo.ipynb out.ipynb -p scale {p['scale']}" + (f" -p gpus {p['gpus']}" if p['gpus'] else '') + given)
