@@ -154,6 +154,7 @@ def zoom_in(image, # (H,W,3) uint8
             side='shorter'): # which side is scaled: "shorter" (published) or "longer" -> crop (h,w,3) uint8, its mask (h,w) bool
     "Crop the surroundings of a region; a crop whose longer side is below `enlarge` is enlarged."
     from PIL import Image
+    mask = check_mask(mask, image.shape[:2])
     x0, y0, x1, y1 = zoom_box(mask_to_box(mask), image.shape[:2], least)
     crop, part = image[y0:y1, x0:x1], mask[y0:y1, x0:x1]
     if max(part.shape) >= enlarge: return crop, part

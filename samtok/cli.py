@@ -15,10 +15,13 @@ def read_masks(path, # .png (or another image) or .json
               ): # list of (H,W) bool; raises MaskError, ImageError
     "Read the masks in a file: an image, or JSON with RLE or polygons, one or a list."
     import numpy as np
-    from samtok.data import read_image
+    from samtok.data import read_ids
     from samtok.masks import MaskError, check_mask, segmentation_to_mask
     path = Path(path)
-    if path.suffix.lower() != '.json': return [check_mask(read_image(path).any(-1), size, name=path.name)]
+    if path.suffix.lower() != '.json':
+        ids = read_ids(path)
+        if (k := len(np.unique(ids))) > 2: raise MaskError(f'{path.name} has {k} values and is no mask: a mask is 0 outside and one value inside. Of a map of regions samtok.masks.id_map_to_masks makes masks.')
+        return [check_mask(ids > 0, size, name=path.name)]
     try: data = json.loads(path.read_text())
     except (OSError, ValueError) as e: raise MaskError(f'{path.name} cannot be read as JSON: {e}.') from e
     if isinstance(data, dict) and 'masks' in data: data = data['masks']

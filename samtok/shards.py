@@ -73,7 +73,9 @@ def open_conversations(name, **args): # "shapeworld", a format of samtok.chat_fo
     module, _, cls = name.partition(':')
     try:
         if name == 'shapeworld': return _scene_chat(**args)
-        if cls: return getattr(import_module(module), cls)(**args)
+        if cls:
+            if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())        # a file of the user's, beside which the command runs
+            return getattr(import_module(module), cls)(**args)
         return import_module('samtok.chat_formats').open_chat(name, **args)
     except (ImportError, AttributeError, TypeError) as e: raise DataError(f'The data set {name} cannot be opened ({e}): give "shapeworld", a format of samtok.chat_formats, or "module:class", and the arguments that it takes.') from e
 

@@ -115,6 +115,7 @@ class MaskVLM:
         "Load model, processor and mask tokenizer."
         name = data_file('toy', 'vlm') if str(vlm) == 'toy' else vlm
         if str(vlm) == 'toy' and tokenizer is None: tokenizer = data_file('toy', 'tokenizer_16')  # it is in the package once
+        if (Path(name) / 'vlm' / 'config.json').is_file() and not (Path(name) / 'config.json').is_file(): name = Path(name) / 'vlm' # the folder of a run
         model, processor = load_vlm(name, dtype, **kwargs)
         hub = {k: v for k, v in kwargs.items() if k in _HUB}
         inner = (Path(name) if tokenizer is not None or Path(name).is_dir() else _fetch(name, ['mask_tokenizer/*'], **hub)) / 'mask_tokenizer'
