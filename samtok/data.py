@@ -96,11 +96,12 @@ def read_ids(
     "Read a map of region ids."
     name = "The id map" if isinstance(source, (bytes, bytearray)) else f"The id map {os.path.basename(source)}"
     try:
-        with Image.open(_io(source)) as opened: clear, kind, mode, a = opened.mode in ("RGBA", "LA") and (np.asarray(opened)[..., -1] < 255).any(), opened.format, opened.mode, np.asarray(opened.convert("RGB") if opened.mode == "RGBA" else opened)
+        with Image.open(_io(source)) as opened: kind, mode, a = opened.format, opened.mode, np.asarray(opened)
     except FileNotFoundError as e: raise ImageError(f"{name} does not exist.") from e
     except Exception as e: raise ImageError(f"{name} cannot be read: {_why(e)}.") from e
-    if clear: raise ImageError(f"{name} is transparent in places, and its colours there mean nothing: flatten it onto black, or save its alpha channel alone.")
+    if mode in ("RGBA", "LA") and (a[..., -1] < 255).any(): raise ImageError(f"{name} is transparent in places, and its colours there mean nothing: flatten it onto black, or save its alpha channel alone.")
     if kind == "JPEG": raise ImageError(f"{name} is a JPEG, which does not keep numbers exactly; give a PNG.")
+    if mode in ("RGBA", "LA"): a = a[..., :3] if mode == "RGBA" else a[..., 0]
     if a.ndim == 3 and mode in ("RGB", "RGBA"): return a.astype(np.int64) @ np.array([1, 256, 65536])
     if a.ndim != 2 or 0 in a.shape or a.dtype.kind == "f": raise ImageError(f"{name} has mode {mode} and shape {a.shape}; give palette, gray or RGB.")
     return a.astype(np.int64)

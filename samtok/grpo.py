@@ -20,9 +20,9 @@ from .chat import PROMPTS, THINK, Conversation, answer_masks, fill, reading_orde
 from .data import read_image
 from .masks import masks_to_boxes
 from .rewards import DecodedMaskReward, FormatReward, MaskReward, NoTargetReward, NonRepeatReward, find_reward, reward_report, safe
-from .runs import Run, RunError, data_file, launch, load_scale, mean_ci, run_main, seed_everything, watch
+from .runs import Run, RunError, data_file, launch, load_scale, mean_ci, run_command, run_main, seed_everything, watch
 from .scenes import refer
-from .sft import _Bar, _last, evaluate_refer, heldout_refer, lora_config, processes, tokenizer_path, tower
+from .sft import StepBar, evaluate_refer, heldout_refer, last_checkpoint, lora_config, processes, tokenizer_path, tower
 from .shapeworld import ShapeWorld, render
 from .tokenizer import MaskTokenizer
 from .vlm import MaskVLM
@@ -153,7 +153,7 @@ def make_trainer(params, path, vlm, rows, callbacks=()): # -> MaskGRPOTrainer
     config = grpo_config(params, path); config.reward_weights = weights
     vlm.processor.tokenizer.padding_side = 'left'                                # fine-tuning saves it with 'right'
     trainer = MaskGRPOTrainer(model=vlm.model, reward_funcs=[_Whole(r, vlm.processor.tokenizer) for r in rewards], args=config, train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(rows),
-                              processing_class=vlm.processor, peft_config=lora_config(params, vlm.model, vlm.ids), callbacks=[*callbacks, _Bar()])
+                              processing_class=vlm.processor, peft_config=lora_config(params, vlm.model, vlm.ids), callbacks=[*callbacks, StepBar()])
     trainer.remove_callback(PrinterCallback)                                     # the log goes into metrics.jsonl
     if params['constrained']: trainer.grammar = vlm.grammars[True if params['constrained'] is True else 'answer']
     return trainer
@@ -173,7 +173,7 @@ def train(params, path, on_log=None): # dict of load_params; run folder; called 
     rows = scene_prompts(params['prompts'], vlm.tokenizer, params['share_nothing'], params['think'], params['seed']) if params['data'] == 'shapeworld' else shard_prompts(params['data'], params['think'])
     trainer = make_trainer(params, path, vlm, rows, [_Log(run, on_log, vlm, asked[:params['eval_n'] // 4])])
     if (n := trainer.accelerator.num_processes) != processes(params): raise RunError(f"{n} processes run, {processes(params)} were asked for: start with torchrun or through run_grpo().")
-    last = _last(Path(path) / 'checkpoints')
+    last = last_checkpoint(Path(path) / 'checkpoints')
     run.truncate(int(last.name.split('-')[1]) if last else 0)
     started = time.time()
     try: trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -184,13 +184,11 @@ def train(params, path, on_log=None): # dict of load_params; run folder; called 
     return finish(run, vlm, asked, [r.reward for r in trainer.reward_funcs], time.time() - started)
 
 # %% ../nbs/06_grpo.ipynb #a6629dec
-def final_replies(vlm, params, n=32, seed=99): # MaskVLM, parameters, prompts -> replies (n*group), references, group size
-    "Sample groups of replies from a policy, as training does, on prompts it was not trained on."
-    rows = scene_prompts(n, vlm.tokenizer, params['share_nothing'], params['think'], seed)
+def final_replies(vlm, params, rows, seed=99): # MaskVLM, parameters, rows of scene_prompts -> list of str, `replies` to each row
+    "Sample groups of replies from a policy, as training does."
     chats = [Conversation([dict(role='user', content='<image:0>\n' + r['prompt'][0]['content'])], [np.asarray(r['image'])]) for r in rows for _ in range(params['replies'])]
     torch.manual_seed(seed)
-    said = vlm.generate(chats, params['max_new_tokens'], constrained=params['constrained'], do_sample=True, temperature=params['temperature'], chunk=32)
-    return said, [r['answer'] for r in rows for _ in range(params['replies'])], rows
+    return vlm.generate(chats, params['max_new_tokens'], constrained=params['constrained'], do_sample=True, temperature=params['temperature'], chunk=32)
 
 # %% ../nbs/06_grpo.ipynb #72b50954
 def exploits(before, after): # RewardReport of the start and of the policy, on the same prompts -> list of dict, one for each pattern that was found
@@ -202,10 +200,10 @@ def exploits(before, after): # RewardReport of the start and of the policy, on t
         rows.append(dict(found=kind.replace('_', ' '), replies_before=int(at[0].sum()), replies_after=int(at[1].sum()), more=more, earned=earned, exploit=more['low'] > 0 or earned['low'] > 0))
     return rows
 
-def searched(vlm, params, n): # MaskVLM, parameters, prompts -> RewardReport of sampled replies
+def searched(vlm, params, rows): # MaskVLM, parameters, rows of scene_prompts -> RewardReport of sampled replies
     "Let a policy write as in training and score what it wrote with the paper's reward."
-    said, wanted, _ = final_replies(vlm, params, n)
-    return reward_report(said, wanted, [MaskReward('paper', vocab=vlm.vocab), NoTargetReward(vocab=vlm.vocab)], params['replies'])
+    wanted = [r['answer'] for r in rows for _ in range(params['replies'])]
+    return reward_report(final_replies(vlm, params, rows), wanted, [MaskReward('paper', vocab=vlm.vocab), NoTargetReward(vocab=vlm.vocab)], params['replies'])
 
 # %% ../nbs/06_grpo.ipynb #f7a2e584
 def _broken(vlm, replies): return sum(not s.ok for t in replies for s in vlm.vocab.parse(t)) # -> groups that cannot be decoded
@@ -218,14 +216,13 @@ def finish(run, vlm, asked, rewards, seconds): # Run, MaskVLM, held-out expressi
     quarter = max(1, len(seen) // 4)
     metrics = dict(reward_first_quarter=float(np.mean(seen[:quarter])) if seen else None, reward_last_quarter=float(np.mean(seen[-quarter:])) if seen else None, failed=sum(r.failed for r in rewards), failures=[f for r in rewards for f in r.failures][:5])
     if asked:
-        start = load_policy(p)
+        start, rows = load_policy(p), scene_prompts(min(48, p['eval_n']), vlm.tokenizer, p['share_nothing'], p['think'], 99)   # scenes that training did not see
         metrics |= compare(evaluate_refer(start, asked), evaluate_refer(vlm, asked))
-        before, after = (searched(v, p, min(48, p['eval_n'])) for v in (start, vlm))
+        before, after = (searched(v, p, rows) for v in (start, vlm))
+        free = final_replies(vlm, {**p, 'constrained': False}, rows) if p['constrained'] else after.replies
         patterns = exploits(before, after)
-        metrics |= dict(exploits=[r['found'] for r in patterns if r['exploit']], patterns=patterns, silent_before=before.silent(), silent=after.silent(), malformed=_broken(vlm, after.replies), malformed_unconstrained=_broken(vlm, final_replies(vlm, {**p, 'constrained': False}, min(48, p['eval_n']))[0]), sampled=len(after.replies))
-    base = load_params(p['scale'], p['gpus'])
-    given = ''.join(f' -p {k} {v}' for k, v in p.items() if base.get(k) != v and not isinstance(v, dict))
-    run.save_result(metrics, n=p['eval_n'], seconds=round(seconds, 1), command=f"papermill nbs/06_grpo.ipynb out.ipynb -p scale {p['scale']}" + (f" -p gpus {p['gpus']}" if p['gpus'] else '') + given)
+        metrics |= dict(exploits=[r['found'] for r in patterns if r['exploit']], patterns=patterns, silent_before=before.silent(), silent=after.silent(), malformed=_broken(vlm, after.replies), malformed_unconstrained=_broken(vlm, free), sampled=len(free))
+    run.save_result(metrics, n=p['eval_n'], seconds=round(seconds, 1), command=run_command('06_grpo', p, load_params(p['scale'], p['gpus'])))
     return run.result
 
 def compare(before, after): # of evaluate_refer, on the same expressions -> dict of figures with intervals

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RunError', 'atomic_write', 'data_file', 'resolve_scale', 'load_scale', 'check_gpus', 'seed_everything', 'environment',
-           'read_rows', 'Run', 'mean_ci', 'parse_args', 'leave_group', 'run_main', 'launch', 'watch', 'progress',
-           'pool_map']
+           'read_rows', 'Run', 'mean_ci', 'parse_args', 'run_command', 'leave_group', 'run_main', 'launch', 'watch',
+           'progress', 'pool_map']
 
 # %% ../nbs/00d_runs.ipynb #66953e55
-import argparse, json, math, os, platform, random, re, subprocess, sys, time
+import argparse, json, math, os, platform, random, re, shlex, subprocess, sys, time
 from importlib import metadata, util
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
@@ -205,6 +205,14 @@ def parse_args(defaults, # dict name -> value
     p = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
     for k, v in defaults.items(): p.add_argument(f'--{k}', type=_typed(v), default=v, help=(help or {}).get(k, '') + f' (default: {v})'.replace('%', '%%'))
     return vars(p.parse_args(argv))
+
+# %% ../nbs/00d_runs.ipynb #132e517f
+def run_command(notebook, # its name without the ending, for example "04_sft"
+                params,   # dict of the run
+                base):    # dict of its scale alone -> str; values that are dicts cannot be given to papermill and are left out
+    "Write the papermill command that repeats a run."
+    given = {k: v for k, v in dict(scale=params['scale'], gpus=params['gpus'] or None, **{k: v for k, v in params.items() if base.get(k) != v}).items() if v is not None and not isinstance(v, dict)}
+    return f'papermill nbs/{notebook}.ipynb out.ipynb' + ''.join(f' -p {k} {shlex.quote(str(v))}' for k, v in given.items())
 
 # %% ../nbs/00d_runs.ipynb #a2f49c08
 def leave_group():

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'REFER', 'REFER_SHARE', 'ASK', 'ASK_SHARE', 'PHRASES', 'noun', 'phrase', 'matches', 'relations',
            'refer_attributes', 'refer_relation', 'refer_order', 'refer_place', 'refer_nothing', 'refer', 'caption',
            'read_caption', 'ask_refer', 'ask_caption', 'ask_question', 'ask_again', 'ask_instances', 'ask_gcg',
-           'ask_psg', 'ask_list', 'SceneChat', 'toy_corpus']
+           'ask_psg', 'ask_list', 'ask_shares', 'SceneChat', 'toy_corpus']
 
 # %% ../nbs/03c_scenes.ipynb #5e3f500b
 import json, re
@@ -201,6 +201,10 @@ def ask_list(t): # every phrase is answered by looking up its object: the denses
 # %% ../nbs/03c_scenes.ipynb #19699b5b
 ASK = dict(refer=ask_refer, caption=ask_caption, question=ask_question, rounds=ask_again, instances=ask_instances, gcg=ask_gcg, psg=ask_psg, list=ask_list)
 ASK_SHARE = dict(refer=.62, caption=.2, question=.06, rounds=.04, instances=.02, gcg=.03, psg=.03)
+
+def ask_shares(refer): # share of referring expressions, 0..1 -> dict task -> share
+    "Share out what referring expressions leave as ASK_SHARE does."
+    return {k: refer if k == 'refer' else v * (1 - refer) / (1 - ASK_SHARE['refer']) for k, v in ASK_SHARE.items()}
 
 class SceneChat(ChatDataset):
     "Conversations about ShapeWorld scenes: one scene each, several rounds; another epoch asks other things of the same scenes."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CAPTION', 'load_params', 'processes', 'ChatCollator', 'SceneRows', 'Mix', 'training_rows', 'tokenizer_path',
-           'build_model', 'tower', 'SceneNumbers', 'lora_config', 'sft_config', 'make_trainer', 'train',
-           'heldout_refer', 'evaluate_refer', 'evaluate_captions', 'evaluate_boxes', 'heldout_metrics', 'finish',
-           'run_sft', 'main']
+           'build_model', 'tower', 'SceneNumbers', 'lora_config', 'StepBar', 'sft_config', 'last_checkpoint',
+           'make_trainer', 'train', 'heldout_refer', 'evaluate_refer', 'evaluate_captions', 'evaluate_boxes',
+           'heldout_metrics', 'finish', 'run_sft', 'main']
 
 # %% ../nbs/04_sft.ipynb #90db874a
 import json, os, re, time
@@ -19,13 +19,13 @@ from .chat import PROMPTS, ChatError, Conversation, to_messages
 from .data import ImageError, Report, read_image
 from .look import forget_images, mimetic_start, own_directions, remember_images, token_grid, warm_up_vision
 from .masks import mask_iou_pairs, masks_to_boxes
-from .runs import Run, RunError, atomic_write, check_gpus, data_file, launch, load_scale, mean_ci, pool_map, progress, run_main, seed_everything, watch
-from .scenes import ASK_SHARE, KINDS, PHRASES, toy_corpus, SceneChat, read_caption, refer
+from .runs import Run, RunError, atomic_write, check_gpus, data_file, launch, load_scale, mean_ci, pool_map, progress, run_command, run_main, seed_everything, watch
+from .scenes import KINDS, PHRASES, toy_corpus, SceneChat, ask_shares, read_caption, refer
 from .shapeworld import ShapeWorld, render
 from .shards import chat_row, code_table
 from .tokenizer import MaskTokenizer
 from .twins import FAMILIES, twin_model, twin_processor, twin_tokenizer
-from .vlm import MaskVLM, _replies, add_mask_words, load_vlm, matrices
+from .vlm import MaskVLM, add_mask_words, load_vlm, matrices, write_replies
 
 # %% ../nbs/04_sft.ipynb #b0d696a9
 def load_params(scale='auto', gpus=0, recipe='', **overrides): # -> dict; see data/params/sft_*.json
@@ -138,14 +138,13 @@ def training_rows(params, vocab): # -> rows with len and [i]
     "Open the training data: ShapeWorld with its codes, or a list of tokenised shards with weights."
     if params['data'] == 'shapeworld':
         table = code_table(_file(params['codes']), vocab) if vocab else None
-        chat = SceneChat(ShapeWorld(len(table) if vocab else params['scenes'], 'train'), params['rounds'], _tasks(params['refer_share']), nothing=params['nothing'], length=params['length'])
+        chat = SceneChat(ShapeWorld(len(table) if vocab else params['scenes'], 'train'), params['rounds'], ask_shares(params['refer_share']), nothing=params['nothing'], length=params['length'])
         return SceneRows(chat, table or (lambda c: [_corners(chat._sketches[i].boxes[k], chat.world.size) for i, k in c.keys]), params['epochs'], params['opening'], not params['remember'])
     from datasets import load_dataset
     rows = json.loads(_file(params['data']).read_text()) if str(params['data']).endswith('.json') else [dict(path=params['data'])]
     parts = [(load_dataset('parquet', data_files=str(Path(r['path']) / '*.parquet'), split='train'), r.get('weight', 1.)) for r in rows]
     return Mix([(d, w * params['epochs']) for d, w in parts], params['seed'])
 
-def _tasks(refer): return {k: refer if k == 'refer' else v * (1 - refer) / (1 - ASK_SHARE['refer']) for k, v in ASK_SHARE.items()}
 def _file(name): return Path(name) if Path(name).exists() else data_file(*Path(name).parts)  # of the user, or of the package's data folder
 def tokenizer_path(name): return data_file(*Path(name).parts) if str(name).startswith('toy/') else name                   # and base models of the package
 
@@ -211,7 +210,8 @@ class _Log(TrainerCallback): # writes the trainer's log into the run's metrics
         self.run.log(state.global_step, **keep, seconds=round(time.time() - self.started, 1))
         if self.tell: self.tell(self.run.rows())
 
-class _Bar(TrainerCallback): # a progress bar of steps
+class StepBar(TrainerCallback):
+    "Show a progress bar of optimizer steps."
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = progress(state.max_steps, 'steps')
         self.bar.update(state.global_step)
@@ -238,7 +238,8 @@ def _memory(p, processor): # sentence for a GPU that is full
     return (f"The GPU's memory is full with batch {p['batch']}, images of up to {p['max_pixels'] or 'any number of'} pixels and {p['max_length'] or 'any number of'} tokens: "
             f"lower batch (and raise accumulate {p['accumulate']} as much), max_pixels or max_length, or set gradient_checkpointing.")
 
-def _last(folder): # newest whole checkpoint of the trainer -> path or None
+def last_checkpoint(folder): # of the trainer's checkpoints -> Path or None
+    "Find the newest checkpoint that was written to its end."
     found = [f for f in Path(folder).glob('checkpoint-*') if (f / 'trainer_state.json').exists()]
     return max(found, key=lambda f: int(f.name.split('-')[1]), default=None)
 
@@ -248,16 +249,17 @@ def make_trainer(params, path, model, processor, ids, rows, callbacks=()): # -> 
     from trl import SFTTrainer
     numbers = Dataset.from_dict(dict(row=range(len(rows))))                      # the trainer shuffles and shards numbers; the collator reads the rows
     trainer = SFTTrainer(model=model, args=sft_config(params, path), train_dataset=numbers, data_collator=ChatCollator(processor, params['max_length'], rows),
-                      processing_class=getattr(processor, 'processor', processor), peft_config=lora_config(params, model, ids), callbacks=[*callbacks, _Bar()])
+                      processing_class=getattr(processor, 'processor', processor), peft_config=lora_config(params, model, ids), callbacks=[*callbacks, StepBar()])
     trainer.remove_callback(PrinterCallback)                                     # the log goes into metrics.jsonl
     return trainer
 
 # %% ../nbs/04_sft.ipynb #d76a682b
 def _look(params, model, processor, vocab, run): # a twin learns to see before it learns to speak; its rows go into look.jsonl
-    rows = warm_up_vision(model, processor, code_table(_file(params['codes']), vocab), params['look_steps'], params['look_batch'], params['look_lr'], seed=params['seed'], workers=params['workers'])
+    rows = []
+    def tell(row): rows.append(row); atomic_write(run.path / 'look.jsonl', ''.join(json.dumps(r) + '\n' for r in rows))
+    warm_up_vision(model, processor, code_table(_file(params['codes']), vocab), params['look_steps'], params['look_batch'], params['look_lr'], seed=params['seed'], workers=params['workers'], tell=tell if run.main else None)
     if params['freeze_vision']:
         for p in tower(model, merger=params['remember']): p.requires_grad_(False)
-    if run.main: atomic_write(run.path / 'look.jsonl', ''.join(json.dumps(r) + '\n' for r in rows))
 
 def _remember(params, model, rows, reads): # each scene is looked at once; with workers many cores draw all of them first
     if params['workers']: rows.chat.sketch_ahead(params['workers']); reads.draw_ahead(params['workers'])
@@ -284,7 +286,7 @@ def train(params, path, on_log=None): # dict of load_params; run folder; called 
     reads = SceneNumbers(processor, rows.chat.world, model) if params['remember'] else processor
     trainer = make_trainer(params, path, model, reads, words['ids'], rows, [_Log(run, on_log)] + [_Freeze(model, params['freeze_steps'])] * bool(params['freeze_steps']))
     if (n := trainer.accelerator.num_processes) != processes(params): raise RunError(f"{n} processes run, {processes(params)} were asked for: start with torchrun or through run_sft().")
-    last = _last(Path(path) / 'checkpoints')
+    last = last_checkpoint(Path(path) / 'checkpoints')
     if params['look_steps'] and not last: _look(params, trainer.accelerator.unwrap_model(trainer.model), processor, vocab, run)
     if params['remember']: _remember(params, trainer.accelerator.unwrap_model(trainer.model), rows, reads)
     run.truncate(int(last.name.split('-')[1]) if last else 0)
@@ -355,7 +357,7 @@ def evaluate_boxes(model, processor, asked, batch=32): # VLM without mask words,
     for a in range(0, len(asked), batch):
         part = asked[a:a + batch]
         ask = lambda text: processor.apply_chat_template(to_messages([dict(role='user', content='<image:0>\n' + PROMPTS['refer'].format(phrase=text))])[0], tokenize=False, add_generation_prompt=True)
-        said = _replies(model, processor, [(ask(t), [Image.fromarray(render(s))]) for s, t, *_ in part], 96)
+        said = write_replies(model, processor, [(ask(t), [Image.fromarray(render(s))]) for s, t, *_ in part], 96)
         for (scene, _, ids, _), text in zip(part, said):
             got, want = read(text), [[int(v) for v in _corners(b, scene.size).split(',')] for b in masks_to_boxes(scene.visible[ids])]
             if want: out['box_iou'].append(float(mask_iou_pairs(_painted(want)[None], _painted(got)[None])[0]))
@@ -375,9 +377,7 @@ def finish(run, vlm, seconds): # Run; see heldout_metrics -> result dict
     p = run.params
     for part in (vlm if isinstance(vlm, tuple) else [vlm]): part.save_pretrained(run.path / 'vlm')
     metrics = dict(run_loss=run.rows()[-1]['loss'] if run.rows() else None) | (heldout_metrics(vlm, p['eval_n']) if p['eval_n'] else {})
-    base = load_params(p['scale'], p['gpus'])
-    given = ''.join(f' -p {k} {v}' if v != '' else f' -p {k} ""' for k, v in p.items() if base.get(k) != v and not isinstance(v, dict))
-    run.save_result(metrics, n=p['eval_n'], seconds=round(seconds, 1), command=f"papermill nbs/04_sft.ipynb out.ipynb -p scale {p['scale']}" + (f" -p gpus {p['gpus']}" if p['gpus'] else '') + given)
+    run.save_result(metrics, n=p['eval_n'], seconds=round(seconds, 1), command=run_command('04_sft', p, load_params(p['scale'], p['gpus'])))
     return run.result
 
 # %% ../nbs/04_sft.ipynb #a4ed0260

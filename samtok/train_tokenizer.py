@@ -21,7 +21,7 @@ from .formats import open_dataset
 from .losses import candidate_loss, logit_iou, mask_terms
 from .masks import mask_iou_pairs
 from .quantizer import code_usage
-from .runs import Run, check_gpus, data_file, launch, load_scale, mean_ci, progress, run_main, seed_everything, watch
+from .runs import Run, check_gpus, data_file, launch, load_scale, mean_ci, progress, run_command, run_main, seed_everything, watch
 from .shapeworld import ShapeWorld
 from .tokenizer import MaskTokenizer, TokenizerConfig, mask_prompts, prepare_image
 
@@ -269,10 +269,7 @@ def _finish(t, seconds):
     rows = evaluate_tokenizer(t.model, heldout_data(p))
     metrics = summarise(rows, p['codebook_size'])
     metrics['masks_seen'] = sum(r['masks'] for r in t.run.rows())
-    base = load_params(p['scale'], p['gpus'])
-    given = ''.join(f' -p {k} {v}' for k, v in p.items() if base.get(k) != v and not isinstance(v, dict))
-    command = f"papermill nbs/02a_train_tokenizer.ipynb out.ipynb -p scale {p['scale']}" + (f" -p gpus {p['gpus']}" if p['gpus'] else '') + given
-    t.run.save_result(metrics, n=len(rows['iou']), seconds=round(seconds, 1), command=command)
+    t.run.save_result(metrics, n=len(rows['iou']), seconds=round(seconds, 1), command=run_command('02a_train_tokenizer', p, load_params(p['scale'], p['gpus'])))
     return t.run.result
 
 # %% ../nbs/02a_train_tokenizer.ipynb #182369ed
