@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS, LIB, FLOORS = ROOT / 'nbs', ROOT / 'samtok', json.loads((ROOT / '.ci/floors.json').read_text())
-RUN_NOTEBOOKS = r'(toy_sam2|02a_|02b_|04_|06_|08_|09_|quickstart|tokenizer_ablation|tokenizer_cost)'  # these have one cell tagged `parameters`
+RUN_NOTEBOOKS = r'(toy_sam2|02a_|02b_|04_|06_|08_|09_|quickstart|your_own_data|tokenizer_ablation|tokenizer_cost)'  # these have one cell tagged `parameters`
 CELLS, MAX_KB, EXPORT_LINES = range(25, 81), 500, 30
 RUN_TIME = r'[Rr]uns in (seconds|under a minute|under two minutes) on two CPU cores'
 SLOW, TIMEOUT, WORKERS = 90, 300, 2                      # seconds, seconds, notebooks at a time

@@ -163,6 +163,7 @@ class _Around(ChatDataset): # conversations about the samples of another data se
         for d in _leaves(self.inner): d.report, d.epoch = self.report, self.epoch
         return self.inner
     def records(self): return self._lend().records()
+    def stamp(self): return self.inner.stamp()
     def _sample(self, record): return _kept(self._lend().load(record), self.report, self.inner.name) # -> MaskSample without empty masks
 
 class Instances(_Around):
@@ -174,6 +175,7 @@ class Instances(_Around):
     def load(self, record):
         s = self._sample(record)
         if not len(s): raise MaskError('no region has a pixel')
+        if s.labels is None: raise ChatError('its regions have no labels to ask for; in a folder the name of a mask file ends in one, x_label.png')
         groups = {None: range(len(s))} if self.every else {l: [i for i, x in enumerate(s.labels) if x == l] for l in dict.fromkeys(s.labels)}
         groups = {l: list(ids)[:self.most] for l, ids in groups.items()}
         if not self.every: return refer_chat(s.image, [f'all instances of {l}' for l in groups], [[s.masks[i] for i in ids] for ids in groups.values()], labels=[[l] * len(ids) for l, ids in groups.items()], id=s.id, dataset=s.dataset, task='instances')

@@ -40,7 +40,7 @@ def _run(prog, work, args): # call work(args); a known error becomes one sentenc
 def _parser(prog, text):
     p = argparse.ArgumentParser(prog=prog, description=text)
     p.add_argument('image', help='image file')
-    p.add_argument('--tokenizer', default='toy', help='folder, hub id, or "toy" (default)')
+    p.add_argument('--tokenizer', default='toy', help='of masks: folder, hub id, "toy" (default), or a folder of the package such as toy/tokenizer_16')
     p.add_argument('--device', default='cpu', help='cpu or cuda')
     p.add_argument('--json', action='store_true', help='print JSON')
     return p
@@ -78,7 +78,9 @@ def _save_masks(masks, out): # -> list of file names; out names the first or onl
     import numpy as np
     from PIL import Image
     paths = [out if len(masks) == 1 else out.with_stem(f'{out.stem}_{i}') for i in range(len(masks))]
-    for m, p in zip(masks, paths): Image.fromarray(m * np.uint8(255)).save(p)
+    try:
+        for m, p in zip(masks, paths): Image.fromarray(m * np.uint8(255)).save(p)
+    except (OSError, ValueError) as e: raise OSError(f'{p} cannot be written ({getattr(e, "strerror", None) or e}): give a PNG file in a folder that exists.') from e
     return [p.name for p in paths]
 
 # %% ../nbs/11_cli.ipynb #f7282a21

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORERS', 'SHOWN', 'prediction', 'Ceiling', 'read_predictions', 'Scorer', 'Score', 'score', 'weights_mark',
-           'Predictions', 'reply_batch', 'predict', 'open_model', 'open_tokenizer', 'Evaluation', 'evaluate',
-           'paper_table', 'write_questions', 'main']
+           'Predictions', 'reply_batch', 'predict', 'open_model', 'Evaluation', 'evaluate', 'paper_table',
+           'write_questions', 'main']
 
 # %% ../nbs/08_evaluate.ipynb #34a55f21
 import argparse, hashlib, json, math, os, re, shlex, sys, time
@@ -269,13 +269,9 @@ def open_model(model='toy', tokenizer='', device='cpu'): # MaskVLM or Ceiling as
     "Open the model that is to be evaluated."
     if isinstance(model, MaskVLM): return model
     if device == 'cuda': device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    known = None if not tokenizer else tokenizer if isinstance(tokenizer, MaskTokenizer) else open_tokenizer(tokenizer).to(device)
-    if model == 'ceiling': return Ceiling(known or open_tokenizer('toy/tokenizer_16').to(device))
+    known = None if not tokenizer else tokenizer if isinstance(tokenizer, MaskTokenizer) else MaskTokenizer.from_pretrained(tokenizer, device=device)
+    if model == 'ceiling': return Ceiling(known or MaskTokenizer.from_pretrained('toy/tokenizer_16', device=device))
     return MaskVLM.from_pretrained(model, known, device, torch.bfloat16 if device != 'cpu' else torch.float32)
-
-def open_tokenizer(name): # folder, hub id, "toy", or a folder of the package's data such as "toy/tokenizer_16" -> MaskTokenizer
-    "Open a mask tokenizer."
-    return MaskTokenizer.from_pretrained(data_file(*name.split('/')) if name.startswith('toy/') else name)
 
 class Evaluation(table):
     "The table of an evaluation; `scores` has everything by task."
@@ -408,18 +404,21 @@ def write_questions(task, folder, n=None, root=''): # Task, folder, samples at m
     return len(lines)
 
 # %% ../nbs/08_evaluate.ipynb #fc1d3691
+_OPTIONS = dict(task='names with commas, or "all" twins; none: list them', model='folder, hub id, "toy" or "ceiling" (the tokenizer with the true codes)', predictions='instead of a model: JSONL with id, and masks (RLE) or reply (words)', questions='write the questions into this folder, ask nobody',
+                tokenizer='of masks: folder, hub id, "toy"; none: the one in the model\'s folder', root='folder of the benchmarks\' files', n='samples of a task at most; 0: all (of twins 200)', out='folder of predictions (default runs/evaluate); with --predictions a JSON file for the score', save='JSON file for the figures of all tasks, with command and environment',
+                policy='how broken replies are read: strict, flat, published_gres, published_gcg or published_single (default: as the task says)', constrained='true or false: only well-formed words (default: as the task says)', threshold='logit above which a pixel is inside (default: the tokenizer\'s)', convention='of the metric, where the task has several', similarity='of phrases: "words" or a text encoder', missing='samples without prediction: skip (default), or zero',
+                judge='JSONL with the answers of a judge', requests='write the requests for a judge into this file', device='cpu (default) or cuda', gpus='processes, one for each GPU; 0 or 1: this one', batch='samples in one pass (default 32)', seed='of the bootstrap (default 0)')
+
 def _arguments(argv):
     p = argparse.ArgumentParser(prog='samtok-eval', description='Evaluate a model, or score predictions of any model.', allow_abbrev=False)
     yes = lambda v: {'true': True, '1': True, 'false': False, '0': False}[v.lower()]
-    for name, how in dict(task=dict(help='names with commas, or "all" twins; none: list them'), predictions=dict(help='JSONL with id, and masks (RLE) or reply (words)'), model=dict(help='folder, hub id, "toy" or "ceiling"'), questions=dict(help='write the questions into this folder, ask nobody'),
-                          tokenizer=dict(default='', help='mask tokenizer: folder, hub id, "toy"'), root=dict(default='', help='folder of the benchmarks'), n=dict(type=int, default=0, help='samples of a task at most; 0: all (of twins 200)'), out=dict(help='folder of predictions (default runs/evaluate); with --predictions a JSON file for the score'),
-                          policy=dict(help='how broken replies are read'), constrained=dict(type=yes, help='true or false: only well-formed words'), threshold=dict(type=float, help='logit above which a pixel is inside'), convention=dict(help='of the metric'), similarity=dict(help='of phrases: "words" or a text encoder'),
-                          missing=dict(default='skip', help='samples without prediction: skip, or zero'), judge=dict(help='JSONL with the answers of a judge'), save=dict(help='JSON file for the figures of all tasks, with command and environment'), requests=dict(help='write the requests for a judge into this file'), device=dict(default='cpu'), gpus=dict(type=int, default=0), batch=dict(type=int, default=32), seed=dict(type=int, default=0)).items(): p.add_argument(f'--{name}', *(['--samples'] if name == 'n' else []), **how)
+    kinds = dict(tokenizer=dict(default=''), root=dict(default=''), n=dict(type=int, default=0), constrained=dict(type=yes), threshold=dict(type=float), missing=dict(default='skip'), device=dict(default='cpu'), **{k: dict(type=int, default=v) for k, v in dict(gpus=0, batch=32, seed=0).items()})
+    for name, text in _OPTIONS.items(): p.add_argument(f'--{name}', *(['--samples'] if name == 'n' else []), help=text, **kinds.get(name, {}))
     p.add_argument('--data', action='append', default=[], metavar='NAME=VALUE', help='another file or option of the data; may be given several times')
     return p.parse_args(argv)
 
 def _score_file(a, task): # arguments, Task -> Score
-    tokenizer = open_tokenizer(a.tokenizer) if a.tokenizer else None
+    tokenizer = MaskTokenizer.from_pretrained(a.tokenizer) if a.tokenizer else None
     found = score(task, a.predictions, n=a.n or None, root=a.root, seed=a.seed, tokenizer=tokenizer, policy=a.policy, threshold=a.threshold, judge=a.judge, missing=a.missing, **{k: v for k, v in dict(convention=a.convention, similarity=a.similarity).items() if v})
     if a.requests: Path(a.requests).write_text(''.join(json.dumps(r) + '\n' for r in found.scorer.requests))
     if a.out: Path(a.out).write_text(json.dumps(found.to_dict(), indent=1, default=str) + '\n')

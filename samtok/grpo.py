@@ -22,7 +22,7 @@ from .masks import masks_to_boxes
 from .rewards import DecodedMaskReward, FormatReward, MaskReward, NoTargetReward, NonRepeatReward, find_reward, reward_report, safe
 from .runs import Run, RunError, data_file, launch, load_scale, mean_ci, run_command, run_main, seed_everything, watch
 from .scenes import refer
-from .sft import StepBar, evaluate_refer, heldout_refer, last_checkpoint, lora_config, processes, tokenizer_path, tower
+from .sft import StepBar, checkpointing, evaluate_refer, heldout_refer, last_checkpoint, lora_config, processes, tower
 from .shapeworld import ShapeWorld, render
 from .tokenizer import MaskTokenizer
 from .vlm import MaskVLM
@@ -122,7 +122,7 @@ def grpo_config(params, path): # -> trl.GRPOConfig
     return GRPOConfig(output_dir=str(Path(path) / 'checkpoints'), per_device_train_batch_size=p['batch'], gradient_accumulation_steps=p['accumulate'], max_steps=p['steps'], num_generations=p['replies'],
                       max_completion_length=p['max_new_tokens'], temperature=p['temperature'], beta=p['kl'], epsilon=p['epsilon'], loss_type=p['loss'], scale_rewards=p['scale_rewards'], num_iterations=p['iterations'],
                       learning_rate=p['lr'], lr_scheduler_type='constant_with_warmup', warmup_steps=p['warmup'], weight_decay=p['weight_decay'], max_grad_norm=p['clip'], steps_per_generation=p['rollout'] or None, logging_steps=p['log_every'],
-                      save_steps=p['checkpoint_every'], save_total_limit=1, seed=p['seed'], bf16=bool(p['bf16']), use_cpu=not cuda, report_to='none', disable_tqdm=True, gradient_checkpointing=p['gradient_checkpointing'],
+                      save_steps=p['checkpoint_every'], save_total_limit=1, seed=p['seed'], bf16=bool(p['bf16']), use_cpu=not cuda, report_to='none', disable_tqdm=True, **checkpointing(GRPOConfig, p),
                       remove_unused_columns=False, mask_truncated_completions=False, deepspeed=p['deepspeed'] or None, fsdp=p['fsdp'] or None, **vllm)
 
 # %% ../nbs/06_grpo.ipynb #80007c87
@@ -161,13 +161,13 @@ def make_trainer(params, path, vlm, rows, callbacks=()): # -> MaskGRPOTrainer
 # %% ../nbs/06_grpo.ipynb #f5473f7f
 def load_policy(params): # -> MaskVLM
     "Load the model to start from."
-    return MaskVLM.from_pretrained(tokenizer_path(params['model']), tokenizer_path(params['tokenizer']) or None, dtype=getattr(torch, params['dtype']))
+    return MaskVLM.from_pretrained(params['model'], params['tokenizer'] or None, dtype=getattr(torch, params['dtype']))
 
 def train(params, path, on_log=None): # dict of load_params; run folder; called with all rows -> result dict, None on other ranks
     "Run GRPO; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
     find_reward(params['reward'])                                                # a misspelt name ends here, before anything is loaded or written
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
-    if run.finished: return run.result
+    if run.skip(): return run.result
     torch.set_flush_denormal(True); seed_everything(params['seed'])
     vlm, asked = load_policy(params), heldout_refer(params['eval_n']) if params['eval_n'] else []
     rows = scene_prompts(params['prompts'], vlm.tokenizer, params['share_nothing'], params['think'], params['seed']) if params['data'] == 'shapeworld' else shard_prompts(params['data'], params['think'])

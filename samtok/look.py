@@ -313,7 +313,7 @@ def base_twin(params): # dict like EYES -> model, processor
 def make_eyes(path, params): # run folder, dict like EYES; started by torchrun it shares the images -> result dict, None on other ranks
     "Teach a twin to see and save it in the run folder."
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
-    if run.finished: return run.result
+    if run.skip(): return run.result
     if 'RANK' in os.environ: torch.set_num_threads(1); dist.init_process_group('gloo')
     torch.set_flush_denormal(True); seed_everything(params['seed'])
     model, processor = base_twin(params)

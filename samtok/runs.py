@@ -135,6 +135,9 @@ class Run:
 
     @property
     def finished(self): return self.result_path.exists()
+    def skip(self): # -> bool: is there a result already? Says so, since nothing will run
+        if self.finished and self.main: print(f'The run {self.path.name} was finished before: this is its result, and nothing runs again. To repeat it choose another folder, or delete this one.', file=sys.stderr)
+        return self.finished
     @property
     def result(self): return json.loads(self.result_path.read_text()) if self.finished else None
 

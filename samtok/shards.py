@@ -156,6 +156,7 @@ def tokenize_data(dataset,    # ChatDataset, or a Mixture of them
     if getattr(dataset, 'repeat', False): raise DataError('A mixture that repeats for ever has no end to tokenize: give repeat=False and the number of epochs.')
     records = sum(1 for _ in _order(dataset, seed, epochs, n))
     plan = dict(version=1, tokenizer=fingerprint(tokenizer), data=data or dict(name=dataset.name), records=records, shard=shard, epochs=epochs, seed=seed)
+    if stamp := dataset.stamp(): plan['files'] = stamp                           # masks that were corrected are other data
     out, plan = Path(out), Run(out, plan, main=rank == 0).params
     if (out / 'report.json').exists(): return json.loads((out / 'report.json').read_text())
     count = -(-records // shard)
@@ -199,6 +200,7 @@ def code_table(path, vocab, tokenizer=None): # npz of codes (M,K) and starts (n+
 
 # %% ../nbs/03f_shards.ipynb #58e29cef
 def _spec(data, args): # --data and --args -> dict, or list of dicts
+    if not isinstance(args, dict) or 'name' in args: raise DataError(f"--args is {args!r}: give the arguments of the data set as a JSON object in quotes, for example '{{\"root\": \"mine\"}}'.")
     if not data.endswith('.json'): return dict(name=data, **args)
     try: spec = json.loads((Path(data) if Path(data).exists() else data_file(*Path(data).parts)).read_text())
     except (OSError, ValueError) as e: raise DataError(f'The mixture {Path(data).name} cannot be read as JSON: {e}') from e
@@ -219,13 +221,15 @@ def _tokenize(a, rank, world):
 # %% ../nbs/03f_shards.ipynb #e70948d1
 def main(argv=None): # see the defaults
     "Tokenize a data set from the command line (console command `samtok-tokenize`)."
-    help = dict(data='shapeworld, a format of samtok.chat_formats, module:class, or a JSON file with a mixture', args='arguments of the data set, as JSON', tokenizer='folder, hub id or "toy"', out='folder, or FILE.npz for the codes of ShapeWorld',
+    help = dict(data='shapeworld, a format of samtok.chat_formats, module:class, or a JSON file with a mixture', args='''arguments of the data set, as JSON, for example '{"n": 100}' for shapeworld''', tokenizer='of masks: folder, hub id, "toy", or a folder of the package such as toy/tokenizer_16', out='folder, or FILE.npz for the codes of ShapeWorld',
                 shard='records in a shard', batch='conversations in one pass', epochs='passes over the data', seed='choice of a mixture with broken weights', n='only the first n records, 0: all', device='auto, cpu or cuda', workers='processes that draw scenes, for FILE.npz')
     a = parse_args(dict(data='shapeworld', args={}, tokenizer='toy', out='', shard=512, batch=8, epochs=1, seed=0, n=0, device='auto', workers=0), argv, prog='samtok-tokenize', help=help)
+    old = (Path(a['out']) / 'report.json').exists() or a['out'].endswith('.npz') and Path(a['out']).exists()
     try: report = _tokenize(a, int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)))
     except (ValueError, OSError) as e:
         print(f'samtok-tokenize: {e}', file=sys.stderr)
         raise SystemExit(2)
+    if report and old: print(f"samtok-tokenize: {a['out']} was finished before: this is its report, and nothing was read again. For data that have changed choose another folder, or delete this one.", file=sys.stderr)
     if report: print(json.dumps({k: v for k, v in report.items() if k != 'plan'}, indent=1, ensure_ascii=False))
 
 # %% ../nbs/03f_shards.ipynb #a4f0bd45

@@ -8,6 +8,7 @@ __all__ = ['TokenizerConfig', 'backbone_args', 'MaskEncoder', 'MaskTokenizer', '
 
 # %% ../nbs/02_tokenizer.ipynb #1bc2c06e
 import json
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,11 +27,10 @@ from sam2.modeling.position_encoding import PositionEmbeddingSine
 from sam2.modeling.sam.mask_decoder import MaskDecoder
 from sam2.modeling.sam.prompt_encoder import PromptEncoder
 from sam2.modeling.sam.transformer import TwoWayTransformer
-from .checkpoints import CheckpointError, load_checked, published_state, read_checkpoint, sam2_state
+from .checkpoints import CheckpointError, fetch_files, find_pretrained, load_checked, published_state, read_checkpoint, sam2_state
 from .data import read_image
 from .masks import MaskError, check_box, check_masks, mask_to_box
 from .quantizer import CodeError, ResidualVQ
-from .runs import data_file
 from .words import MaskVocab
 
 # %% ../nbs/02_tokenizer.ipynb #a15b4ef4
@@ -108,6 +108,9 @@ class MaskTokenizer(nn.Module, PyTorchModelHubMixin):
         self.vocab = MaskVocab(c.codebook_size, c.num_codes)
         self.eval()
 
+    def __repr__(self): # one line; named_children() has the parts
+        c = self.config
+        return f'MaskTokenizer({c.depth} codes of {c.codebook_size}, images of {c.image_size} x {c.image_size} inside, {sum(p.numel() for p in self.parameters()) / 1e6:.1f}M parameters, {self.device})'
     @property
     def device(self): return self.no_mem_embed.device
 
@@ -284,9 +287,12 @@ def _encode_words(self, image, masks, boxes=None): # -> list of N strings, for e
     "Encode masks of one image into words."
     return [self.vocab.format(c) for c in self.encode(image, masks, boxes)]
 
-def _decode_words(self, image, text, policy='strict', **kwargs): # text with any number of groups -> masks (N,H,W) bool in their order
+def _decode_words(self, image, text, policy='strict', **kwargs): # text with any number of groups -> masks (N,H,W) bool in their order; a warning names what was left out
     "Decode the mask words of a text against one image; `policy` as in MaskVocab.parse."
-    return self.decode(image, self.vocab.codes(self.vocab.parse(text, policy)), **kwargs)
+    spans = self.vocab.parse(text, policy)
+    bad = [s for s in spans if not s.ok]
+    if bad: warnings.warn(f'{len(bad)} of {len(spans)} groups of mask words were left out; the first, {bad[0].text!r}: {bad[0].problem}', stacklevel=2)
+    return self.decode(image, self.vocab.codes([s for s in spans if s.ok]), **kwargs)
 
 MaskTokenizer.encode_words, MaskTokenizer.decode_words = _encode_words, _decode_words
 
@@ -315,27 +321,12 @@ def _forward(self, pixels, # (B,3,S,S) float, as of prepare_image
 MaskTokenizer.forward = _forward
 
 # %% ../nbs/02_tokenizer.ipynb #7418168f
-def _not_there(name, e): # hub id, what fetching it raised -> sentence; None where the hub knows it
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-    kinds = {RepositoryNotFoundError: 'does the hub know it (or show it to you)', HFValidationError: 'is it a valid hub id', LocalEntryNotFoundError: 'could the hub be reached', ConnectionError: 'could the hub be reached'}
-    why = next((w for cause in (e, e.__cause__, e.__context__) for kind, w in kinds.items() if isinstance(cause, kind)), None)
-    return why and f'Neither is there a folder {name} here, nor {why}: correct the path or the id, or fetch the files where there is a network and give their folder.'
-
-def _fetch(name, patterns, **kwargs): # hub id, names of files -> Path of the folder that has them; raises CheckpointError
-    from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(str(name), allow_patterns=patterns, **kwargs))
-    except (OSError, ValueError) as e: raise CheckpointError(_not_there(name, e) or f'{name} could not be fetched: {type(e).__name__}: {str(e).splitlines()[0][:200]}') from e
-
 @classmethod
-def _from_pretrained(cls, name, # a folder, "toy", or a hub id such as "user/tokenizer"
+def _from_pretrained(cls, name, # a folder, "toy" (or a folder of the package such as "toy/tokenizer_16"), or a hub id such as "user/tokenizer"
                      **kwargs): # device: str; others go to huggingface_hub
     "Load a tokenizer; raises CheckpointError with what was wrong."
-    device = kwargs.pop('device', 'cpu')
-    path = data_file('toy', 'tokenizer') if str(name) == 'toy' else Path(name)
-    try:
-        if path.is_dir(): return _load_folder(cls, path).to(device)
-        if path.exists() or str(name).count('/') != 1 or str(name).startswith(('.', '/', '~')): raise CheckpointError(f'{name} is not a folder with a tokenizer. Give a folder, "toy", or a hub id "user/name".')
-        return _load_folder(cls, _fetch(name, ['config.json', 'model.safetensors'], **kwargs)).to(device)
+    device, path = kwargs.pop('device', 'cpu'), find_pretrained(name, 'tokenizer')
+    try: return _load_folder(cls, path if isinstance(path, Path) else fetch_files(path, ['config.json', 'model.safetensors'], **kwargs)).to(device)
     except (OSError, ValueError) as e:
         if isinstance(e, CheckpointError): raise
         raise CheckpointError(f'The tokenizer {name} could not be read: {type(e).__name__}: {str(e).splitlines()[0][:200]}') from e

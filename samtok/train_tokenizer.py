@@ -237,7 +237,7 @@ def train(params, # dict of load_params
           on_log=None): # called with all rows so far after each logged step -> the run's result (dict), None on other ranks than 0
     "Train a tokenizer; writes metrics.jsonl, checkpoints, the tokenizer and result.json into the run folder."
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
-    if run.finished: return run.result
+    if run.skip(): return run.result
     t, started = Trainer(params, run), time.time()
     p, window = params, []
     stream = training_data(p).stream(seed=p['seed'], rank=t.acc.process_index, world=t.acc.num_processes, shuffle=p['shuffle'], skip=t.taken)

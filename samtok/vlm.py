@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from transformers import AddedToken, BatchFeature, LogitsProcessorList
 from .chat import PROMPTS, Conversation, caption_chat, fill, mask_array, read_answer, to_messages
+from .checkpoints import fetch_files, find_pretrained, hub_problem
 from .data import read_image
 from .grammar import AnswerGrammar, MaskGrammar, VLMError, count_mask_words, mask_word_ids
-from .runs import data_file
-from .tokenizer import ImageEmbedding, MaskTokenizer, _fetch, _not_there
+from .tokenizer import ImageEmbedding, MaskTokenizer
 
 # %% ../nbs/03_vlm.ipynb #9d06674b
 def matrices(model): # -> input embedding, output head (or None), is it one matrix?
@@ -53,14 +53,13 @@ def add_mask_words(model,     # any Hugging Face model that writes text
 # %% ../nbs/03_vlm.ipynb #d90ffa43
 _HUB = ('revision', 'token', 'cache_dir', 'local_files_only') # what model, processor and tokenizer are all fetched with
 
-def load_vlm(name,   # folder, or hub id "user/name"
+def load_vlm(name,   # folder, hub id "user/name", "toy" or a folder of the package such as "toy/base"
              dtype=torch.float32, **kwargs): # kwargs go to the model's from_pretrained -> model, processor; raises VLMError
     "Load a model and its processor, without running code that comes with them."
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    if not Path(name).is_dir() and (Path(name).exists() or str(name).count('/') != 1 or str(name)[0] in './~'): raise VLMError(f'{Path(name).name} is not a folder with a model: give a folder, a hub id "user/name", or "toy".')
-    both = {k: v for k, v in kwargs.items() if k in _HUB}
+    name, both = find_pretrained(name, 'vlm', VLMError), {k: v for k, v in kwargs.items() if k in _HUB}
     try: return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False, **kwargs), AutoProcessor.from_pretrained(name, trust_remote_code=False, **both)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e: raise VLMError(not Path(name).is_dir() and _not_there(name, e) or f'The model {Path(name).name} could not be loaded ({type(e).__name__}): {" ".join(str(e).split())[:300]}') from e
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e: raise VLMError(isinstance(name, str) and hub_problem(name, e) or f'The model {Path(name).name} could not be loaded ({type(e).__name__}): {" ".join(str(e).split())[:300]}') from e
 
 # %% ../nbs/03_vlm.ipynb #e7c97ebd
 @dataclass
@@ -109,16 +108,16 @@ class MaskVLM:
     @property
     def vocab(self): return self.tokenizer.vocab
     @classmethod
-    def from_pretrained(cls, vlm='toy', # folder, hub id or "toy": model and processor with mask words
+    def from_pretrained(cls, vlm='toy', # folder, hub id, "toy" or a folder of the package: model and processor with mask words
                         tokenizer=None, # folder, hub id, "toy" or a MaskTokenizer; None: the folder `mask_tokenizer` in `vlm`, also on the hub
                         device='cpu', dtype=torch.float32, **kwargs): # kwargs go to the model; raises VLMError, CheckpointError
         "Load model, processor and mask tokenizer."
-        name = data_file('toy', 'vlm') if str(vlm) == 'toy' else vlm
-        if str(vlm) == 'toy' and tokenizer is None: tokenizer = data_file('toy', 'tokenizer_16')  # it is in the package once
+        name = find_pretrained(vlm, 'vlm', VLMError)
+        if str(vlm) == 'toy' and tokenizer is None: tokenizer = 'toy/tokenizer_16'   # it is in the package once
         if (Path(name) / 'vlm' / 'config.json').is_file() and not (Path(name) / 'config.json').is_file(): name = Path(name) / 'vlm' # the folder of a run
         model, processor = load_vlm(name, dtype, **kwargs)
         hub = {k: v for k, v in kwargs.items() if k in _HUB}
-        inner = (Path(name) if tokenizer is not None or Path(name).is_dir() else _fetch(name, ['mask_tokenizer/*'], **hub)) / 'mask_tokenizer'
+        inner = (Path(name) if tokenizer is not None or Path(name).is_dir() else fetch_files(name, ['mask_tokenizer/*'], **hub)) / 'mask_tokenizer'
         if tokenizer is None and not inner.is_dir(): raise VLMError(f'{Path(name).name} comes without a mask tokenizer: name it, tokenizer=... (a folder, a hub id, or "toy").')
         if not isinstance(tokenizer, MaskTokenizer): tokenizer = MaskTokenizer.from_pretrained(inner if tokenizer is None else tokenizer)
         return cls(model.to(device), processor, tokenizer.to(device))

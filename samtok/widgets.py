@@ -197,7 +197,7 @@ def _set_image(self, image, masks=None, labels=None): # as in MaskPicker
     self.image = read_image(image)
     size = self.image.shape[:2]
     self.masks = check_masks([] if masks is None else masks, size)
-    names = labels or [f'region {i}' for i in range(len(self.masks))]
+    names = [str(l) for l in labels] if labels is not None else [f'region {i}' for i in range(len(self.masks))]
     if len(names) != len(self.masks): raise WidgetError(f'{len(self.masks)} masks came with {len(names)} labels: give one for each, or none.')
     self.embedding, self.view = self.tokenizer.embed_image(self.image), _fit(self.image, self.side)
     shown, same = self.view.shape[:2], W.Layout(width=f'{self.view.shape[1]}px', height=f'{self.view.shape[0]}px', margin='0')
