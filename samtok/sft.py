@@ -223,6 +223,7 @@ class _Freeze(TrainerCallback): # the vision tower of a twin stands still until 
     def on_step_begin(self, args, state, control, **kwargs):
         for p in self.weights: p.requires_grad_(state.global_step >= self.until)
 
+# %% ../nbs/04_sft.ipynb #502c8b93
 def checkpointing(config, params): # class of a trainer's configuration; parameters -> dict: does the backward pass compute activations again?
     "Name the switch as this version of transformers does."
     new = 'activation_checkpointing'
@@ -396,5 +397,4 @@ def main(argv=None):
     "Fine-tune from the command line; every parameter of the scale's file is an option."
     run_main('sft', load_params, train, run_sft, argv, recipe='')
 
-# %% ../nbs/04_sft.ipynb #3b163266
 if __name__ == '__main__' and '__file__' in globals(): main()
