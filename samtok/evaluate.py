@@ -385,10 +385,18 @@ def _toy_rows(t, folder): # -> list of dict: what the twins of a table reached
 def paper_table(name, toy=False, folder=None): # name of a table in paper.json; its twins in ShapeWorld instead; folder of results, None: results/ of the checkout -> table
     "Show a table of the paper beside what was run here; a dash where nothing was."
     folder = Path(folder or data_file().parent / 'results')
-    try: tables = json.loads((folder / 'paper.json').read_text())['tables']
+    try: known = json.loads((folder / 'paper.json').read_text()); tables = known['tables']
     except OSError as e: raise EvaluateError(f"The paper's figures, paper.json, are not in {folder.name} ({e.strerror}): they are part of a checkout, in results/.") from e
     if name not in tables: raise EvaluateError(f"There is no table {name!r} in paper.json: choose one of {', '.join(tables)}.")
-    return table((_toy_rows if toy else _paper_rows)(tables[name], folder))
+    rows = (_toy_rows if toy else _paper_rows)(tables[name], folder)
+    if toy: return _same_origin(rows)
+    named = {k: v for k, v in known.get('sources', {}).items() if any(k in str(r.get('source')) for r in rows)}
+    return table(rows, 'Sources: ' + '; '.join(f'*{k}*: {v}' for k, v in named.items()) + '.' if named else '', ('n', 'command', 'commit'))
+
+def _same_origin(rows): # -> table; a command that made all rows stands below it
+    made = {(r['command'], r['commit']) for r in rows}
+    if len(made) != 1 or None in (only := made.pop()): return table(rows)
+    return table([{k: v for k, v in r.items() if k not in ('command', 'commit')} for r in rows], f'All by `{only[0]}`, commit {only[1]}.')
 
 # %% ../nbs/08_evaluate.ipynb #885515c9
 def write_questions(task, folder, n=None, root=''): # Task, folder, samples at most -> number of questions

@@ -235,11 +235,16 @@ def _drawn(metric, columns, n_boot, seed): # -> dict figure: (n_boot,) float64
     n = len(columns['n'])
     return _replicates(lambda rng, b: metric._figures(columns, rng.multinomial(n, np.full(n, 1 / n), b).astype(np.float64)), n, n_boot, seed)
 
+def _counted_for(metric, columns, n): # -> function of a figure: the samples behind it, which for N_acc are those without a target
+    ratios = metric._ratios() if hasattr(metric, '_ratios') else {}
+    return lambda k: int(columns[ratios[k][1]].sum()) if k in ratios and ratios[k][1] in ('none', 'target') else n
+
 def bootstrap_ci(metric, # Metric
-                 n_boot=1000, seed=0, level=.95): # -> dict figure: dict(mean, low, high, n); mean is the figure itself
+                 n_boot=1000, seed=0, level=.95): # -> dict figure: dict(mean, low, high, n); mean is the figure itself, n the samples behind it
     "Compute every figure with its bootstrap confidence interval over samples."
     value, columns = metric.compute(), metric.table()[1]
-    return {k: dict(mean=value[k], **_interval(v, level, value[k]), n=value['n']) for k, v in _drawn(metric, columns, n_boot, seed).items()}
+    size = _counted_for(metric, columns, value['n'])
+    return {k: dict(mean=value[k], **_interval(v, level, value[k]), n=size(k)) for k, v in _drawn(metric, columns, n_boot, seed).items()}
 
 # %% ../nbs/07_metrics.ipynb #0773dab7
 def _paired(a, b): # two Metric -> columns of both, in the same order of samples

@@ -205,15 +205,20 @@ def _cell(v):
 
 class table(list):
     "A list of dicts that notebooks show as a table; numbers are shortened, missing values are dashes."
+    def __init__(self, rows=(), note='', optional=()): # list of dict; Markdown below the table; columns that are not shown where all values are missing
+        super().__init__(rows)
+        self.note, self.optional = note, optional
+    def columns(self): # -> list of keys, in order
+        return [k for k in dict.fromkeys(k for r in self for k in r) if k not in self.optional or any(r.get(k) is not None for r in self)]
     def _repr_markdown_(self):
-        keys = list(dict.fromkeys(k for r in self for k in r))
+        keys = self.columns()
         line = lambda cells: '| ' + ' | '.join(cells) + ' |'
-        return '\n'.join([line(k.replace('_', ' ') for k in keys), line('---' for _ in keys)] + [line(_cell(r.get(k)) for k in keys) for r in self])
+        return '\n'.join([line(k.replace('_', ' ') for k in keys), line('---' for _ in keys)] + [line(_cell(r.get(k)) for k in keys) for r in self] + ['', self.note] * bool(self.note))
 
 # %% ../nbs/00b_show.ipynb #f6dd517d
 def _table_html(self): # -> str
     "Write the table as HTML."
-    keys = list(dict.fromkeys(k for r in self for k in r))
+    keys = self.columns()
     line = lambda tag, cells: '<tr>' + ''.join(f'<{tag} style="padding:1px 8px;text-align:left">{c}</{tag}>' for c in cells) + '</tr>'
     text = lambda v: html.escape(_cell(v).replace('&lt;', '<').replace('\\|', '|'))
     return _Html('<table>' + line('th', [text(k.replace('_', ' ')) for k in keys]) + ''.join(line('td', [text(r.get(k)) for k in keys]) for r in self) + '</table>')
