@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ANSWER', 'VLMError', 'count_mask_words', 'mask_word_ids', 'word_states', 'MaskGrammar', 'label_tokens',
-           'AnswerGrammar', 'GrammarRows', 'vllm_grammar']
+           'AnswerGrammar', 'GrammarRows', 'vllm_grammar', 'mask_pattern']
 
 # %% ../nbs/03e_grammar.ipynb #04032f59
 import copy, re
@@ -220,3 +220,19 @@ def __getattr__(name): # so that `--logits-processors samtok.grammar:VLLMGrammar
     if name != 'VLLMGrammar': raise AttributeError(f'module samtok.grammar has no attribute {name!r}')
     globals()[name] = vllm_grammar()
     return globals()[name]
+
+# %% ../nbs/03e_grammar.ipynb #0b0e8657
+def _numbers(low, high): # -> regular expression of the numbers low..high-1, four digits or more
+    tens = {}
+    for k in range(low, high): tens.setdefault(f'{k:04d}'[:-1], []).append(f'{k:04d}'[-1])
+    return '(?:' + '|'.join(t + (f'[{d[0]}-{d[-1]}]' if len(d) > 1 else d[0]) for t, d in tens.items()) + ')'
+
+def mask_pattern(vocab,        # MaskVocab
+                 answer=False, # only answers of the published form, as AnswerGrammar
+                 **parts):     # other fixed texts by name, see ANSWER -> regular expression (str) that a whole reply matches
+    "Write the grammar as a regular expression, for an engine's structured output."
+    size, p = vocab.codebook_size, {k: re.escape(v) for k, v in {**ANSWER, **parts}.items()}
+    group = re.escape(vocab.start) + ''.join(r'<\|mt_' + _numbers(l * size, (l + 1) * size) + r'\|>' for l in range(vocab.depth)) + re.escape(vocab.end)
+    if not answer: return f'(?:[^<]|<[^|]|{group})*'
+    row = group + p['middle'] + r'[^"\\\x00-\x1f]+'
+    return f"(?:{p['nothing']}|{p['opening']}{row}(?:{p['more']}{row})*{p['closing']})"

@@ -9,6 +9,7 @@ __all__ = ['load_params', 'scene_prompts', 'shard_prompts', 'mask_rewards', 'Mas
 
 # %% ../nbs/06_grpo.ipynb #b23ec738
 import json, os, time
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -18,6 +19,7 @@ from transformers import LogitsProcessorList, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from .chat import PROMPTS, THINK, Conversation, answer_masks, fill, reading_order, to_messages
 from .data import read_image
+from .grammar import mask_pattern
 from .masks import masks_to_boxes
 from .rewards import DecodedMaskReward, FormatReward, MaskReward, NoTargetReward, NonRepeatReward, find_reward, reward_report, safe
 from .runs import Run, RunError, data_file, launch, load_scale, mean_ci, run_command, run_main, seed_everything, watch
@@ -114,11 +116,11 @@ class _Whole: # a reward that reads what was written, special tokens included
         return self.reward(completions=completions, **columns)
 
 # %% ../nbs/06_grpo.ipynb #5ba7554a
-def grpo_config(params, path): # -> trl.GRPOConfig
+def grpo_config(params, path, vocab=None): # MaskVocab, for rollouts by vLLM under the grammar -> trl.GRPOConfig
     "Translate the run's parameters into TRL's."
     p, cuda = params, params['gpus'] > 0 and params['device'] != 'cpu'
-    if p['vllm'] and p['constrained']: raise RunError('Rollouts by vLLM cannot be constrained here yet: set constrained to false, or leave vllm empty.')
     vllm = dict(use_vllm=True, vllm_mode=p['vllm']) if p['vllm'] else {}
+    if vllm and p['constrained']: vllm['vllm_structured_outputs_regex'] = mask_pattern(vocab, p['constrained'] == 'answer')
     return GRPOConfig(output_dir=str(Path(path) / 'checkpoints'), per_device_train_batch_size=p['batch'], gradient_accumulation_steps=p['accumulate'], max_steps=p['steps'], num_generations=p['replies'],
                       max_completion_length=p['max_new_tokens'], temperature=p['temperature'], beta=p['kl'], epsilon=p['epsilon'], loss_type=p['loss'], scale_rewards=p['scale_rewards'], num_iterations=p['iterations'],
                       learning_rate=p['lr'], lr_scheduler_type='constant_with_warmup', warmup_steps=p['warmup'], weight_decay=p['weight_decay'], max_grad_norm=p['clip'], steps_per_generation=p['rollout'] or None, logging_steps=p['log_every'],
@@ -126,7 +128,7 @@ def grpo_config(params, path): # -> trl.GRPOConfig
                       remove_unused_columns=False, mask_truncated_completions=False, deepspeed=p['deepspeed'] or None, fsdp=p['fsdp'] or None, **vllm)
 
 # %% ../nbs/06_grpo.ipynb #80007c87
-_NAMES = {'reward': 'reward', 'reward_std': 'reward_std', 'kl': 'kl', 'entropy': 'entropy', 'length': 'completions/mean_length', 'cut_off': 'completions/clipped_ratio', 'silent': 'frac_reward_zero_std', 'grad_norm': 'grad_norm', 'lr': 'learning_rate'}
+_NAMES = {'reward': 'reward', 'reward_std': 'reward_std', 'kl': 'kl', 'entropy': 'entropy', 'length': 'completions/mean_length', 'cut_off': 'completions/clipped_ratio', 'silent': 'frac_reward_zero_std', 'grad_norm': 'grad_norm', 'lr': 'learning_rate', 'mismatch': 'sampling/sampling_logp_difference/mean'}
 
 class _Log(TrainerCallback): # the trainer's log, and held-out scenes now and then, into the run's metrics
     def __init__(self, run, tell, vlm, asked): self.run, self.tell, self.vlm, self.asked, self.started, self.terms = run, tell, vlm, asked, time.time(), [r.__name__ for r in mask_rewards(run.params, vlm.tokenizer)[0]]
@@ -150,7 +152,7 @@ def make_trainer(params, path, vlm, rows, callbacks=()): # -> MaskGRPOTrainer
     rewards, weights = mask_rewards(params, vlm.tokenizer)
     if params['freeze_vision']:
         for w in tower(vlm.model, merger=True): w.requires_grad_(False)
-    config = grpo_config(params, path); config.reward_weights = weights
+    config = grpo_config(params, path, vlm.vocab); config.reward_weights = weights
     vlm.processor.tokenizer.padding_side = 'left'                                # fine-tuning saves it with 'right'
     trainer = MaskGRPOTrainer(model=vlm.model, reward_funcs=[_Whole(r, vlm.processor.tokenizer) for r in rewards], args=config, train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(rows),
                               processing_class=vlm.processor, peft_config=lora_config(params, vlm.model, vlm.ids), callbacks=[*callbacks, StepBar()])
@@ -166,6 +168,7 @@ def load_policy(params): # -> MaskVLM
 def train(params, path, on_log=None): # dict of load_params; run folder; called with all rows -> result dict, None on other ranks
     "Run GRPO; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
     find_reward(params['reward'])                                                # a misspelt name ends here, before anything is loaded or written
+    if params['vllm'] and not find_spec('vllm'): raise RunError('Rollouts by vLLM need the package vllm, which is not installed: install it, or leave vllm empty for rollouts by transformers.')
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.skip(): return run.result
     torch.set_flush_denormal(True); seed_everything(params['seed'])
