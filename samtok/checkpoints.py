@@ -69,7 +69,7 @@ def find_pretrained(name, # folder, hub id "user/name", "toy" or a folder of the
     if path.is_dir() and text: return path
     if text.startswith('toy/'): return data_file(*path.parts)
     if path.exists() or text.count('/') != 1 or text[0] in './~': raise error(f'{text or "An empty name"} is not a folder with weights: give a folder, a hub id "user/name", or "toy".')
-    if (top := Path(path.parts[0])).is_dir(): raise error(f'There is no folder {text}; {top} has {", ".join(sorted(p.name for p in top.iterdir())[:8]) or "nothing in it"}. (For a model of the hub start from another working folder.)')
+    if (top := Path(path.parts[0])).is_dir(): raise error(f'There is no folder {text}; {top} has {", ".join(sorted(p.name for p in top.iterdir())[:8]) or "nothing in it"}. (A hub id whose first part is also a folder here, {top}, is not asked for: start elsewhere for that.)')
     return text
 
 def hub_problem(name, e): # hub id, what fetching it raised -> sentence; None where the hub knows it
@@ -79,11 +79,11 @@ def hub_problem(name, e): # hub id, what fetching it raised -> sentence; None wh
     why = next((w for cause in (e, e.__cause__, e.__context__) for kind, w in kinds.items() if isinstance(cause, kind)), None)
     return why and f'Neither is there a folder {name} here, nor {why}: correct the path or the id, or fetch the files where there is a network and give their folder.'
 
-def fetch_files(name, patterns, **kwargs): # hub id; names of files; kwargs go to huggingface_hub -> Path of the folder that has them; raises CheckpointError
+def fetch_files(name, patterns, error=CheckpointError, **kwargs): # hub id; names of files; class of what is raised; kwargs go to huggingface_hub -> Path of the folder that has them
     "Fetch some files of a repository on the hub."
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(str(name), allow_patterns=patterns, **kwargs))
-    except (OSError, ValueError) as e: raise CheckpointError(hub_problem(name, e) or f'{name} could not be fetched: {type(e).__name__}: {str(e).splitlines()[0][:200]}') from e
+    except (OSError, ValueError) as e: raise error(hub_problem(name, e) or f'{name} could not be fetched: {type(e).__name__}: {str(e).splitlines()[0][:200]}') from e
 
 # %% ../nbs/01b_checkpoints.ipynb #2dda943f
 _VIDEO = ('memory_attention.', 'memory_encoder.', 'maskmem_tpos_enc', 'no_mem_pos_enc', 'no_obj_ptr', 'no_obj_embed_spatial', 'obj_ptr_proj.', 'obj_ptr_tpos_proj.', 'mask_downsample.')

@@ -20,8 +20,9 @@ def read_masks(path, # .png (or another image) or .json
     path = Path(path)
     if path.suffix.lower() != '.json':
         ids = read_ids(path)
-        if (k := len(np.unique(ids))) > 2: raise MaskError(f'{path.name} has {k} values and is no mask: a mask is 0 outside and one value inside. Of a map of regions samtok.masks.id_map_to_masks makes masks.')
-        return [check_mask(ids > 0, size, name=path.name)]
+        if ids.shape != tuple(size): check_mask(ids > 0, size, name=f'mask {path.name}')
+        if (k := len(np.unique(ids))) > 2: raise MaskError(f'{path.name} has {k} values and is no mask: a mask is 0 outside and one value inside (smoothing its edge adds values between). Of a map of regions samtok.masks.id_map_to_masks makes masks.')
+        return [check_mask(ids > 0, size, name=f'mask {path.name}')]
     try: data = json.loads(path.read_text())
     except (OSError, ValueError) as e: raise MaskError(f'{path.name} cannot be read as JSON: {e}.') from e
     if isinstance(data, dict) and 'masks' in data: data = data['masks']
@@ -54,6 +55,7 @@ def _encode(args):
     image = read_image(args.image)
     named = [(Path(f).name, i, m) for f in args.masks for i, m in enumerate(read_masks(f, image.shape[:2]))]
     if not named: raise ValueError('No masks were given: name at least one PNG or JSON file.')
+    if empty := [f'{f}, mask {i}' if f.endswith('.json') else f for f, i, m in named if not m.any()]: raise ValueError(f'{empty[0]} has no pixel: leave it out.')
     tokenizer = MaskTokenizer.from_pretrained(args.tokenizer, device=args.device)
     codes = tokenizer.encode(image, np.stack([m for *_, m in named]))
     rows = [dict(file=f, index=i, words=tokenizer.vocab.format(c), codes=c.tolist(), box=mask_to_box(m).tolist(), area=int(m.sum())) for (f, i, m), c in zip(named, codes)]
@@ -72,11 +74,13 @@ def _words_text(words):
     if '<|' not in words and path.is_file():
         text = path.read_text()
         return ''.join(m['words'] for m in json.loads(text)['masks']) if path.suffix == '.json' else text
+    if '<|' not in words and path.suffix in ('.txt', '.json'): raise OSError(f'There is no file {words}.')
     return words
 
 def _save_masks(masks, out): # -> list of file names; out names the first or only file
     import numpy as np
     from PIL import Image
+    if out.suffix.lower() != '.png': raise OSError(f'{out} is no PNG file, and others do not keep masks exactly: let its name end in .png.')
     paths = [out if len(masks) == 1 else out.with_stem(f'{out.stem}_{i}') for i in range(len(masks))]
     try:
         for m, p in zip(masks, paths): Image.fromarray(m * np.uint8(255)).save(p)

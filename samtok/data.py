@@ -190,6 +190,8 @@ class Report(Counter):
         for reason, example in getattr(other, "examples", {}).items(): self.examples.setdefault(reason, example)
         return self
 
+    def __repr__(self): return '\n'.join([f'Report({dict(self)})', *(f'  first {k}: {v}' for k, v in self.examples.items())])
+
     def _repr_markdown_(self):
         rows = [f"| {k} | {n} | {self.examples.get(k, '').replace('|', '/')} |" for k, n in sorted(self.items(), key=lambda row: (row[0] not in ("ok", "masks"), row[0]))]
         return "\n".join(["| what | count | first case |", "| --- | --- | --- |", *rows])

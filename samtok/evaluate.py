@@ -412,18 +412,22 @@ def write_questions(task, folder, n=None, root=''): # Task, folder, samples at m
     return len(lines)
 
 # %% ../nbs/08_evaluate.ipynb #fc1d3691
-_OPTIONS = dict(task='names with commas, or "all" twins; none: list them', model='folder, hub id, "toy" or "ceiling" (the tokenizer with the true codes)', predictions='instead of a model: JSONL with id, and masks (RLE) or reply (words)', questions='write the questions into this folder, ask nobody',
+_OPTIONS = dict(task='names with commas, or all (the twins in ShapeWorld); none: list them', model='folder, hub id, "toy" or "ceiling" (the tokenizer with the true codes)', predictions='instead of a model: JSONL with id, and masks (RLE) or reply (words)', questions='write the questions into this folder, ask nobody',
                 tokenizer='of masks: folder, hub id, "toy"; none: the one in the model\'s folder', root='folder of the benchmarks\' files', n='samples of a task at most; 0: all (of twins 200)', out='folder of predictions (default runs/evaluate); with --predictions a JSON file for the score', save='JSON file for the figures of all tasks, with command and environment',
                 policy='how broken replies are read: strict, flat, published_gres, published_gcg or published_single (default: as the task says)', constrained='true or false: only well-formed words (default: as the task says)', threshold='logit above which a pixel is inside (default: the tokenizer\'s)', convention='of the metric, where the task has several', similarity='of phrases: "words" or a text encoder', missing='samples without prediction: skip (default), or zero',
-                judge='JSONL with the answers of a judge', requests='write the requests for a judge into this file', device='cpu (default) or cuda', gpus='processes, one for each GPU; 0 or 1: this one', batch='samples in one pass (default 32)', seed='of the bootstrap (default 0)')
+                judge='JSONL with the answers of a judge', requests='write the requests for a judge into this file', device='cpu or cuda (default: cuda with --gpus, else cpu)', gpus='processes, one for each GPU; 0 or 1: this one', batch='samples in one pass (default 32)', seed='of the bootstrap (default 0)')
 
 def _arguments(argv):
     p = argparse.ArgumentParser(prog='samtok-eval', description='Evaluate a model, or score predictions of any model.', allow_abbrev=False)
-    yes = lambda v: {'true': True, '1': True, 'false': False, '0': False}[v.lower()]
-    kinds = dict(tokenizer=dict(default=''), root=dict(default=''), n=dict(type=int, default=0), constrained=dict(type=yes), threshold=dict(type=float), missing=dict(default='skip'), device=dict(default='cpu'), **{k: dict(type=int, default=v) for k, v in dict(gpus=0, batch=32, seed=0).items()})
+    def yes(v):
+        if v.lower() not in ('true', 'false'): raise argparse.ArgumentTypeError('give true or false')
+        return v.lower() == 'true'
+    kinds = dict(tokenizer=dict(default=''), root=dict(default=''), n=dict(type=int, default=0), constrained=dict(type=yes), threshold=dict(type=float), missing=dict(default='skip'), device=dict(default=''), **{k: dict(type=int, default=v) for k, v in dict(gpus=0, batch=32, seed=0).items()})
     for name, text in _OPTIONS.items(): p.add_argument(f'--{name}', *(['--samples'] if name == 'n' else []), help=text, **kinds.get(name, {}))
     p.add_argument('--data', action='append', default=[], metavar='NAME=VALUE', help='another file or option of the data; may be given several times')
-    return p.parse_args(argv)
+    a = p.parse_args(argv)
+    a.device = a.device or ('cuda' if a.gpus else 'cpu')
+    return a
 
 def _score_file(a, task): # arguments, Task -> Score
     tokenizer = MaskTokenizer.from_pretrained(a.tokenizer) if a.tokenizer else None

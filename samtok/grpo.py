@@ -24,8 +24,9 @@ from .masks import masks_to_boxes
 from .rewards import DecodedMaskReward, FormatReward, MaskReward, NoTargetReward, NonRepeatReward, find_reward, reward_report, safe
 from .runs import Run, RunError, data_file, launch, load_scale, mean_ci, run_command, run_main, seed_everything, watch
 from .scenes import refer
-from .sft import StepBar, checkpointing, evaluate_refer, heldout_refer, last_checkpoint, lora_config, processes, tower
+from .sft import StepBar, check_params, checkpointing, evaluate_refer, heldout_refer, last_checkpoint, lora_config, processes, tower
 from .shapeworld import ShapeWorld, render
+from .shards import data_stamp
 from .tokenizer import MaskTokenizer
 from .vlm import MaskVLM
 
@@ -170,6 +171,7 @@ def train(params, path, on_log=None): # dict of load_params; run folder; called 
     find_reward(params['reward'])                                                # a misspelt name ends here, before anything is loaded or written
     if params['vllm'] and not find_spec('vllm'): raise RunError('Rollouts by vLLM need the package vllm, which is not installed: install it, or leave vllm empty for rollouts by transformers.')
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
+    if stamp := data_stamp(params['data']): run.keep(data=stamp)
     if run.skip(): return run.result
     torch.set_flush_denormal(True); seed_everything(params['seed'])
     vlm, asked = load_policy(params), heldout_refer(params['eval_n']) if params['eval_n'] else []

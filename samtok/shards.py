@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['image_bytes', 'chat_row', 'tokenize_batch', 'fingerprint', 'open_conversations', 'open_mixture', 'make_shard',
-           'write_shard', 'read_meta', 'merge_report', 'tokenize_data', 'scene_codes', 'CodeTable', 'code_table',
-           'main']
+           'write_shard', 'read_meta', 'merge_report', 'tokenize_data', 'shard_folders', 'data_stamp', 'scene_codes',
+           'CodeTable', 'code_table', 'main']
 
 # %% ../nbs/03f_shards.ipynb #d3af0549
 import hashlib, io, json, os, sys
@@ -167,6 +167,21 @@ def tokenize_data(dataset,    # ChatDataset, or a Mixture of them
         if s == 0 and not rows: raise DataError(f"None of the first {counts['records']} records can be used; is the path right? First case: {next((v['first'] for v in counts['left_out'].values()), 'none')}")
         write_shard(paths[s], rows, dict(counts, shard=s, plan=plan))
     return merge_report(out, count, plan)
+
+# %% ../nbs/03f_shards.ipynb #6e80fe18
+def shard_folders(data): # folder of shards, or JSON file (also of the package) with a list of {"path", "weight"} -> that list; raises RunError
+    "List the folders of tokenised shards that a run reads."
+    file = Path(data) if Path(data).exists() or not str(data).endswith('.json') else data_file(*Path(data).parts)
+    rows = json.loads(file.read_text()) if str(data).endswith('.json') else [dict(path=str(data))]
+    for r in rows:
+        if not any(Path(r['path']).glob('*.parquet')): raise RunError(f"{r['path']} has no tokenised shards (*.parquet): make them with samtok-tokenize, or give \"shapeworld\".")
+    return rows
+
+def data_stamp(data): # as above, or "shapeworld" -> str that changes with the shards; None for drawn scenes
+    "Hash what training data are."
+    if data == 'shapeworld': return None
+    files = [f for r in shard_folders(data) for f in sorted(Path(r['path']).glob('report.json')) or sorted(Path(r['path']).glob('*.parquet'))]
+    return hashlib.sha256(b''.join(f.read_bytes() if f.suffix == '.json' else f'{f.name} {f.stat().st_size}'.encode() for f in files)).hexdigest()[:16]
 
 # %% ../nbs/03f_shards.ipynb #0dcf5097
 def scene_codes(world, tokenizer, out, batch=16, chunk=64, workers=0): # ShapeWorld; MaskTokenizer; .npz file; scenes and masks at a time; processes that draw -> Path; raises RunError

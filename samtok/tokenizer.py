@@ -31,6 +31,7 @@ from .checkpoints import CheckpointError, fetch_files, find_pretrained, load_che
 from .data import read_image
 from .masks import MaskError, check_box, check_masks, mask_to_box
 from .quantizer import CodeError, ResidualVQ
+from .runs import check_device
 from .words import MaskVocab
 
 # %% ../nbs/02_tokenizer.ipynb #a15b4ef4
@@ -325,7 +326,7 @@ MaskTokenizer.forward = _forward
 def _from_pretrained(cls, name, # a folder, "toy" (or a folder of the package such as "toy/tokenizer_16"), or a hub id such as "user/tokenizer"
                      **kwargs): # device: str; others go to huggingface_hub
     "Load a tokenizer; raises CheckpointError with what was wrong."
-    device, path = kwargs.pop('device', 'cpu'), find_pretrained(name, 'tokenizer')
+    device, path = check_device(kwargs.pop('device', 'cpu')), find_pretrained(name, 'tokenizer')
     try: return _load_folder(cls, path if isinstance(path, Path) else fetch_files(path, ['config.json', 'model.safetensors'], **kwargs)).to(device)
     except (OSError, ValueError) as e:
         if isinstance(e, CheckpointError): raise

@@ -16,6 +16,7 @@ from .chat import PROMPTS, Conversation, caption_chat, fill, mask_array, read_an
 from .checkpoints import fetch_files, find_pretrained, hub_problem
 from .data import read_image
 from .grammar import AnswerGrammar, MaskGrammar, VLMError, count_mask_words, mask_word_ids
+from .runs import check_device
 from .tokenizer import ImageEmbedding, MaskTokenizer
 
 # %% ../nbs/03_vlm.ipynb #9d06674b
@@ -58,6 +59,7 @@ def load_vlm(name,   # folder, hub id "user/name", "toy" or a folder of the pack
     "Load a model and its processor, without running code that comes with them."
     from transformers import AutoModelForImageTextToText, AutoProcessor
     name, both = find_pretrained(name, 'vlm', VLMError), {k: v for k, v in kwargs.items() if k in _HUB}
+    if isinstance(name, str): fetch_files(name, ['config.json'], VLMError, **both)            # says at once where the hub does not have it
     try: return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False, **kwargs), AutoProcessor.from_pretrained(name, trust_remote_code=False, **both)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e: raise VLMError(isinstance(name, str) and hub_problem(name, e) or f'The model {Path(name).name} could not be loaded ({type(e).__name__}): {" ".join(str(e).split())[:300]}') from e
 
@@ -112,7 +114,7 @@ class MaskVLM:
                         tokenizer=None, # folder, hub id, "toy" or a MaskTokenizer; None: the folder `mask_tokenizer` in `vlm`, also on the hub
                         device='cpu', dtype=torch.float32, **kwargs): # kwargs go to the model; raises VLMError, CheckpointError
         "Load model, processor and mask tokenizer."
-        name = find_pretrained(vlm, 'vlm', VLMError)
+        name, device = find_pretrained(vlm, 'vlm', VLMError), check_device(device)
         if str(vlm) == 'toy' and tokenizer is None: tokenizer = 'toy/tokenizer_16'   # it is in the package once
         if (Path(name) / 'vlm' / 'config.json').is_file() and not (Path(name) / 'config.json').is_file(): name = Path(name) / 'vlm' # the folder of a run
         model, processor = load_vlm(name, dtype, **kwargs)
@@ -212,7 +214,8 @@ def _segment(self, image, # one image, or a list of them
     "Find what expressions mean."
     many = isinstance(text, (list, tuple))
     texts = list(text) if many else [text]
-    if not all(isinstance(t, str) for t in texts): raise VLMError(f'An expression is a text, and {next(t for t in texts if not isinstance(t, str))!r} is not.')
+    if not all(isinstance(t, str) for t in texts): raise VLMError(f'An expression is a text, and a {type(next(t for t in texts if not isinstance(t, str))).__name__} is not: segment(image, text).')
+    if not all(t.strip() for t in texts): raise VLMError('An expression is empty: say what is to be found.')
     images = list(image) if isinstance(image, (list, tuple)) else [image] * len(texts)
     if len(images) != len(texts): raise VLMError(f'{len(images)} images came with {len(texts)} expressions: give one for each, or one image.')
     ask = PROMPTS.get(prompt, prompt)
@@ -243,6 +246,7 @@ def _chat(self, conversation, # Conversation; its questions are asked in turn; a
           history='own',      # "own": later rounds see what the model wrote; "given": they see the conversation's answers where it has them
           image=0, **kwargs): # the image that the replies' masks lie in; kwargs go to generate -> list of Instances, one for each question
     "Go through the rounds of a conversation."
+    if not isinstance(conversation, Conversation): raise VLMError(f"chat takes a Conversation, not a {type(conversation).__name__}: Conversation([dict(role='user', content='<image:0>What is this?')], [image]); segment and describe take an image.")
     if history not in ('own', 'given'): raise VLMError(f'There is no history {history!r}: use "own" or "given".')
     images, past, out = conversation.images, [], []
     seen = self._embeddings([images[i] for i in sorted({*([image] if images else []), *conversation.of})])

@@ -186,6 +186,7 @@ class MaskPicker(_Live):
         rows = [[self.tool, self.how, self.clear], [self.region, self.image_file, self.mask_file], [self.text, self.use]]
         super().__init__([*(W.HBox(r, layout=W.Layout(flex_flow='row wrap', align_items='center')) for r in rows), self.panels, self.line, self.stroke])
         self._events()
+        if image is None and (masks is not None or labels is not None): raise WidgetError('Masks or labels came without their image: MaskPicker(image, masks, labels).')
         scene = _scene() if image is None else None
         self.set_image(*((scene.image, scene.masks, scene.labels) if scene else (image, masks, labels)))
 
