@@ -29,9 +29,8 @@ class DataError(ValueError):
 
 # %% ../nbs/00c_data.ipynb #aa5d3c93
 def short_path(path): # str or Path -> str
-    "Show a path in a sentence: as it was given, or the last three names of a long absolute one."
-    parts = Path(path).parts
-    return str(path) if not os.path.isabs(path) or len(parts) < 5 else os.path.join("...", *parts[-3:])
+    "Show a path in a sentence: as it was given, of an absolute one the last three names."
+    return os.path.join("...", *Path(path).parts[1:][-3:]) if os.path.isabs(path) else str(path)
 
 def read_image(
     source, # path, bytes, PIL image, or array: (H,W), (H,W,1), (H,W,3) or (H,W,4) of uint8, uint16, bool, or float in [0,1]
