@@ -19,7 +19,7 @@ def read_masks(path, # .png (or another image) or .json
     from samtok.masks import MaskError, check_mask, segmentation_to_mask
     path = Path(path)
     if path.suffix.lower() != '.json':
-        ids = read_ids(path)
+        ids = read_ids(path, 'mask')
         if ids.shape != tuple(size): check_mask(ids > 0, size, name=f'mask {path.name}')
         if (k := len(np.unique(ids))) > 2: raise MaskError(f'{path.name} has {k} values and is no mask: a mask is 0 outside and one value inside (smoothing its edge adds values between). Of a map of regions samtok.masks.id_map_to_masks makes masks.')
         return [check_mask(ids > 0, size, name=f'mask {path.name}')]

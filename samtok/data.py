@@ -97,9 +97,10 @@ def _to_uint8(a): # (H,W,C) any dtype -> uint8
 # %% ../nbs/00c_data.ipynb #9577e606
 def read_ids(
     source, # path or bytes of a PNG (or any lossless image): 1 bit, palette, 8 or 16 bits gray, or RGB
+    what="id map", # what an error calls it
 ): # (H,W) int64: palette index, gray value, or R + 256 G + 65536 B; raises ImageError
     "Read a map of region ids."
-    name = "The id map" if isinstance(source, (bytes, bytearray)) else f"The id map {short_path(source)}"
+    name = f"The {what}" if isinstance(source, (bytes, bytearray)) else f"The {what} {short_path(source)}"
     try:
         with Image.open(_io(source)) as opened: kind, mode, a = opened.format, opened.mode, np.asarray(opened)
     except FileNotFoundError as e: raise ImageError(f"{name} does not exist.") from e

@@ -222,15 +222,18 @@ def _typed(default):
         if isinstance(default, bool):
             if text.lower() not in ('true', 'false', '1', '0'): raise argparse.ArgumentTypeError(f'{text!r} is not true or false')
             return text.lower() in ('true', '1')
-        if isinstance(default, (list, dict)): return json.loads(text) if text[:1] in '[{' else text
+        if isinstance(default, (list, dict)) and text[:1] in '[{':
+            try: return json.loads(text)
+            except ValueError as e: raise argparse.ArgumentTypeError(f'{text!r} is no JSON ({e}); names and texts in it need double quotes') from e
+        if isinstance(default, (list, dict)): return text
         return text if default is None else type(default)(text)
     return read
 
 def parse_args(defaults, # dict name -> value
-               argv=None, prog=None, help=None): # help: dict name -> text; returns dict
+               argv=None, prog=None, help=None, description=None): # help: dict name -> text; returns dict
     "Read `--name value` options with the types of their defaults."
-    p = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
-    for k, v in defaults.items(): p.add_argument(f'--{k}', type=_typed(v), default=v, help=(help or {}).get(k, '') + f' (default: {v})'.replace('%', '%%'))
+    p = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    for k, v in defaults.items(): p.add_argument(f'--{k}', type=_typed(v), default=v, help=(help or {}).get(k, '') + (f' (default: {v})'.replace('%', '%%') if v not in ('', None, {}) else ''))
     return vars(p.parse_args(argv))
 
 # %% ../nbs/00d_runs.ipynb #132e517f

@@ -236,9 +236,9 @@ def _tokenize(a, rank, world):
 # %% ../nbs/03f_shards.ipynb #e70948d1
 def main(argv=None): # see the defaults
     "Tokenize a data set from the command line (console command `samtok-tokenize`)."
-    help = dict(data='shapeworld, a format of samtok.chat_formats, module:class, or a JSON file with a mixture', args='''arguments of the data set, as JSON, for example '{"n": 100}' for shapeworld''', tokenizer='of masks: folder, hub id, "toy", or a folder of the package such as toy/tokenizer_16', out='folder, or FILE.npz for the codes of ShapeWorld',
-                shard='records in a shard', batch='conversations in one pass', epochs='passes over the data', seed='choice of a mixture with broken weights', n='only the first n records, 0: all', device='auto, cpu or cuda', workers='processes that draw scenes, for FILE.npz')
-    a = parse_args(dict(data='shapeworld', args={}, tokenizer='toy', out='', shard=512, batch=8, epochs=1, seed=0, n=0, device='auto', workers=0), argv, prog='samtok-tokenize', help=help)
+    help = dict(data='shapeworld, a reader of samtok.chat_formats (instances reads COCO and the other formats), module:class, or a JSON file with a mixture', args='''arguments of the data set, as JSON, for example '{"n": 100}' for shapeworld''', tokenizer='of masks: folder, hub id, "toy", or a folder of the package such as toy/tokenizer_16', out='folder, or FILE.npz for the codes of ShapeWorld',
+                shard='records in a shard', batch='conversations in one pass', epochs='passes over the data', seed='which rows a mixture takes where a weight is no whole number', n='only the first n records, 0: all', device='auto, cpu or cuda', workers='processes that draw scenes, for FILE.npz')
+    a = parse_args(dict(data='shapeworld', args={}, tokenizer='toy', out='', shard=512, batch=8, epochs=1, seed=0, n=0, device='auto', workers=0), argv, prog='samtok-tokenize', help=help, description='Turn a data set into tokenised shards: every mask becomes words, once.')
     old = (Path(a['out']) / 'report.json').exists() or a['out'].endswith('.npz') and Path(a['out']).exists()
     try: report = _tokenize(a, int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)))
     except (ValueError, OSError) as e:

@@ -107,7 +107,7 @@ class _Spans(_Writing):
         if len(numbers) != self.depth: problem = problem or f"{len(numbers)} code word{'s' * (len(numbers) != 1)}, {self.depth} needed"
         for level, n in enumerate(numbers[:self.depth]):
             if n // size != level:
-                problem = problem or f"word {n:04d} is " + (f"of level {n // size}, not {level}" if n < len(self) - 2 else "not in the vocabulary")
+                problem = problem or f"word {n:04d} is " + (f"of level {n // size}, not {level} ({level * size:04d} to {(level + 1) * size - 1:04d})" if n < len(self) - 2 else "not in the vocabulary")
                 break
             codes.append(n - level * size)
         ok = problem is None if strict else len(numbers) == self.depth and bool(codes)
