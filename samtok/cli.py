@@ -20,9 +20,9 @@ def read_masks(path, # .png (or another image) or .json
     path = Path(path)
     if path.suffix.lower() != '.json':
         ids = read_ids(path, 'mask')
-        if ids.shape != tuple(size): check_mask(ids > 0, size, name=f'mask {path.name}')
+        mask = check_mask(ids > 0, size, name=f'mask {path.name}')
         if (k := len(np.unique(ids))) > 2: raise MaskError(f'{path.name} has {k} values and is no mask: a mask is 0 outside and one value inside (smoothing its edge adds values between). Of a map of regions samtok.masks.id_map_to_masks makes masks.')
-        return [check_mask(ids > 0, size, name=f'mask {path.name}')]
+        return [mask]
     try: data = json.loads(path.read_text())
     except (OSError, ValueError) as e: raise MaskError(f'{path.name} cannot be read as JSON: {e}.') from e
     if isinstance(data, dict) and 'masks' in data: data = data['masks']

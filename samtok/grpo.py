@@ -240,7 +240,7 @@ def compare(before, after): # of evaluate_refer, on the same expressions -> dict
 # %% ../nbs/06_grpo.ipynb #156dba92
 def run_grpo(params, path, on_log=None): # -> result dict
     "Run GRPO in this process, or in one process for each GPU, watched."
-    if processes(params) == 1: return train(params, path, on_log)
+    if check_params(params) == 1: return train(params, path, on_log)
     watch(path, launch('samtok.grpo', dict(out=str(path), **params), gpus=params['gpus'], run_dir=path), on_log)
     return Run(path, params).result
 

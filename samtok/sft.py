@@ -9,7 +9,7 @@ __all__ = ['CAPTION', 'load_params', 'processes', 'check_params', 'ChatCollator'
            'evaluate_boxes', 'heldout_metrics', 'finish', 'run_sft', 'main']
 
 # %% ../nbs/04_sft.ipynb #90db874a
-import hashlib, json, os, re, time
+import json, os, re, time
 from dataclasses import fields
 from pathlib import Path
 import numpy as np
@@ -21,7 +21,7 @@ from .checkpoints import find_pretrained
 from .data import ImageError, Report, read_image
 from .look import forget_images, mimetic_start, own_directions, remember_images, token_grid, warm_up_vision
 from .masks import mask_iou_pairs, masks_to_boxes
-from .runs import Run, RunError, atomic_write, check_gpus, data_file, launch, load_scale, mean_ci, pool_map, progress, run_command, run_main, seed_everything, watch
+from .runs import Run, RunError, atomic_write, check_gpus, data_file, find_file, launch, load_scale, mean_ci, pool_map, progress, run_command, run_main, seed_everything, watch
 from .scenes import KINDS, PHRASES, toy_corpus, SceneChat, ask_shares, read_caption, refer
 from .shapeworld import ShapeWorld, render
 from .shards import chat_row, code_table, data_stamp, shard_folders
@@ -151,14 +151,12 @@ class Mix:
 def training_rows(params, vocab): # -> rows with len and [i]
     "Open the training data: ShapeWorld with its codes, or a list of tokenised shards with weights."
     if params['data'] == 'shapeworld':
-        table = code_table(_file(params['codes']), vocab) if vocab else None
+        table = code_table(find_file(params['codes']), vocab) if vocab else None
         chat = SceneChat(ShapeWorld(len(table) if vocab else params['scenes'], 'train'), params['rounds'], ask_shares(params['refer_share']), nothing=params['nothing'], length=params['length'])
         return SceneRows(chat, table or (lambda c: [_corners(chat._sketches[i].boxes[k], chat.world.size) for i, k in c.keys]), params['epochs'], params['opening'], not params['remember'])
     from datasets import load_dataset
     parts = [(load_dataset('parquet', data_files=str(Path(r['path']) / '*.parquet'), split='train'), r.get('weight', 1.)) for r in shard_folders(params['data'])]
     return Mix([(d, w * params['epochs']) for d, w in parts], params['seed'])
-
-def _file(name): return Path(name) if Path(name).exists() else data_file(*Path(name).parts)  # of the user, or of the package's data folder
 
 # %% ../nbs/04_sft.ipynb #11deab2f
 def build_model(params, vocab): # -> model, processor, report of add_mask_words
@@ -275,7 +273,7 @@ def make_trainer(params, path, model, processor, ids, rows, callbacks=()): # -> 
 def _look(params, model, processor, vocab, run): # a twin learns to see before it learns to speak; its rows go into look.jsonl
     rows = []
     def tell(row): rows.append(row); atomic_write(run.path / 'look.jsonl', ''.join(json.dumps(r) + '\n' for r in rows))
-    warm_up_vision(model, processor, code_table(_file(params['codes']), vocab), params['look_steps'], params['look_batch'], params['look_lr'], seed=params['seed'], workers=params['workers'], tell=tell if run.main else None)
+    warm_up_vision(model, processor, code_table(find_file(params['codes']), vocab), params['look_steps'], params['look_batch'], params['look_lr'], seed=params['seed'], workers=params['workers'], tell=tell if run.main else None)
     if params['freeze_vision']:
         for p in tower(model, merger=params['remember']): p.requires_grad_(False)
 
@@ -402,7 +400,7 @@ def finish(run, vlm, seconds): # Run; see heldout_metrics -> result dict
 # %% ../nbs/04_sft.ipynb #a4ed0260
 def run_sft(params, path, on_log=None): # -> result dict
     "Fine-tune in this process, or in one process for each GPU, watched."
-    if processes(params) == 1: return train(params, path, on_log)
+    if check_params(params) == 1: return train(params, path, on_log)
     watch(path, launch('samtok.sft', dict(out=str(path), **params), gpus=processes(params), run_dir=path), on_log)
     return Run(path, params).result
 

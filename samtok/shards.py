@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from .chat import fill, mask_words
 from .data import DataError, Mixture, Report, _leaves, read_image
-from .runs import Run, RunError, atomic_write, data_file, parse_args, pool_map, progress
+from .runs import Run, RunError, atomic_write, check_device, find_file, parse_args, pool_map, progress
 from .shapeworld import ShapeWorld, render
 
 # %% ../nbs/03f_shards.ipynb #1c72572c
@@ -171,8 +171,7 @@ def tokenize_data(dataset,    # ChatDataset, or a Mixture of them
 # %% ../nbs/03f_shards.ipynb #6e80fe18
 def shard_folders(data): # folder of shards, or JSON file (also of the package) with a list of {"path", "weight"} -> that list; raises RunError
     "List the folders of tokenised shards that a run reads."
-    file = Path(data) if Path(data).exists() or not str(data).endswith('.json') else data_file(*Path(data).parts)
-    rows = json.loads(file.read_text()) if str(data).endswith('.json') else [dict(path=str(data))]
+    rows = json.loads(find_file(data).read_text()) if str(data).endswith('.json') else [dict(path=str(data))]
     for r in rows:
         if not any(Path(r['path']).glob('*.parquet')): raise RunError(f"{r['path']} has no tokenised shards (*.parquet): make them with samtok-tokenize, or give \"shapeworld\".")
     return rows
@@ -217,7 +216,7 @@ def code_table(path, vocab, tokenizer=None): # npz of codes (M,K) and starts (n+
 def _spec(data, args): # --data and --args -> dict, or list of dicts
     if not isinstance(args, dict) or 'name' in args: raise DataError(f"--args is {args!r}: give the arguments of the data set as a JSON object in quotes, for example '{{\"root\": \"mine\"}}'.")
     if not data.endswith('.json'): return dict(name=data, **args)
-    try: spec = json.loads((Path(data) if Path(data).exists() else data_file(*Path(data).parts)).read_text())
+    try: spec = json.loads(find_file(data).read_text())
     except (OSError, ValueError) as e: raise DataError(f'The mixture {Path(data).name} cannot be read as JSON: {e}') from e
     if not all(isinstance(r, dict) and 'name' in r for r in (spec if isinstance(spec, list) else [spec])): raise DataError(f'The mixture {Path(data).name} must be a list of objects with a name, arguments and perhaps a weight.')
     return spec
@@ -226,8 +225,8 @@ def _tokenize(a, rank, world):
     import torch
     from samtok.tokenizer import MaskTokenizer
     if not a['out']: raise RunError('Say where to write: --out FOLDER, or --out FILE.npz for the codes of ShapeWorld.')
-    gpu = torch.cuda.is_available() if a['device'] == 'auto' else a['device'] == 'cuda'
-    device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % max(1, torch.cuda.device_count())}" if gpu else 'cpu' if a['device'] == 'auto' else a['device']
+    device = check_device(a['device'])
+    if device == 'cuda': device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     spec, tokenizer = _spec(a['data'], a['args']), MaskTokenizer.from_pretrained(a['tokenizer'], device=device)
     if a['out'].endswith('.npz'): return dict(file=scene_codes(open_mixture(spec).world, tokenizer, a['out'], workers=a['workers']).name) if rank == 0 else None
     try: return tokenize_data(open_mixture(spec), tokenizer, a['out'], spec, a['shard'], a['batch'], a['epochs'], a['seed'], a['n'], rank, world)
