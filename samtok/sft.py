@@ -45,12 +45,13 @@ def processes(params): # -> int: one for each GPU; with device "cpu" as many on 
 
 def check_params(params): # dict of load_params -> int, processes; raises RunError, VLMError, CheckpointError
     "Refuse with a sentence what cannot run, before anything long starts."
+    n = processes(params)                                                        # a machine without the GPUs is told so before anything else
     if params['learn'] not in (kinds := ('full', 'lora', 'lora_full_rows')): raise RunError(f"learn is {params['learn']!r}: choose one of {', '.join(kinds)}.")
     if params['learn'] != 'full' and not params['lora_r']: raise RunError(f"learn is {params['learn']}, and lora_r is 0: give a rank, such as 64.")
     if params['model'] not in FAMILIES: find_pretrained(params['model'], 'vlm', VLMError)
     if params['tokenizer']: find_pretrained(params['tokenizer'], 'tokenizer')
     if params['data'] != 'shapeworld': shard_folders(params['data'])
-    return processes(params)
+    return n
 
 # %% ../nbs/04_sft.ipynb #3a8bb159
 def _segments(processor, messages): # -> [(text, is it a reply?)] that joined make the whole chat
