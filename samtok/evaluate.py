@@ -18,7 +18,7 @@ from .chat import fill, mask_array
 from .data import Report, read_image
 from .masks import MaskError, mask_to_rle, rle_area
 from .metrics import GRES, RES, Calibration, KeyedRES, MetricError, Reconstruction, bootstrap_ci
-from .runs import Run, atomic_write, check_gpus, data_file, environment, launch, progress, read_rows, watch
+from .runs import Run, atomic_write, check_gpus, data_file, environment, launch, progress, read_rows, watch, write_rows
 from .show import table
 from .sweep import _flock
 from .text_metrics import GCG, PSG, Captions
@@ -320,7 +320,7 @@ def _score_store(task, store, chats, data, n, start, n_boot, seed, judge=None, *
     requests, answers = store.path / 'requests.jsonl', store.path / 'answers.jsonl'
     scorer, rows, total = Scorer(task, data, judge=judge or (answers if answers.exists() else None), **how), store.rows(), 0
     for c in chats if isinstance(chats, list) else samples(task, chats, n): scorer.add(c, rows.get(c.id)); total += 1
-    if scorer.requests: requests.write_text(''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in scorer.requests))
+    if scorer.requests: write_rows(requests, scorer.requests)
     found = Score(task, scorer, total, start, n_boot, seed)
     (store.path / 'score.json').write_text(json.dumps(found.to_dict(), indent=1, default=str))
     return found
@@ -432,7 +432,7 @@ def _arguments(argv):
 def _score_file(a, task): # arguments, Task -> Score
     tokenizer = MaskTokenizer.from_pretrained(a.tokenizer) if a.tokenizer else None
     found = score(task, a.predictions, n=a.n or None, root=a.root, seed=a.seed, tokenizer=tokenizer, policy=a.policy, threshold=a.threshold, judge=a.judge, missing=a.missing, **{k: v for k, v in dict(convention=a.convention, similarity=a.similarity).items() if v})
-    if a.requests: Path(a.requests).write_text(''.join(json.dumps(r) + '\n' for r in found.scorer.requests))
+    if a.requests: write_rows(a.requests, found.scorer.requests)
     if a.out: Path(a.out).write_text(json.dumps(found.to_dict(), indent=1, default=str) + '\n')
     return found
 

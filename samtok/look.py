@@ -8,14 +8,15 @@ __all__ = ['ANSWERS', 'EYES', 'cell_labels', 'cell_geometry', 'visual_tokens', '
            'read_cells', 'base_twin', 'make_eyes', 'main']
 
 # %% ../nbs/04a_look.ipynb #f5fdfa18
-import json, math, os, re, sys, time, types
+import io, json, math, os, re, sys, time, types
 from contextlib import contextmanager
+from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import get_cosine_schedule_with_warmup
-from .runs import Run, launch, leave_group, mean_ci, parse_args, pool_map, progress, seed_everything, watch
+from .runs import Run, atomic_write, launch, leave_group, mean_ci, parse_args, pool_map, progress, seed_everything, watch, write_rows
 from .scenes import KINDS, PHRASES, toy_corpus
 from .shapeworld import ShapeWorld, render
 from .twins import twin_model, twin_processor, twin_tokenizer
@@ -154,6 +155,22 @@ def _mean_over_ranks(weights): # the mean of the gradients of all processes
     dist.all_reduce(flat); flat /= dist.get_world_size()
     for p, g in zip(weights, flat.split([p.numel() for p in weights])): p.grad.copy_(g.view_as(p))
 
+# %% ../nbs/04a_look.ipynb #fd8ce002
+class _Kept: # what a lesson needs to go on after a kill, in a file that is replaced as a whole
+    def __init__(self, path, weights, *others): self.path, self.parts = path and Path(path), [torch.nn.ParameterList(weights), *others]
+    def load(self): # -> steps done, rows, window
+        if not self.path or not self.path.exists(): return 0, [], []
+        kept = torch.load(self.path, map_location='cpu', weights_only=True)
+        for part, state in zip(self.parts, kept['parts']): part.load_state_dict(state)
+        return kept['step'], kept['rows'], kept['window']
+    def save(self, step, rows, window):
+        torch.save(dict(step=step, rows=rows, window=window, parts=[p.state_dict() for p in self.parts]), to := io.BytesIO())
+        atomic_write(self.path, to.getvalue())
+
+def _answer(model, processor, reader, images, labels): # -> loss, accuracy of each answer
+    with torch.autocast(model.device.type, torch.bfloat16), batched_attention(model): return _look_loss(*reader(visual_tokens(model, processor, images)), *(x.to(model.device) for x in labels))
+
+
 # %% ../nbs/04a_look.ipynb #aef77944
 def warm_up_vision(model,     # a twin; its vision tower and merger are trained in place
                    processor, # its processor
@@ -162,18 +179,22 @@ def warm_up_vision(model,     # a twin; its vision tower and merger are trained 
                    scenes=0,  # training scenes to draw from; 0: those of the table, or 12,000
                    seed=0, every=20, # of the draw of scenes; steps between two rows
                    workers=0, # processes that draw all scenes first; 0: each is drawn when it is wanted
-                   tell=None): # called with each row -> list of rows: step, loss, accuracy of each answer
+                   tell=None, # called with all rows whenever there is a new one
+                   keep=None, keep_every=200): # file from which a killed lesson goes on; written every so many steps; returns rows: step, loss, accuracy of each answer
     "Let the visual tokens of a twin say what they see, in the twin's own words."
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     data, rng = _Scenes(scenes or (len(table) if table else 12_000), table, token_grid(model, processor, render(ShapeWorld(1).scene(0))), rank, ranks, workers), np.random.default_rng([seed, rank])
     torch.manual_seed(seed)
     reader = _Reader(model.get_input_embeddings().weight, answer_words(processor, table.vocab if table else None)).to(model.device)
     optimizers, weights = _optimizers(model, reader, lr)
-    plans, rows, window = [get_cosine_schedule_with_warmup(o, min(50, steps // 4), steps + 1) for o in optimizers], [], []
+    plans = [get_cosine_schedule_with_warmup(o, min(50, steps // 4), steps + 1) for o in optimizers]
+    kept = _Kept(keep, weights, *optimizers, *plans)
+    done, rows, window = kept.load()
+    for _ in range(done): rng.integers(len(data.own), size=batch)                    # what was drawn before the kill
     for p in weights: p.requires_grad_(True)
-    for s in progress(steps, 'look') if rank == 0 else range(steps):
+    for s in progress(range(done, steps), 'look') if rank == 0 else range(done, steps):
         images, *labels = data.batch(rng, batch)
-        with torch.autocast(model.device.type, torch.bfloat16), batched_attention(model): loss, right = _look_loss(*reader(visual_tokens(model, processor, images)), *(x.to(model.device) for x in labels))
+        loss, right = _answer(model, processor, reader, images, labels)
         loss.backward()
         if ranks > 1: _mean_over_ranks(weights)
         torch.nn.utils.clip_grad_norm_(weights, 1.)
@@ -182,7 +203,8 @@ def warm_up_vision(model,     # a twin; its vision tower and merger are trained 
         window.append([loss.item(), *right])
         if (s + 1) % every == 0 or s + 1 == steps:
             rows.append(dict(step=s + 1, **dict(zip(('loss', *ANSWERS), np.nanmean(window, 0).round(4).tolist())))); window = []
-            if tell: tell(rows[-1])
+            if tell: tell(rows)
+        if keep and rank == 0 and (s + 1) % keep_every == 0: kept.save(s + 1, rows, window)
     _to_words_size(model, processor, [render(data.world.scene(i)) for i in range(min(16, len(data.world)))])
     return rows
 
@@ -318,9 +340,10 @@ def make_eyes(path, params): # run folder, dict like EYES; started by torchrun i
     torch.set_flush_denormal(True); seed_everything(params['seed'])
     model, processor = base_twin(params)
     model.to(params['device'])
-    started, tell = time.time(), lambda row: run.log(**row) if run.main else None
-    warm_up_vision(model, processor, None, params['steps'], params['batch'], params['lr'], params['scenes'], params['seed'], workers=params['workers'], tell=tell)
+    started = time.time()
+    warm_up_vision(model, processor, None, params['steps'], params['batch'], params['lr'], params['scenes'], params['seed'], workers=params['workers'], tell=lambda rows: write_rows(run.metrics_path, rows) if run.main else None, keep=run.path / 'look.pt')
     if not run.main: return None
+    (run.path / 'look.pt').unlink(missing_ok=True)
     model.to('cpu', torch.bfloat16).save_pretrained(run.path / 'eyes'); processor.save_pretrained(run.path / 'eyes')
     metrics = {k: mean_ci(v) for k, v in read_cells(model.float(), processor, params['eval_n']).items()}
     return run.save_result(metrics, n=params['eval_n'], seconds=round(time.time() - started, 1), command='python -m samtok.look ' + ' '.join(f'--{k} {v}' for k, v in params.items() if v != EYES[k])) or run.result

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RunError', 'atomic_write', 'data_file', 'find_file', 'resolve_scale', 'load_scale', 'check_device', 'check_gpus',
-           'seed_everything', 'environment', 'read_rows', 'Run', 'mean_ci', 'parse_args', 'run_command', 'leave_group',
-           'run_main', 'launch', 'watch', 'progress', 'pool_map']
+           'seed_everything', 'environment', 'read_rows', 'write_rows', 'Run', 'mean_ci', 'parse_args', 'run_command',
+           'leave_group', 'run_main', 'launch', 'watch', 'progress', 'pool_map']
 
 # %% ../nbs/00d_runs.ipynb #66953e55
 import argparse, json, math, os, platform, random, re, shlex, subprocess, sys, time
@@ -138,6 +138,10 @@ def read_rows(path): # metrics.jsonl -> list of dict; lines that were cut by a k
         if isinstance(row, dict): rows.append(row)
     return rows
 
+def write_rows(path, rows): # list of dict
+    "Write rows as lines of JSON; the file is whole or absent."
+    atomic_write(path, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows))
+
 # %% ../nbs/00d_runs.ipynb #83352b62
 class Run:
     "A run's folder: parameters, environment, metrics, checkpoint, result."
@@ -176,7 +180,7 @@ def _rows(self): return read_rows(self.metrics_path)  # -> list of dict, in the 
 
 def _truncate(self, step): # drop rows after `step`: what a resumed run will do again
     "Forget the metrics after a step."
-    if self.main and self.metrics_path.exists(): atomic_write(self.metrics_path, ''.join(json.dumps(r) + '\n' for r in self.rows() if r['step'] <= step))
+    if self.main and self.metrics_path.exists(): write_rows(self.metrics_path, [r for r in self.rows() if r['step'] <= step])
 
 def _keep(self, **facts): # plain values, such as a fingerprint of the data
     "Remember what a run is made of beside its parameters; raises RunError where that has changed since it was started."

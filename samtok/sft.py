@@ -21,7 +21,7 @@ from .checkpoints import find_pretrained
 from .data import ImageError, Report, read_image
 from .look import forget_images, mimetic_start, own_directions, remember_images, token_grid, warm_up_vision
 from .masks import mask_iou_pairs, masks_to_boxes
-from .runs import Run, RunError, atomic_write, check_gpus, data_file, find_file, launch, load_scale, mean_ci, pool_map, progress, run_command, run_main, seed_everything, watch
+from .runs import Run, RunError, check_gpus, data_file, find_file, launch, load_scale, mean_ci, pool_map, progress, run_command, run_main, seed_everything, watch, write_rows
 from .scenes import KINDS, PHRASES, toy_corpus, SceneChat, ask_shares, read_caption, refer
 from .shapeworld import ShapeWorld, render
 from .shards import chat_row, code_table, data_stamp, shard_folders
@@ -153,7 +153,7 @@ def training_rows(params, vocab): # -> rows with len and [i]
     "Open the training data: ShapeWorld with its codes, or a list of tokenised shards with weights."
     if params['data'] == 'shapeworld':
         table = code_table(find_file(params['codes']), vocab) if vocab else None
-        chat = SceneChat(ShapeWorld(len(table) if vocab else params['scenes'], 'train'), params['rounds'], ask_shares(params['refer_share']), nothing=params['nothing'], length=params['length'])
+        chat = SceneChat(ShapeWorld(min(params['scenes'], len(table)) if vocab else params['scenes'], 'train'), params['rounds'], ask_shares(params['refer_share']), nothing=params['nothing'], length=params['length'])
         return SceneRows(chat, table or (lambda c: [_corners(chat._sketches[i].boxes[k], chat.world.size) for i, k in c.keys]), params['epochs'], params['opening'], not params['remember'])
     from datasets import load_dataset
     parts = [(load_dataset('parquet', data_files=str(Path(r['path']) / '*.parquet'), split='train'), r.get('weight', 1.)) for r in shard_folders(params['data'])]
@@ -272,9 +272,8 @@ def make_trainer(params, path, model, processor, ids, rows, callbacks=()): # -> 
 
 # %% ../nbs/04_sft.ipynb #d76a682b
 def _look(params, model, processor, vocab, run): # a twin learns to see before it learns to speak; its rows go into look.jsonl
-    rows = []
-    def tell(row): rows.append(row); atomic_write(run.path / 'look.jsonl', ''.join(json.dumps(r) + '\n' for r in rows))
-    warm_up_vision(model, processor, code_table(find_file(params['codes']), vocab), params['look_steps'], params['look_batch'], params['look_lr'], seed=params['seed'], workers=params['workers'], tell=tell if run.main else None)
+    tell = lambda rows: write_rows(run.path / 'look.jsonl', rows) if run.main else None
+    warm_up_vision(model, processor, code_table(find_file(params['codes']), vocab), params['look_steps'], params['look_batch'], params['look_lr'], seed=params['seed'], workers=params['workers'], tell=tell, keep=run.path / 'look.pt')
     if params['freeze_vision']:
         for p in tower(model, merger=params['remember']): p.requires_grad_(False)
 
@@ -312,6 +311,7 @@ def train(params, path, on_log=None): # dict of load_params; run folder; called 
     try: trainer.train(resume_from_checkpoint=str(last) if last else None)
     except torch.OutOfMemoryError as e: raise RunError(_memory(params, processor)) from e
     if not run.main: return None
+    (run.path / 'look.pt').unlink(missing_ok=True)
     model = _trained(params, trainer)
     return finish(run, MaskVLM(model, processor, tokenizer) if tokenizer else (model, processor), time.time() - started)
 
