@@ -183,20 +183,41 @@ def data_stamp(data): # as above, or "shapeworld" -> str that changes with the s
     return hashlib.sha256(b''.join(f.read_bytes() if f.suffix == '.json' else f'{f.name} {f.stat().st_size}'.encode() for f in files)).hexdigest()[:16]
 
 # %% ../nbs/03f_shards.ipynb #0dcf5097
-def scene_codes(world, tokenizer, out, batch=16, chunk=64, workers=0): # ShapeWorld; MaskTokenizer; .npz file; scenes and masks at a time; processes that draw -> Path; raises RunError
+def _save_arrays(path, **arrays):
+    np.savez(to := io.BytesIO(), **arrays)
+    atomic_write(path, to.getvalue())
+
+def _same_codes(path, mark): # -> path; raises RunError where another tokenizer or other scenes made it
+    with np.load(path) as f: differ = [k for k, v in mark.items() if k not in f or str(f[k]) != v]
+    if differ: raise RunError(f"{path.name} holds codes of another tokenizer or other scenes ({', '.join(differ)} differ): choose another name, or delete it.")
+    return path
+
+def _read_part(path):
+    with np.load(path) as f: return f['codes'], f['objects']
+
+def _encode_scenes(world, tokenizer, some, batch, chunk, workers): # range of scenes -> codes (M,K) uint16, number of objects of each scene
+    drawn = pool_map(lambda i: (render(s := world.scene(i)), s.visible), some, workers)
+    found = [c.astype(np.uint16) for _ in range(0, len(some), batch) for c in tokenizer.encode(*map(list, zip(*islice(drawn, batch))), chunk=chunk)]
+    return np.concatenate([np.zeros((0, tokenizer.vocab.depth), np.uint16), *found]), np.array([len(c) for c in found], np.int64)
+
+
+# %% ../nbs/03f_shards.ipynb #5dc85ffb
+def scene_codes(world, tokenizer, out, batch=16, chunk=64, workers=0, # ShapeWorld; MaskTokenizer; .npz file; scenes and masks at a time; processes that draw
+                part=512, rank=0, ranks=1): # scenes that a killed run does not encode again; this process, of so many -> Path, or None while others are at work; raises RunError
     "Write the codes of all objects of all scenes; a finished file stays."
     out, mark = Path(out), dict(fingerprint=fingerprint(tokenizer), world=json.dumps([world.split, world.seed, world.n, world.size, list(world.count)]))
-    if out.exists():
-        with np.load(out) as f: differ = [k for k, v in mark.items() if k not in f or str(f[k]) != v]
-        if differ: raise RunError(f"{out.name} holds codes of another tokenizer or other scenes ({', '.join(differ)} differ): choose another name, or delete it.")
-        return out
-    codes, starts = [np.zeros((0, tokenizer.vocab.depth), np.uint16)], [0]
-    drawn = pool_map(lambda i: (render(s := world.scene(i)), s.visible), range(len(world)), workers)
-    for _ in progress(range(0, len(world), batch), 'scenes'):
-        for c in tokenizer.encode(*map(list, zip(*islice(drawn, batch))), chunk=chunk): codes.append(c.astype(np.uint16)); starts.append(starts[-1] + len(c))
-    np.savez(buffer := io.BytesIO(), codes=np.concatenate(codes), starts=np.array(starts, np.int64), **mark)
-    atomic_write(out, buffer.getvalue())
+    if out.exists(): return _same_codes(out, mark)
+    parts = {out.with_name(f'.{out.name}.{a:08d}.npz'): range(a, min(a + part, len(world))) for a in range(0, len(world), part)}
+    for p in progress(list(parts)[rank::ranks], f'parts of {out.name}'):
+        if p.exists(): _same_codes(p, mark); continue
+        codes, objects = _encode_scenes(world, tokenizer, parts[p], batch, chunk, workers)
+        _save_arrays(p, codes=codes, objects=objects, **mark)
+    try: codes, objects = zip(*map(_read_part, parts))
+    except FileNotFoundError: return _same_codes(out, mark) if out.exists() else None      # others are at work, or have just put the parts together
+    _save_arrays(out, codes=np.concatenate(codes), starts=np.concatenate([[0], *objects]).cumsum(), **mark)
+    for p in parts: p.unlink(missing_ok=True)
     return out
+
 
 # %% ../nbs/03f_shards.ipynb #a4d15407
 class CodeTable:
@@ -228,7 +249,7 @@ def _tokenize(a, rank, world):
     device = check_device(a['device'])
     if device == 'cuda': device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     spec, tokenizer = _spec(a['data'], a['args']), MaskTokenizer.from_pretrained(a['tokenizer'], device=device)
-    if a['out'].endswith('.npz'): return dict(file=scene_codes(open_mixture(spec).world, tokenizer, a['out'], workers=a['workers']).name) if rank == 0 else None
+    if a['out'].endswith('.npz'): return (f := scene_codes(open_mixture(spec).world, tokenizer, a['out'], workers=a['workers'], rank=rank, ranks=world)) and dict(file=f.name)
     try: return tokenize_data(open_mixture(spec), tokenizer, a['out'], spec, a['shard'], a['batch'], a['epochs'], a['seed'], a['n'], rank, world)
     except torch.OutOfMemoryError as e: raise RunError(f"The GPU's memory is full with {a['batch']} conversations in one pass: start again with a lower --batch, the finished shards stay.") from e
 
