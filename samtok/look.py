@@ -167,8 +167,24 @@ class _Kept: # what a lesson needs to go on after a kill, in a file that is repl
         torch.save(dict(step=step, rows=rows, window=window, parts=[p.state_dict() for p in self.parts]), to := io.BytesIO())
         atomic_write(self.path, to.getvalue())
 
+# %% ../nbs/04a_look.ipynb #7b2ae6e5
 def _answer(model, processor, reader, images, labels): # -> loss, accuracy of each answer
     with torch.autocast(model.device.type, torch.bfloat16), batched_attention(model): return _look_loss(*reader(visual_tokens(model, processor, images)), *(x.to(model.device) for x in labels))
+
+def _prepare(model, processor, table, steps, lr, scenes, seed, workers, rank, ranks): # -> _Scenes, reader, optimizers, plans, weights
+    data = _Scenes(scenes or (len(table) if table else 12_000), table, token_grid(model, processor, render(ShapeWorld(1).scene(0))), rank, ranks, workers)
+    torch.manual_seed(seed)
+    reader = _Reader(model.get_input_embeddings().weight, answer_words(processor, table.vocab if table else None)).to(model.device)
+    optimizers, weights = _optimizers(model, reader, lr)
+    for p in weights: p.requires_grad_(True)
+    return data, reader, optimizers, [get_cosine_schedule_with_warmup(o, min(50, steps // 4), steps + 1) for o in optimizers], weights
+
+def _update(loss, weights, optimizers, plans, ranks): # one step, with the mean of the gradients of all processes
+    loss.backward()
+    if ranks > 1: _mean_over_ranks(weights)
+    torch.nn.utils.clip_grad_norm_(weights, 1.)
+    for o in optimizers + plans: o.step()
+    for o in optimizers: o.zero_grad(set_to_none=True)
 
 
 # %% ../nbs/04a_look.ipynb #aef77944
@@ -183,23 +199,14 @@ def warm_up_vision(model,     # a twin; its vision tower and merger are trained 
                    keep=None, keep_every=200): # file from which a killed lesson goes on; written every so many steps; returns rows: step, loss, accuracy of each answer
     "Let the visual tokens of a twin say what they see, in the twin's own words."
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    data, rng = _Scenes(scenes or (len(table) if table else 12_000), table, token_grid(model, processor, render(ShapeWorld(1).scene(0))), rank, ranks, workers), np.random.default_rng([seed, rank])
-    torch.manual_seed(seed)
-    reader = _Reader(model.get_input_embeddings().weight, answer_words(processor, table.vocab if table else None)).to(model.device)
-    optimizers, weights = _optimizers(model, reader, lr)
-    plans = [get_cosine_schedule_with_warmup(o, min(50, steps // 4), steps + 1) for o in optimizers]
-    kept = _Kept(keep, weights, *optimizers, *plans)
+    data, reader, optimizers, plans, weights = _prepare(model, processor, table, steps, lr, scenes, seed, workers, rank, ranks)
+    kept, rng = _Kept(keep, weights, *optimizers, *plans), np.random.default_rng([seed, rank])
     done, rows, window = kept.load()
     for _ in range(done): rng.integers(len(data.own), size=batch)                    # what was drawn before the kill
-    for p in weights: p.requires_grad_(True)
     for s in progress(range(done, steps), 'look') if rank == 0 else range(done, steps):
         images, *labels = data.batch(rng, batch)
         loss, right = _answer(model, processor, reader, images, labels)
-        loss.backward()
-        if ranks > 1: _mean_over_ranks(weights)
-        torch.nn.utils.clip_grad_norm_(weights, 1.)
-        for o in optimizers + plans: o.step()
-        for o in optimizers: o.zero_grad(set_to_none=True)
+        _update(loss, weights, optimizers, plans, ranks)
         window.append([loss.item(), *right])
         if (s + 1) % every == 0 or s + 1 == steps:
             rows.append(dict(step=s + 1, **dict(zip(('loss', *ANSWERS), np.nanmean(window, 0).round(4).tolist())))); window = []
