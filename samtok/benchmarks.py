@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'DATA', 'TASKS', 'EvaluateError', 'Task', 'Twin', 'toy_questions', 'Reason', 'MaskSet', 'Regions',
-           'get_task', 'open_task', 'samples', 'ask', 'truth_of', 'relations_of', 'Choices', 'Pairs', 'Grades',
-           'toy_judge', 'Judge', 'same_words', 'TextEncoder', 'Attributes', 'plain_caption', 'answer_part']
+           'get_task', 'find_tasks', 'open_task', 'samples', 'ask', 'truth_of', 'relations_of', 'Choices', 'Pairs',
+           'Grades', 'toy_judge', 'Judge', 'same_words', 'TextEncoder', 'Attributes', 'plain_caption', 'answer_part']
 
 # %% ../nbs/07b_benchmarks.ipynb #e6c799fa
 import difflib, json, os, re
@@ -42,6 +42,9 @@ class Task:
     max_new_tokens: int = 128
     splits: tuple = ('',)      # fill {split} in args; the first, unless the name says another: "gres:testA"
     version: int = 1
+    @property
+    def drawn(self): return self.name.startswith('toy_')  # a twin of a benchmark, on scenes that are drawn
+
 
 # %% ../nbs/07b_benchmarks.ipynb #940bb453
 class Twin(ChatDataset):
@@ -178,6 +181,11 @@ def get_task(name, **args): # "gres", "gres:testA"; arguments of the data that r
     if split and split not in t.splits: raise EvaluateError(f"{base} has no split {split!r}; it has {', '.join(t.splits) if t.splits[0] else 'only one'}.")
     at = lambda v: v.replace('{split}', split or t.splits[0]) if isinstance(v, str) else v
     return replace(t, name=name, args={**{k: at(v) for k, v in t.args.items() if 'format' not in args}, **args})
+
+def find_tasks(names, **args): # "all" drawn ones, names with commas or spaces between them, or a list of names and Tasks; see get_task -> list of Task
+    "Find tasks by their names."
+    if isinstance(names, str): names = [n for n, t in TASKS.items() if t.drawn] if names == 'all' else re.findall(r'[^,\s]+', names)
+    return [get_task(t, **args) if isinstance(t, str) else t for t in names]
 
 def open_task(task, root=''): # Task -> ChatDataset; raises EvaluateError
     "Open the data of a task."

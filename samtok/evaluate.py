@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from .benchmarks import TASKS, Attributes, Choices, EvaluateError, Grades, Judge, Pairs, Task, TextEncoder, answer_part, ask, get_task, open_task, plain_caption, relations_of, same_words, samples, truth_of
+from .benchmarks import TASKS, Attributes, Choices, EvaluateError, Grades, Judge, Pairs, Task, TextEncoder, answer_part, ask, find_tasks, get_task, open_task, plain_caption, relations_of, same_words, samples, truth_of
 from .chat import fill, mask_array
 from .data import Report, read_image
 from .masks import MaskError, mask_to_rle, rle_area
@@ -295,7 +295,7 @@ def evaluate(model='toy', tasks='all', # see open_model; names, or "all" twins
              tokenizer='', root='', policy=None, constrained=None, threshold=None, device='cpu', # see open_model, open_task, reply_batch
              batch=32, gpus=0, n_boot=1000, seed=0, judge=None, missing='skip', similarity=None): # samples at a time, processes; see Scorer -> Evaluation
     "Ask a model the questions of some benchmarks, and count; what was answered before is not asked again."
-    tasks = [get_task(t) if isinstance(t, str) else t for t in ([t for t in TASKS if t.startswith('toy_')] if tasks == 'all' else [t for t in re.split(r'[,\s]+', tasks) if t] if isinstance(tasks, str) else tasks)]
+    tasks = find_tasks(tasks)
     opened, how = [(t, open_task(t, root)) for t in tasks], dict(policy=policy or None, constrained=constrained, threshold=threshold)
     rank, world = (int(os.environ.get(k, v)) for k, v in (('RANK', 0), ('WORLD_SIZE', 1)))
     given = dict(model=model, task=','.join(t.name for t in tasks), samples=n or 0, # torchrun takes --n for one of its own
@@ -439,8 +439,7 @@ def _score_file(a, task): # arguments, Task -> Score
 # %% ../nbs/08_evaluate.ipynb #bd4eb0f6
 def _tasks(a): # arguments -> list of Task
     if wrong := [d for d in a.data if '=' not in d]: raise EvaluateError(f'{wrong[0]!r} is no argument of the data: write --data name=value.')
-    names = [t for t in TASKS if t.startswith('toy_')] if a.task == 'all' else [t for t in a.task.split(',') if t]
-    return [get_task(t, **dict(d.split('=', 1) for d in a.data)) for t in names]
+    return find_tasks(a.task, **dict(d.split('=', 1) for d in a.data))
 
 def main(argv=None): # -> exit code: 0, 1 where nothing could be counted, 2 for an error
     "Evaluate from the command line."
@@ -448,7 +447,7 @@ def main(argv=None): # -> exit code: 0, 1 where nothing could be counted, 2 for 
     if not a.task: print(*[f"{t.name:16} {t.metric:15} {' '.join(t.splits)}" for t in TASKS.values()], sep='\n'); return 0
     try:
         tasks = _tasks(a)
-        if any(t.name.startswith('toy_') for t in tasks) and not a.n: a.n = 200
+        if any(t.drawn for t in tasks) and not a.n: a.n = 200                       # scenes have no end of their own
         if a.questions: print(*[f"{write_questions(t, Path(a.questions) / t.name.replace(':', '_'), a.n or None, a.root)} questions of {t.name}" for t in tasks], sep='\n'); return 0
         if a.predictions and len(tasks) > 1: raise EvaluateError('A file of predictions belongs to one task: name one.')
         if not a.predictions and not a.model: raise EvaluateError('There is nothing to score: give --predictions FILE, or --model NAME to ask one, or --questions FOLDER.')
