@@ -5,7 +5,7 @@
     .ci/check.py lint export ...     only these checks: pip settings export clean lint imports sidebar readme
     .ci/check.py tests [NOTEBOOK..]  run notebooks as tests, two at a time
     .ci/check.py readme --write      make README.md from nbs/index.ipynb
-    .ci/check.py execute             execute all notebooks in place
+    .ci/check.py execute [NOTEBOOK..] execute notebooks in place, two at a time
     .ci/check.py docs                render the site into _docs
 
 A check returns a list of problems, each a sentence that says where and what. The source is the notebooks, so every check reads files and none of them changes any.
@@ -367,13 +367,19 @@ def tests(files=None):
             if problem: bad.append(name(file))
     return len(files) - len(bad), bad
 
-def execute():
-    "Execute all notebooks in place, the index last because it lists the others."
-    for file in notebooks():
-        done = command('jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', '--ExecutePreprocessor.timeout=600', '--ExecutePreprocessor.store_widget_state=False', str(file), env={'HF_HUB_OFFLINE': '1', 'CI': '1'})
-        if problems := failed(done): return problems
-        print('executed', name(file), flush=True)
-    return []
+def execute_notebook(file):
+    return name(file), failed(command('jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', '--ExecutePreprocessor.timeout=600', '--ExecutePreprocessor.store_widget_state=False', str(file), env={'HF_HUB_OFFLINE': '1', 'CI': '1'}))
+
+def execute(files=None):
+    "Execute notebooks in place, the index last because it lists the others."
+    files, bad = [Path(f).resolve() for f in files or []] or notebooks(), []
+    last = [f for f in files if f.stem == 'index']
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for some in ([f for f in files if f not in last], last):
+            for who, problems in pool.map(execute_notebook, some):
+                print('failed' if problems else 'executed', who, flush=True)
+                bad += problems
+    return bad
 
 CHECKS = dict(pip=pip, settings=settings, export=export, clean=clean, lint=lint, imports=imports, sidebar=sidebar, readme=readme)
 
@@ -391,7 +397,7 @@ def main(args):
     if not args or args[0] in ('-h', '--help'): print(__doc__); return 0
     if args == ['readme', '--write']: readme(write=True); return 0
     if args[0] in ('docs', 'execute'):
-        problems = {'docs': docs, 'execute': execute}[args[0]]()
+        problems = docs() if args[0] == 'docs' else execute(args[1:])
         print(*problems, sep='\n'); return int(bool(problems))
     if unknown := set(args) - set(CHECKS) if args[0] not in ('all', 'tests') else None: print(f'There is no check {", ".join(sorted(unknown))}.\n{__doc__}'); return 2
     passed, bad = 0, []
