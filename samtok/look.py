@@ -314,17 +314,20 @@ def _together_again(seen): # the inverse, for images in any order; the tower's s
 
 # %% ../nbs/04a_look.ipynb #4eb5fba8
 @torch.no_grad()
-def read_cells(model, processor, n, split='heldout', batch=32): # twin; scenes -> dict attribute -> list over scenes: share of cells whose token is nearest to the right word
+def read_cells(model, processor, n, split='heldout', batch=32, # twin; scenes
+               tokenizer=None): # MaskTokenizer of a twin with its words: asks for codes as well -> dict attribute (and code) -> list over scenes: share of cells whose token is nearest to the right word
     "Ask the visual tokens of held-out scenes for attributes."
-    world, out = ShapeWorld(n, split), {k: [] for k in KINDS}
-    words = {k: F.normalize(model.get_input_embeddings().weight[i].float(), dim=1) for k, i in answer_words(processor).items()}
+    world, ids = ShapeWorld(n, split), answer_words(processor, tokenizer and tokenizer.vocab)
+    words, out = {k: F.normalize(model.get_input_embeddings().weight[i].float(), dim=1) for k, i in ids.items()}, {k: [] for k in ids}
     grid = token_grid(model, processor, render(world.scene(0)))
     for a in range(0, n, batch):
         scenes = [world.scene(i) for i in range(a, min(n, a + batch))]
-        for tokens, scene in zip(visual_tokens(model, processor, [render(s) for s in scenes]).view(len(scenes), grid * grid, -1), scenes):
-            labels = cell_labels(scene, None, grid)
+        images = [render(s) for s in scenes]
+        codes = tokenizer.encode(images, [s.visible for s in scenes]) if tokenizer else [None] * len(scenes)
+        for tokens, scene, c in zip(visual_tokens(model, processor, images).view(len(scenes), grid * grid, -1), scenes, codes):
+            labels = cell_labels(scene, c, grid)
             on = labels[:, 0] > 0
-            for j, k in enumerate(KINDS):
+            for j, k in enumerate(words):
                 if on.any(): out[k].append(float(((tokens @ words[k].T).argmax(1).numpy() == labels[:, 1 + j])[on].mean()))
     return out
 
