@@ -70,7 +70,7 @@ def load_scale(name, # of the run, for example "train_tokenizer"
 # %% ../nbs/00d_runs.ipynb #bc1526c7
 def check_names(namespace): # globals() of a notebook right after its parameters
     "Refuse a parameter that the notebook does not have; raises RunError with the name that is meant."
-    known = namespace.get('__annotations__', {})
+    known = namespace.get('__annotations__') or getattr(sys.modules['__main__'], '__annotations__', {}) # from Python 3.14 on only the module has them
     plain = lambda v: v is None or isinstance(v, (bool, int, float, str, list, dict))
     for name in (k for k, v in namespace.items() if k.islower() and k[0] != '_' and plain(v) and known and k not in known):
         near = difflib.get_close_matches(name, known, 1)
