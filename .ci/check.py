@@ -368,7 +368,7 @@ def tests(files=None):
     return len(files) - len(bad), bad
 
 def execute_notebook(file):
-    return name(file), failed(command('jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', '--ExecutePreprocessor.timeout=600', '--ExecutePreprocessor.store_widget_state=False', str(file), env={'HF_HUB_OFFLINE': '1', 'CI': '1'}))
+    return name(file), failed(command('jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', '--ExecutePreprocessor.timeout=600', '--ExecutePreprocessor.store_widget_state=False', str(file), env={'HF_HUB_OFFLINE': '1', 'CI': '1', 'OMP_NUM_THREADS': '1'}))
 
 def execute(files=None):
     "Execute notebooks in place, the index last because it lists the others."

@@ -284,7 +284,7 @@ def _remember(params, model, rows, reads): # each scene is looked at once; with 
 def _trained(params, trainer): # -> the model as it is to be used and saved
     model = trainer.accelerator.unwrap_model(trainer.model)
     if params['remember']: forget_images(model)
-    if not torch.cuda.is_available(): torch.set_num_threads(os.cpu_count())      # torchrun gives each process one
+    if 'RANK' in os.environ and not torch.cuda.is_available(): torch.set_num_threads(os.cpu_count()) # torchrun gives each process one
     model = model.merge_and_unload() if hasattr(model, 'merge_and_unload') else model
     for c in (model.config, model.config.get_text_config()): c.use_cache = True   # training switched it off
     return model.eval()
