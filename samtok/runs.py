@@ -149,8 +149,8 @@ def read_rows(path): # metrics.jsonl -> list of dict; lines that were cut by a k
     return rows
 
 def write_rows(path, rows): # list of dict
-    "Write rows as lines of JSON; the file is whole or absent."
-    atomic_write(path, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows))
+    "Write rows as lines of JSON, numbers that are not finite as null; the file is whole or absent."
+    atomic_write(path, ''.join(json.dumps(_clean(r), ensure_ascii=False) + '\n' for r in rows))
 
 # %% ../nbs/00d_runs.ipynb #83352b62
 class Run:
