@@ -207,7 +207,8 @@ def scene_codes(world, tokenizer, out, batch=16, chunk=64, workers=0, # ShapeWor
     "Write the codes of all objects of all scenes; a finished file stays."
     out, mark = Path(out), dict(fingerprint=fingerprint(tokenizer), world=json.dumps([world.split, world.seed, world.n, world.size, list(world.count)]))
     if out.exists(): return _same_codes(out, mark)
-    parts = {out.with_name(f'.{out.name}.{a:08d}.npz'): range(a, min(a + part, len(world))) for a in range(0, len(world), part)}
+    some = [range(a, min(a + part, len(world))) for a in range(0, len(world), part)]
+    parts = {out.with_name(f'.{out.name}.{r.start:08d}-{r.stop:08d}.npz'): r for r in some} # parts of another size are other files
     for p in progress(list(parts)[rank::ranks], f'parts of {out.name}'):
         if p.exists(): _same_codes(p, mark); continue
         codes, objects = _encode_scenes(world, tokenizer, parts[p], batch, chunk, workers)
