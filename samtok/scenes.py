@@ -10,6 +10,7 @@ __all__ = ['KINDS', 'REFER', 'REFER_SHARE', 'ASK', 'ASK_SHARE', 'PHRASES', 'noun
 
 # %% ../nbs/03c_scenes.ipynb #5e3f500b
 import json, re
+from itertools import count
 import numpy as np
 from .chat import PROMPTS, ChatDataset, ChatError, Conversation, answer_masks, answer_triplets, reading_order
 from .masks import masks_to_boxes
@@ -94,13 +95,17 @@ def refer_nothing(rng, graph): # -> (text, []), or None
 REFER = dict(attributes=refer_attributes, relation=refer_relation, order=refer_order, place=refer_place, nothing=refer_nothing)
 REFER_SHARE = dict(attributes=.45, relation=.13, order=.1, place=.12, nothing=.2)
 
-def refer(rng, graph, kind=None, nothing=REFER_SHARE['nothing']): # one of REFER, None: any; share of expressions without a target -> (text, ids, kind)
-    "Draw a referring expression and what it means."
-    share = [nothing if k == 'nothing' else p * (1 - nothing) / (1 - REFER_SHARE['nothing']) for k, p in REFER_SHARE.items()]
-    while True:
-        k = kind or str(rng.choice(list(REFER), p=share))
+def _shares(weights, nothing): # dict kind -> weight -> share of each of REFER
+    some = sum(v for k, v in weights.items() if k != 'nothing')
+    return [nothing if k == 'nothing' else weights.get(k, 0) * (1 - nothing) / some for k in REFER]
+
+def refer(rng, graph, kind=None, nothing=REFER_SHARE['nothing']): # one of REFER, or dict kind -> weight, None: REFER_SHARE; share of expressions without a target -> (text, ids, kind)
+    "Draw a referring expression and what it means; where a scene has none of the kind that is asked for, of another."
+    kind, weights = (None, kind) if isinstance(kind, dict) else (kind, REFER_SHARE)
+    for tries in count():
+        k = kind or str(rng.choice(list(REFER), p=_shares(weights if tries < 50 else REFER_SHARE, nothing)))
         if found := REFER[k](rng, graph): return *found, k
-        if kind and kind != 'attributes': kind = None
+        if kind != 'attributes': kind = None
 
 # %% ../nbs/03c_scenes.ipynb #8d176b9f
 def caption(o): # object of a scene graph -> str
@@ -212,10 +217,11 @@ class SceneChat(ChatDataset):
     def __init__(self, world=None, # ShapeWorld; None: its default
                  rounds=6,         # questions about a scene; fewer where no more can be asked
                  share=None,       # dict task -> weight; None: ASK_SHARE
-                 kind=None,        # only one kind of referring expression, see REFER
+                 kind=None,        # of referring expressions: one of REFER, or dict kind -> weight; None: REFER_SHARE
                  nothing=REFER_SHARE['nothing'], # share of referring expressions that mean nothing that is there
                  length=0):        # end the talk at about so many words and masks, so that conversations are of like length; 0: by rounds only
         super().__init__()
+        if unknown := [k for k in (kind if isinstance(kind, dict) else [kind] * bool(kind)) if k not in REFER]: raise ChatError(f'There is no kind of referring expression {unknown[0]!r}: choose from {", ".join(REFER)}.')
         self.length, self.nothing = length, nothing
         self.world, self.rounds, self.share, self.kind, self._sketches = world or ShapeWorld(), rounds, share or ASK_SHARE, kind, {}
     def __len__(self): return len(self.world)

@@ -149,11 +149,17 @@ class Mix:
         return self.parts[p][0][int(k)]
 
 # %% ../nbs/04_sft.ipynb #4b6f4b23
+def _kinds(text): # JSON of a dict kind -> weight, or empty -> dict, or None
+    try: found = json.loads(text or 'null')
+    except ValueError: found = text
+    if found is not None and not (isinstance(found, dict) and found and all(isinstance(v, (int, float)) and v > 0 for v in found.values())): raise RunError(f'kinds is {text}: give weights above zero as JSON, such as {{"order": 0.3, "place": 0.2}}.')
+    return found
+
 def training_rows(params, vocab): # -> rows with len and [i]
     "Open the training data: ShapeWorld with its codes, or a list of tokenised shards with weights."
     if params['data'] == 'shapeworld':
         table = code_table(find_file(params['codes']), vocab) if vocab else None
-        chat = SceneChat(ShapeWorld(min(params['scenes'], len(table)) if vocab else params['scenes'], 'train'), params['rounds'], ask_shares(params['refer_share']), nothing=params['nothing'], length=params['length'])
+        chat = SceneChat(ShapeWorld(min(params['scenes'], len(table)) if vocab else params['scenes'], 'train'), params['rounds'], ask_shares(params['refer_share']), _kinds(params['kinds']), params['nothing'], params['length'])
         return SceneRows(chat, table or (lambda c: [_corners(chat._sketches[i].boxes[k], chat.world.size) for i, k in c.keys]), params['epochs'], params['opening'], not params['remember'])
     from datasets import load_dataset
     parts = [(load_dataset('parquet', data_files=str(Path(r['path']) / '*.parquet'), split='train'), r.get('weight', 1.)) for r in shard_folders(params['data'])]
