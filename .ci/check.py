@@ -101,6 +101,7 @@ def lint_code(cell, source, file):
     if re.search(r'\bnbdev_export\s*\(', source): yield 'exports from inside a notebook.'
     if cell.get('execution_count'): yield 'has an execution count: run nbdev_clean.'
     if any(o.get('output_type') == 'error' for o in cell.get('outputs', [])): yield 'shows an error output.'
+    if any(map(noise, cell.get('outputs', []))): yield 'shows warnings or a progress bar: `.ci/check.py execute` takes them out.'
     if any(map(is_import, body)) and not all(map(is_import, body)): yield 'mixes imports with other code: the docs would run all of it.'
     if any(isinstance(n, ast.ImportFrom) and n.names[0].name == '*' and exported(cell) for n in body): yield 'exports a star import.'
     if has_image(cell) and not any(d.startswith('fig-alt:') for d in directives(cell)): yield 'shows a picture without `#| fig-alt:`.'
@@ -367,8 +368,19 @@ def tests(files=None):
             if problem: bad.append(name(file))
     return len(files) - len(bad), bad
 
+def quiet(file):
+    "Take warnings and progress bars out of an executed notebook."
+    nb = json.loads(file.read_text(encoding='utf-8'))
+    for c in nb['cells']:
+        if c['cell_type'] == 'code': c['outputs'] = [o for o in c['outputs'] if not noise(o)]
+    file.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+
+def noise(output): return output.get('name') == 'stderr' or any('widget-view' in k for k in output.get('data', {}))
+
 def execute_notebook(file):
-    return name(file), failed(command('jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', '--ExecutePreprocessor.timeout=600', '--ExecutePreprocessor.store_widget_state=False', str(file), env={'HF_HUB_OFFLINE': '1', 'CI': '1', 'OMP_NUM_THREADS': '1'}))
+    problems = failed(command('jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', '--ExecutePreprocessor.timeout=600', '--ExecutePreprocessor.store_widget_state=False', str(file), env={'HF_HUB_OFFLINE': '1', 'CI': '1', 'OMP_NUM_THREADS': '1', 'TQDM_DISABLE': '1'}))
+    if not problems: quiet(file)
+    return name(file), problems
 
 def execute(files=None):
     "Execute notebooks in place, the index last because it lists the others."

@@ -8,7 +8,7 @@ __all__ = ['ANSWERS', 'EYES', 'cell_labels', 'cell_geometry', 'visual_tokens', '
            'read_cells', 'base_twin', 'make_eyes', 'main']
 
 # %% ../nbs/04a_look.ipynb #f5fdfa18
-import io, json, math, os, re, sys, time, types
+import json, math, os, re, sys, time, types
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
@@ -164,8 +164,8 @@ class _Kept: # what a lesson needs to go on after a kill, in a file that is repl
         for part, state in zip(self.parts, kept['parts']): part.load_state_dict(state)
         return kept['step'], kept['rows'], kept['window']
     def save(self, step, rows, window):
-        torch.save(dict(step=step, rows=rows, window=window, parts=[p.state_dict() for p in self.parts]), to := io.BytesIO())
-        atomic_write(self.path, to.getvalue())
+        state = dict(step=step, rows=rows, window=window, parts=[p.state_dict() for p in self.parts])
+        atomic_write(self.path, lambda f: torch.save(state, f))
 
 # %% ../nbs/04a_look.ipynb #7b2ae6e5
 def _answer(model, processor, reader, images, labels): # -> loss, accuracy of each answer

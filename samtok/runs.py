@@ -18,12 +18,13 @@ import numpy as np
 class RunError(ValueError):
     "A run that cannot start, resume or finish, and what to do about it."
 
-def atomic_write(path, content): # path, str or bytes
+def atomic_write(path, content): # path; str, bytes, or a function that writes into an open binary file; raises RunError
     "Write a file so that it is whole or absent."
     path = Path(path); part = path.with_name(path.name + '.part')
+    write = content if callable(content) else lambda f: f.write(content.encode() if isinstance(content, str) else content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        with open(part, 'wb') as f: write(f)
         os.replace(part, path)
     except OSError as e: raise RunError(f'{path.name} cannot be written ({e.strerror}): choose a folder that can be written and has room.') from e
 

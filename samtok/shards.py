@@ -183,9 +183,7 @@ def data_stamp(data): # as above, or "shapeworld" -> str that changes with the s
     return hashlib.sha256(b''.join(f.read_bytes() if f.suffix == '.json' else f'{f.name} {f.stat().st_size}'.encode() for f in files)).hexdigest()[:16]
 
 # %% ../nbs/03f_shards.ipynb #0dcf5097
-def _save_arrays(path, **arrays):
-    np.savez(to := io.BytesIO(), **arrays)
-    atomic_write(path, to.getvalue())
+def _save_arrays(path, **arrays): atomic_write(path, lambda f: np.savez(f, **arrays))
 
 def _same_codes(path, mark): # -> path; raises RunError where another tokenizer or other scenes made it
     with np.load(path) as f: differ = [k for k, v in mark.items() if k not in f or str(f[k]) != v]

@@ -21,7 +21,7 @@ from .formats import open_dataset
 from .losses import candidate_loss, logit_iou, mask_terms
 from .masks import mask_iou_pairs
 from .quantizer import code_usage
-from .runs import Run, check_gpus, data_file, launch, load_scale, mean_ci, progress, run_command, run_main, seed_everything, watch
+from .runs import Run, atomic_write, check_gpus, data_file, launch, load_scale, mean_ci, progress, run_command, run_main, seed_everything, watch
 from .shapeworld import ShapeWorld
 from .tokenizer import MaskTokenizer, TokenizerConfig, mask_prompts, prepare_image
 
@@ -165,7 +165,7 @@ def save_checkpoint(path, step, model, opt, rng, taken):
     "Write a training checkpoint atomically."
     state = dict(step=step, model=model.state_dict(), opt=opt.state_dict(), taken=taken, torch_rng=torch.get_rng_state(), numpy_rng=json.dumps(rng.bit_generator.state))
     if torch.cuda.is_available(): state['cuda_rng'] = torch.cuda.get_rng_state()
-    torch.save(state, f'{path}.part'); os.replace(f'{path}.part', path)
+    atomic_write(path, lambda f: torch.save(state, f))
 
 def load_checkpoint(path, model, opt, rng): # -> (step, taken)
     "Load what save_checkpoint wrote; raises CheckpointError when the file is damaged or for another model."
