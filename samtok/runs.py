@@ -39,7 +39,9 @@ def data_file(*parts): # names below the data folder -> Path; raises RunError if
 
 def find_file(name): # str or Path -> Path; raises RunError
     "Find a file of the user's, or one of the package's data by its name below the data folder."
-    return Path(name) if Path(name).exists() else data_file(*Path(name).parts)
+    if Path(name).exists(): return Path(name)
+    try: return data_file(*Path(name).parts)
+    except RunError as e: raise RunError(f'There is no {name}, neither here nor in the data of the package: is the path right?') from e
 
 # %% ../nbs/00d_runs.ipynb #0ec2e76a
 def resolve_scale(scale, # "auto", "lesson", "toy" or "full"

@@ -172,8 +172,8 @@ def tokenize_data(dataset,    # ChatDataset, or a Mixture of them
 def shard_folders(data): # folder of shards, or JSON file (also of the package) with a list of {"path", "weight"} -> that list; raises RunError
     "List the folders of tokenised shards that a run reads."
     rows = json.loads(find_file(data).read_text()) if str(data).endswith('.json') else [dict(path=str(data))]
-    for r in rows:
-        if not any(Path(r['path']).glob('*.parquet')): raise RunError(f"{r['path']} has no tokenised shards (*.parquet): make them with samtok-tokenize, or give \"shapeworld\".")
+    if empty := [r['path'] for r in rows if not any(Path(r['path']).glob('*.parquet'))]:
+        raise RunError(f"There are no tokenised shards (*.parquet) in {', '.join(empty[:4])}{f' and {len(empty) - 4} more' * (len(empty) > 4)} ({len(empty)} of {len(rows)} folders): make them with samtok-tokenize, or give \"shapeworld\".")
     return rows
 
 def data_stamp(data): # as above, or "shapeworld" -> str that changes with the shards; None for drawn scenes
