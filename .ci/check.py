@@ -68,7 +68,8 @@ def lint_notebook(file):
     tagged = sum('parameters' in c['metadata'].get('tags', []) for c in cells)
     runs = bool(re.match(RUN_NOTEBOOKS, file.name))
     if tagged != 1 if runs else tagged > (not is_source(file)): yield f'{tagged} cells are tagged `parameters`, {int(runs)} should be.'
-    if runs and not re.search(r'^check_names\(globals\(\)\)$', '\n'.join(text(c) for c in codes), re.M): yield 'does not stop at a parameter that it does not have: check_names(globals()) belongs below the parameters.'
+    below = next((i + 1 for i, c in enumerate(codes) if 'parameters' in c['metadata'].get('tags', [])), 0)
+    if runs and not re.search(r'^check_names\(globals\(\)\)$', '\n'.join(text(c) for c in codes[below:below + 2]), re.M): yield 'does not stop at a parameter that it does not have: check_names(globals()) belongs below the parameters.'
     if runs and (unread := unread_parameters(file, cells)): yield f"papermill cannot read the line of {', '.join(unread)}, so that its help page leaves it out: no quotes with brackets, = or ; in the comment."
     for i, cell in enumerate(cells): yield from (f'cell {i}: {p}' for p in lint_cell(cell, file))
     if not any(re.search(RUN_TIME, text(c)) for c in cells[:3] if c['cell_type'] == 'markdown'): yield 'does not say near its top how long it runs, for example *Runs in seconds on two CPU cores.*'
