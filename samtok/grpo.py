@@ -24,7 +24,7 @@ from .masks import masks_to_boxes
 from .rewards import DecodedMaskReward, FormatReward, MaskReward, NoTargetReward, NonRepeatReward, find_reward, reward_report, safe
 from .runs import Run, RunError, data_file, launch, load_scale, mean_ci, run_command, run_main, seed_everything, watch
 from .scenes import refer
-from .sft import StepBar, check_params, checkpointing, evaluate_refer, heldout_refer, last_checkpoint, lora_config, processes, tower
+from .sft import StepBar, check_params, checkpointing, evaluate_refer, heldout_refer, last_checkpoint, lora_config, processes, ready_adapters, tower
 from .shapeworld import ShapeWorld, render
 from .shards import data_stamp
 from .tokenizer import MaskTokenizer
@@ -157,6 +157,7 @@ def make_trainer(params, path, vlm, rows, callbacks=()): # -> MaskGRPOTrainer
     vlm.processor.tokenizer.padding_side = 'left'                                # fine-tuning saves it with 'right'
     trainer = MaskGRPOTrainer(model=vlm.model, reward_funcs=[_Whole(r, vlm.processor.tokenizer) for r in rewards], args=config, train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(rows),
                               processing_class=vlm.processor, peft_config=lora_config(params, vlm.model, vlm.ids), callbacks=[*callbacks, StepBar()])
+    if params['learn'] != 'full': ready_adapters(trainer.model, params['learn'])
     trainer.remove_callback(PrinterCallback)                                     # the log goes into metrics.jsonl
     if params['constrained']: trainer.grammar = vlm.grammars[True if params['constrained'] is True else 'answer']
     return trainer

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CAPTION', 'load_params', 'processes', 'check_params', 'SceneRows', 'Mix', 'training_rows', 'build_model', 'tower',
-           'SceneNumbers', 'lora_config', 'StepBar', 'checkpointing', 'sft_config', 'last_checkpoint', 'make_trainer',
-           'train', 'heldout_refer', 'evaluate_refer', 'evaluate_captions', 'evaluate_boxes', 'heldout_metrics',
-           'finish', 'run_sft', 'main']
+           'SceneNumbers', 'lora_config', 'ready_adapters', 'StepBar', 'checkpointing', 'sft_config', 'last_checkpoint',
+           'make_trainer', 'train', 'heldout_refer', 'evaluate_refer', 'evaluate_captions', 'evaluate_boxes',
+           'heldout_metrics', 'finish', 'run_sft', 'main']
 
 # %% ../nbs/04_sft.ipynb #90db874a
 import json, os, re, time
@@ -47,8 +47,8 @@ def processes(params): # -> int: one for each GPU; with device "cpu" as many on 
 def check_params(params): # dict of load_params -> int, processes; raises RunError, VLMError, CheckpointError
     "Refuse with a sentence what cannot run, before anything long starts."
     n = processes(params)                                                        # a machine without the GPUs is told so before anything else
-    if params['learn'] not in (kinds := ('full', 'lora', 'lora_full_rows')): raise RunError(f"learn is {params['learn']!r}: choose one of {', '.join(kinds)}.")
-    if params['learn'] != 'full' and not params['lora_r']: raise RunError(f"learn is {params['learn']}, and lora_r is 0: give a rank, such as 64.")
+    if params['learn'] not in (kinds := ('full', 'lora', 'lora_full_rows', 'rows')): raise RunError(f"learn is {params['learn']!r}: choose one of {', '.join(kinds)}.")
+    if params['learn'].startswith('lora') and not params['lora_r']: raise RunError(f"learn is {params['learn']}, and lora_r is 0: give a rank, such as 64.")
     if params['model'] not in FAMILIES: find_pretrained(params['model'], 'vlm', VLMError)
     if params['tokenizer']: find_pretrained(params['tokenizer'], 'tokenizer')
     if params['data'] != 'shapeworld': shard_folders(params['data'])
@@ -142,18 +142,25 @@ class SceneNumbers:
         return dict(b, mm_token_type_ids=(b['input_ids'] == self.image_id).int(), pixel_values=torch.tensor(images, dtype=torch.float32)[:, None], image_grid_thw=self.grid.repeat(len(images), 1))
 
 # %% ../nbs/04_sft.ipynb #74d6f5bb
-def lora_config(params, model, ids): # -> peft.LoraConfig, or None
+def lora_config(params, model, ids): # dict of load_params; VLM; ids of the mask words -> peft.LoraConfig, or None
     "Say which weights learn: low-rank updates of all linear layers of the language model, and the rows of the mask words."
     if params['learn'] == 'full': return None
     from peft import LoraConfig
     emb, head, tied = matrices(model)
     names = {id(m): n for n, m in model.named_modules()}
-    e = names[id(emb)].split('.')[-1]
-    rows = dict(trainable_token_indices={e: ids.tolist()}) if params['learn'] != 'lora_full_rows' else {}
-    save = [] if tied else [names[id(head)].split('.')[-1]]
-    if not rows: save = [e, *save]
+    both = [names[id(m)].split('.')[-1] for m in ([emb] if tied else [emb, head])]
+    rows = dict(modules_to_save=both, ensure_weight_tying=tied) if params['learn'] == 'lora_full_rows' else dict(trainable_token_indices={n: ids.tolist() for n in both})
     targets = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head and not re.search(r'visual|vision', n)]
-    return LoraConfig(r=params['lora_r'], lora_alpha=params['lora_alpha'], lora_dropout=params['lora_dropout'], target_modules=targets, modules_to_save=save or None, task_type='CAUSAL_LM', **rows)
+    if params['learn'] == 'rows': targets = targets[:1]                          # peft wants one; ready_adapters stops it
+    return LoraConfig(r=params['lora_r'] or 1, lora_alpha=params['lora_alpha'] or 1, lora_dropout=params['lora_dropout'], target_modules=targets, task_type='CAUSAL_LM', **rows)
+
+def ready_adapters(model, learn): # peft.PeftModel of a trainer, changed in place; see load_params -> model
+    "Let TRL compute the loss from a head with learned rows; where rows learn alone, stop the low-rank part."
+    head = model.get_output_embeddings()
+    if not hasattr(head, 'bias'): head.bias = None
+    if learn == 'rows':
+        for p in (p for n, p in model.named_parameters() if 'lora_' in n): p.requires_grad_(False)
+    return model
 
 # %% ../nbs/04_sft.ipynb #3bf63da8
 class _Log(TrainerCallback): # writes the trainer's log into the run's metrics
@@ -215,6 +222,7 @@ def make_trainer(params, path, model, processor, ids, rows, callbacks=()): # -> 
     collate = ChatCollator(processor, params['max_length'], rows, _row_size(params), row_positions(model) if params['packing'] else None)
     trainer = SFTTrainer(model=model, args=sft_config(params, path), train_dataset=numbers, data_collator=collate,
                       processing_class=getattr(processor, 'processor', processor), peft_config=lora_config(params, model, ids), callbacks=[*callbacks, StepBar()])
+    if params['learn'] != 'full': ready_adapters(trainer.model, params['learn'])
     trainer.remove_callback(PrinterCallback)                                     # the log goes into metrics.jsonl
     return trainer
 
