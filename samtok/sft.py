@@ -106,7 +106,7 @@ def training_rows(params, vocab): # -> rows with len and [i]
 def build_model(params, vocab): # -> model, processor, report of add_mask_words
     "Load the base model, or make the twin of a family, and teach it the mask words."
     if params['model'] in FAMILIES:
-        tk = twin_tokenizer(toy_corpus(), 700, phrases=PHRASES)
+        tk = twin_tokenizer(toy_corpus(), 700, phrases=PHRASES, family=params['model'])
         processor = twin_processor(params['model'], tk, params['patch'], pixels=(params['side'] ** 2,) * 2)
         model = twin_model(params['model'], processor, **params['twin'], seed=params['seed'])
     else: model, processor = load_vlm(params['model'], getattr(torch, params['dtype']))
