@@ -157,7 +157,7 @@ def lora_config(params, model, ids): # dict of load_params; VLM; ids of the mask
 def ready_adapters(model, learn): # peft.PeftModel of a trainer, changed in place; see load_params -> model
     "Let TRL compute the loss from a head with learned rows; where rows learn alone, stop the low-rank part."
     head = model.get_output_embeddings()
-    if not hasattr(head, 'bias'): head.bias = None
+    if not hasattr(head, 'bias'): head.__dict__['bias'] = getattr(head.original_module, 'bias', None)
     if learn == 'rows':
         for p in (p for n, p in model.named_parameters() if 'lora_' in n): p.requires_grad_(False)
     return model
