@@ -30,6 +30,14 @@ from .tokenizer import MaskTokenizer
 from .twins import FAMILIES, twin_model, twin_processor, twin_tokenizer
 from .vlm import MaskVLM, VLMError, add_mask_words, load_vlm, matrices, write_replies
 
+# %% ../nbs/04_sft.ipynb #22d95bc4
+def _kinds(text): # JSON of a dict kind -> weight, or empty -> dict, or None
+    try: found = json.loads(text or 'null')
+    except ValueError: found = text
+    if found is not None and not (isinstance(found, dict) and found and all(isinstance(v, (int, float)) and v > 0 for v in found.values())): raise RunError(f'kinds is {text}: give weights above zero as JSON, such as {{"order": 0.3, "place": 0.2}}.')
+    if found and 'nothing' in found: raise RunError(f'kinds is {text}: the share of expressions without a target is the parameter nothing.')
+    return found
+
 # %% ../nbs/04_sft.ipynb #b0d696a9
 _RECIPES = ('base', 'task', 'caption')                                           # data/params/sft_*.json beside the scales
 
@@ -49,6 +57,7 @@ def check_params(params): # dict of load_params -> int, processes; raises RunErr
     n = processes(params)                                                        # a machine without the GPUs is told so before anything else
     if params['learn'] not in (kinds := ('full', 'lora', 'lora_full_rows', 'rows')): raise RunError(f"learn is {params['learn']!r}: choose one of {', '.join(kinds)}.")
     if params['learn'].startswith('lora') and not params['lora_r']: raise RunError(f"learn is {params['learn']}, and lora_r is 0: give a rank, such as 64.")
+    _kinds(params.get('kinds'))
     if params['model'] not in FAMILIES: find_pretrained(params['model'], 'vlm', VLMError)
     if params['tokenizer']: find_pretrained(params['tokenizer'], 'tokenizer')
     if params['data'] != 'shapeworld': shard_folders(params['data'])
@@ -86,12 +95,6 @@ class Mix:
         return self.parts[p][0][int(k)]
 
 # %% ../nbs/04_sft.ipynb #4b6f4b23
-def _kinds(text): # JSON of a dict kind -> weight, or empty -> dict, or None
-    try: found = json.loads(text or 'null')
-    except ValueError: found = text
-    if found is not None and not (isinstance(found, dict) and found and all(isinstance(v, (int, float)) and v > 0 for v in found.values())): raise RunError(f'kinds is {text}: give weights above zero as JSON, such as {{"order": 0.3, "place": 0.2}}.')
-    return found
-
 def training_rows(params, vocab): # -> rows with len and [i]
     "Open the training data: ShapeWorld with its codes, or a list of tokenised shards with weights."
     if params['data'] == 'shapeworld':
