@@ -19,7 +19,7 @@ import numpy as np
 from samtok.runs import Run
 from samtok.tokenizer import MaskTokenizer
 from samtok.widgets import CodebookExplorer, MaskPicker, ReplyInspector, RunDashboard
-from samtok.shapeworld import ShapeWorld
+from samtok.toy.shapeworld import ShapeWorld
 tokenizer = MaskTokenizer.from_pretrained('toy')''',
 'picker = MaskPicker(tokenizer=tokenizer)\npicker',
 'explorer = CodebookExplorer(tokenizer=tokenizer)\nexplorer',

@@ -21,8 +21,8 @@ from .formats import ReasonSeg, _find_image, open_dataset
 from .masks import box_to_mask, mask_to_box, mask_to_rle, segmentation_to_mask
 from .metrics import Metric, _ratio
 from .runs import read_rows
-from .scenes import KINDS, SceneChat, read_caption
-from .shapeworld import ShapeWorld
+from .toy.scenes import KINDS, SceneChat, read_caption
+from .toy.shapeworld import ShapeWorld
 
 # %% ../nbs/07b_benchmarks.ipynb #5a1ce089
 class EvaluateError(ValueError):
@@ -50,7 +50,7 @@ class Task:
 class Twin(ChatDataset):
     "Ask one kind of question about ShapeWorld scenes that were kept back."
     name, predicates = 'twin', ('left of', 'above', 'in front of', 'inside')
-    def __init__(self, ask='refer', kind=None, # name in samtok.scenes.ASK; of a referring expression, see REFER
+    def __init__(self, ask='refer', kind=None, # name in samtok.toy.scenes.ASK; of a referring expression, see REFER
                  rounds=1, targets=(0, 99),    # questions about a scene; fewest and most masks in the last answer
                  truth='', box=False,          # 'questions': the last answer becomes questions about it; the region becomes its box
                  n=1000, seed=20, split='heldout'):     # scenes to choose from

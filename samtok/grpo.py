@@ -23,9 +23,9 @@ from .grammar import mask_pattern
 from .masks import masks_to_boxes
 from .rewards import DecodedMaskReward, FormatReward, MaskReward, NoTargetReward, NonRepeatReward, find_reward, reward_report, safe
 from .runs import Run, RunError, data_file, launch, load_scale, mean_ci, run_command, run_main, seed_everything, watch
-from .scenes import refer
+from .toy.scenes import refer
 from .sft import StepBar, check_params, checkpointing, evaluate_refer, heldout_refer, last_checkpoint, lora_config, processes, ready_adapters, tower
-from .shapeworld import ShapeWorld, render
+from .toy.shapeworld import ShapeWorld, render
 from .shards import data_stamp
 from .tokenizer import MaskTokenizer
 from .vlm import MaskVLM

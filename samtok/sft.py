@@ -20,14 +20,14 @@ from .batches import ChatCollator, row_positions
 from .chat import PROMPTS, Conversation, to_messages
 from .checkpoints import find_pretrained
 from .data import read_image
-from .look import forget_images, mimetic_start, own_directions, remember_images, token_grid, warm_up_vision
+from .toy.vision_pretraining import forget_images, mimetic_start, own_directions, remember_images, token_grid, warm_up_vision
 from .masks import mask_iou_pairs, masks_to_boxes
 from .runs import Run, RunError, check_gpus, data_file, find_file, launch, load_scale, mean_ci, pool_map, progress, run_command, run_main, seed_everything, watch, write_rows
-from .scenes import KINDS, PHRASES, toy_corpus, SceneChat, ask_shares, read_caption, refer
-from .shapeworld import ShapeWorld, render
+from .toy.scenes import KINDS, PHRASES, toy_corpus, SceneChat, ask_shares, read_caption, refer
+from .toy.shapeworld import ShapeWorld, render
 from .shards import chat_row, code_table, data_stamp, shard_folders
 from .tokenizer import MaskTokenizer
-from .twins import FAMILIES, twin_model, twin_processor, twin_tokenizer
+from .toy.tiny_models import FAMILIES, twin_model, twin_processor, twin_tokenizer
 from .vlm import MaskVLM, VLMError, add_mask_words, load_vlm, matrices, write_replies
 
 # %% ../nbs/04_sft.ipynb #22d95bc4

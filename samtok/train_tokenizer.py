@@ -22,7 +22,7 @@ from .losses import candidate_loss, logit_iou, mask_terms
 from .masks import mask_iou_pairs
 from .quantizer import code_usage
 from .runs import Run, RunError, atomic_write, check_gpus, data_file, find_file, launch, load_scale, mean_ci, progress, run_command, run_main, seed_everything, watch
-from .shapeworld import ShapeWorld
+from .toy.shapeworld import ShapeWorld
 from .tokenizer import MaskTokenizer, TokenizerConfig, mask_prompts, prepare_image
 
 # %% ../nbs/02a_train_tokenizer.ipynb #4b7c7264

@@ -146,7 +146,7 @@ def _load(tokenizer): # MaskTokenizer, or a name that it can be loaded by
     return MaskTokenizer.from_pretrained(tokenizer)
 
 def _scene(): # a drawn scene that was never trained on -> MaskSample
-    from samtok.shapeworld import ShapeWorld
+    from samtok.toy.shapeworld import ShapeWorld
     return ShapeWorld(1, 'heldout').sample(0)
 
 def _picker_controls(self):
@@ -312,7 +312,7 @@ class CodebookExplorer(_Live):
 def _set_samples(self, samples=None): # list of MaskSample
     "Count the codes of many masks."
     if samples is None:
-        from samtok.shapeworld import ShapeWorld
+        from samtok.toy.shapeworld import ShapeWorld
         world = ShapeWorld(49, 'heldout')                                       # scene 0 is the one that is shown
         samples = [world.sample(i) for i in range(1, 49)]
     self.samples, (self.known, self.places) = samples, known_codes(self.tokenizer, samples)
