@@ -7,37 +7,53 @@ __all__ = ['ChatCollator', 'fill_rows', 'pack_batch', 'row_positions']
 
 # %% ../nbs/03e_batches.ipynb #0895b1cd
 import json
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+
 from .chat import ChatError, to_messages
 from .data import ImageError, Report, read_image
 
 # %% ../nbs/03e_batches.ipynb #fab4dd0f
-def _segments(processor, messages): # -> [(text, is it a reply?)] that joined make the whole chat
+def _segments(processor, messages):  # -> [(text, is it a reply?)] that joined make the whole chat
     "Cut a chat into what is read and what is written."
-    render = lambda m, ask: processor.apply_chat_template(m, tokenize=False, add_generation_prompt=ask)
+
+    def render(m, ask):
+        return processor.apply_chat_template(m, tokenize=False, add_generation_prompt=ask)
+
     out, at = [], ''
     for i, m in enumerate(messages):
-        if m['role'] != 'assistant': continue
-        ask, said = render(messages[:i], True), render(messages[:i + 1], False)
-        if not (ask.startswith(at) and said.startswith(ask)): raise ChatError('The chat template rewrites earlier messages, so that a reply cannot be told from its prompt: give one round for each conversation.')
-        out += [(ask[len(at):], False), (said[len(ask):], True)]
+        if m['role'] != 'assistant':
+            continue
+        ask, said = render(messages[:i], True), render(messages[: i + 1], False)
+        if not (ask.startswith(at) and said.startswith(ask)):
+            raise ChatError(
+                'The chat template rewrites earlier messages, so that a reply cannot be told from its prompt: give one round for each conversation.'
+            )
+        out += [(ask[len(at) :], False), (said[len(ask) :], True)]
         at = said
     return out
 
 # %% ../nbs/03e_batches.ipynb #6d647cbe
-def _mark(ids, segments, image_id, eos): # ids (L,) of the whole chat with images expanded; segments [(ids, is it a reply?)] unexpanded -> labels (L,)
+def _mark(
+    ids, segments, image_id, eos
+):  # ids (L,) of the whole chat with images expanded; segments [(ids, is it a reply?)] unexpanded -> labels (L,)
     labels, at = np.full(len(ids), -100), 0
     for seg, reply in segments:
         live = reply
         for t in seg:
             if t == image_id:
-                while at < len(ids) and ids[at] == image_id: at += 1
+                while at < len(ids) and ids[at] == image_id:
+                    at += 1
                 continue
-            if at >= len(ids) or ids[at] != t: raise ChatError('The tokens of the whole chat are not those of its parts: this tokenizer merges across messages.')
-            if live: labels[at] = t
+            if at >= len(ids) or ids[at] != t:
+                raise ChatError(
+                    'The tokens of the whole chat are not those of its parts: this tokenizer merges across messages.'
+                )
+            if live:
+                labels[at] = t
             live = live and t != eos
             at += 1
     return labels
@@ -45,76 +61,151 @@ def _mark(ids, segments, image_id, eos): # ids (L,) of the whole chat with image
 # %% ../nbs/03e_batches.ipynb #e985c280
 class ChatCollator:
     "Turn rows of shards into a batch: ids, labels on replies only, pixels; rows that cannot be read are counted in `report` and left out."
-    def __init__(self, processor, max_length=0, rows=None, # the model's processor; tokens after which a conversation is cut off, 0: never; data set whose numbers come as {"row": i}
-                 packing=0, positions=None): # tokens of a row in which conversations lie end to end, 0: a row each, padded; function of row_positions
-        self.processor, self.max_length, self.rows, self.tokenizer, self.report = processor, max_length, rows, processor.tokenizer, Report()
+
+    def __init__(
+        self,
+        processor,
+        max_length=0,
+        rows=None,  # the model's processor; tokens after which a conversation is cut off, 0: never; data set whose numbers come as {"row": i}
+        packing=0,
+        positions=None,
+    ):  # tokens of a row in which conversations lie end to end, 0: a row each, padded; function of row_positions
+        self.processor, self.max_length, self.rows, self.tokenizer, self.report = (
+            processor,
+            max_length,
+            rows,
+            processor.tokenizer,
+            Report(),
+        )
         self.packing, self.positions = packing, positions
         self.image_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
         self.tokenizer.padding_side = 'right'
+
     def __call__(self, rows):
-        if self.rows is not None: rows = [self.rows[r['row']] for r in rows]
+        if self.rows is not None:
+            rows = [self.rows[r['row']] for r in rows]
         read = [x for r in rows if (x := self._read(r))]
-        if not read: raise ChatError(f'None of {len(rows)} conversations can be read. First case: {next(iter(self.report.examples.values()))}')
-        batch = self.processor(text=[''.join(t for t, _ in parts) for parts, _ in read], images=[i for _, images in read for i in images] or None, padding=True, return_tensors='pt', add_special_tokens=False)
+        if not read:
+            raise ChatError(
+                f'None of {len(rows)} conversations can be read. First case: {next(iter(self.report.examples.values()))}'
+            )
+        batch = self.processor(
+            text=[''.join(t for t, _ in parts) for parts, _ in read],
+            images=[i for _, images in read for i in images] or None,
+            padding=True,
+            return_tensors='pt',
+            add_special_tokens=False,
+        )
         labels = np.full(batch['input_ids'].shape, -100)
-        for row, (parts, _), ids, keep in zip(labels, read, batch['input_ids'].numpy(), batch['attention_mask'].numpy().astype(bool)):
+        for row, (parts, _), ids, keep in zip(
+            labels, read, batch['input_ids'].numpy(), batch['attention_mask'].numpy().astype(bool)
+        ):
             pieces = self.tokenizer([t for t, _ in parts], add_special_tokens=False)['input_ids']
-            row[keep] = _mark(ids[keep], [(i, p) for i, (_, p) in zip(pieces, parts)], self.image_id, self.tokenizer.eos_token_id)
+            row[keep] = _mark(
+                ids[keep], [(i, p) for i, (_, p) in zip(pieces, parts)], self.image_id, self.tokenizer.eos_token_id
+            )
         batch = self._cut(dict(batch, labels=torch.from_numpy(labels)))
-        return pack_batch(batch, self.positions(batch), self.packing, self.tokenizer.pad_token_id) if self.packing else batch
+        return (
+            pack_batch(batch, self.positions(batch), self.packing, self.tokenizer.pad_token_id)
+            if self.packing
+            else batch
+        )
 
 # %% ../nbs/03e_batches.ipynb #9e249c0d
-def _read(self, row): # -> (segments, images), or None
+def _read(self, row):  # -> (segments, images), or None
     try:
-        messages, order = to_messages(json.loads(row['messages']) if isinstance(row['messages'], str) else row['messages'])
-        images = [i if isinstance(i, int) else Image.fromarray(read_image(i)) for i in (row['images'][k] for k in order)]
+        messages, order = to_messages(
+            json.loads(row['messages']) if isinstance(row['messages'], str) else row['messages']
+        )
+        images = [
+            i if isinstance(i, int) else Image.fromarray(read_image(i)) for i in (row['images'][k] for k in order)
+        ]
     except (ImageError, KeyError, IndexError, ValueError) as e:
-        if isinstance(e, ChatError): raise
-        return self.report.add(f'{type(e).__name__}: conversation left out', f"{row.get('dataset', '')}, {row.get('id', '')}: {e}")
+        if isinstance(e, ChatError):
+            raise
+        return self.report.add(
+            f'{type(e).__name__}: conversation left out', f'{row.get("dataset", "")}, {row.get("id", "")}: {e}'
+        )
     return _segments(self.processor, messages), images
 
-def _cut(self, batch): # -> batch of at most max_length tokens; images must stay whole
+
+def _cut(self, batch):  # -> batch of at most max_length tokens; images must stay whole
     n, most = batch['input_ids'].shape[1], self.max_length
-    if not most or n <= most: return batch
-    if (batch['input_ids'][:, most:] == self.image_id).any(): raise ChatError(f'A conversation has images after token {most}, where it is to be cut off: raise max_length or lower max_pixels.')
+    if not most or n <= most:
+        return batch
+    if (batch['input_ids'][:, most:] == self.image_id).any():
+        raise ChatError(
+            f'A conversation has images after token {most}, where it is to be cut off: raise max_length or lower max_pixels.'
+        )
     self.report['conversations cut off'] += int(batch['attention_mask'][:, most:].any(1).sum())
     return {k: v[:, :most] if v.dim() == 2 and v.shape[1] == n and k != 'pixel_values' else v for k, v in batch.items()}
+
 
 ChatCollator._read, ChatCollator._cut = _read, _cut
 
 # %% ../nbs/03e_batches.ipynb #441067b9
-def fill_rows(lengths, # tokens of each conversation
-              size):   # tokens of a row -> list of rows, each a list of numbers; a conversation longer than a row has one of its own
+def fill_rows(
+    lengths,  # tokens of each conversation
+    size,
+):  # tokens of a row -> list of rows, each a list of numbers; a conversation longer than a row has one of its own
     "Lay conversations into rows, in order, whole."
     rows, room = [[]], size
     for k, n in enumerate(lengths):
-        if n > room and rows[-1]: rows.append([]); room = size
-        rows[-1].append(k); room -= n
+        if n > room and rows[-1]:
+            rows.append([])
+            room = size
+        rows[-1].append(k)
+        room -= n
     return rows
 
 # %% ../nbs/03e_batches.ipynb #6d0ff7e6
-def pack_batch(batch,     # of ChatCollator: (B,L) ids, labels and what else there is for each token; pixels
-               positions, # (B,L), or (4,B,L): in the text, and three of M-RoPE
-               size, pad): # tokens of a row; id of padding -> batch of (R,P) with position_ids (R,P) or (4,R,P) instead of attention_mask
+def pack_batch(
+    batch,  # of ChatCollator: (B,L) ids, labels and what else there is for each token; pixels
+    positions,  # (B,L), or (4,B,L): in the text, and three of M-RoPE
+    size,
+    pad,
+):  # tokens of a row; id of padding -> batch of (R,P) with position_ids (R,P) or (4,R,P) instead of attention_mask
     "Lay the conversations of a padded batch end to end."
     mask = batch['attention_mask'].bool()
     lengths = mask.sum(1).tolist()
     rows = fill_rows(lengths, size)
     width = max(sum(lengths[k] for k in r) for r in rows)
-    def lay(x, value=0): # (B,L) -> (R,P)
-        return torch.stack([F.pad(torch.cat([x[k][mask[k]] for k in r]), (0, width - sum(lengths[k] for k in r)), value=value) for r in rows])
-    each = {k: lay(v, dict(input_ids=pad, labels=-100).get(k, 0)) for k, v in batch.items() if v.shape == mask.shape and k not in ('attention_mask', 'pixel_values')}
+
+    def lay(x, value=0):  # (B,L) -> (R,P)
+        return torch.stack(
+            [
+                F.pad(torch.cat([x[k][mask[k]] for k in r]), (0, width - sum(lengths[k] for k in r)), value=value)
+                for r in rows
+            ]
+        )
+
+    each = {
+        k: lay(v, dict(input_ids=pad, labels=-100).get(k, 0))
+        for k, v in batch.items()
+        if v.shape == mask.shape and k not in ('attention_mask', 'pixel_values')
+    }
     where = torch.stack([lay(p) for p in positions]) if positions.dim() == 3 else lay(positions)
     return {k: v for k, v in batch.items() if k != 'attention_mask'} | each | dict(position_ids=where)
 
 # %% ../nbs/03e_batches.ipynb #e8b31122
-def row_positions(model): # VLM -> function from a padded batch to positions, see pack_batch; raises ChatError
+def row_positions(model):  # VLM -> function from a padded batch to positions, see pack_batch; raises ChatError
     "Say how a model counts positions, and whether its conversations can be packed."
     inner, layers = getattr(model, 'model', model), getattr(model.config.get_text_config(), 'layer_types', None) or []
-    if 'linear_attention' in layers: raise ChatError(f'{type(model).__name__} has layers of linear attention, through which packed conversations would see each other: set packing to 0.')
+    if 'linear_attention' in layers:
+        raise ChatError(
+            f'{type(model).__name__} has layers of linear attention, through which packed conversations would see each other: set packing to 0.'
+        )
+
     def positions(batch):
         text = (batch['attention_mask'].cumsum(1) - 1).clamp(min=0)
-        if not hasattr(inner, 'get_rope_index'): return text
-        three, _ = inner.get_rope_index(batch['input_ids'], batch['mm_token_type_ids'], image_grid_thw=batch.get('image_grid_thw'), attention_mask=batch['attention_mask'])
+        if not hasattr(inner, 'get_rope_index'):
+            return text
+        three, _ = inner.get_rope_index(
+            batch['input_ids'],
+            batch['mm_token_type_ids'],
+            image_grid_thw=batch.get('image_grid_thw'),
+            attention_mask=batch['attention_mask'],
+        )
         return torch.cat([text[None], three])
+
     return positions

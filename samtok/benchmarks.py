@@ -8,12 +8,17 @@ __all__ = ['LAYOUTS', 'DATA', 'TASKS', 'EvaluateError', 'Task', 'Twin', 'toy_que
            'Grades', 'toy_judge', 'Judge', 'same_words', 'TextEncoder', 'Attributes', 'plain_caption', 'answer_part']
 
 # %% ../nbs/07b_benchmarks.ipynb #e6c799fa
-import difflib, json, os, re
+import difflib
+import json
+import os
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
 import numpy as np
 import torch
+
 from .chat import PROMPTS, ChatDataset, Conversation, answer_masks, caption_chat, mask_array, places
 from .chat_formats import _Around, open_chat
 from .data import read_image
@@ -28,192 +33,490 @@ from .toy.shapeworld import ShapeWorld
 class EvaluateError(ValueError):
     "An evaluation that cannot be made, and what to do about it."
 
+
 @dataclass(frozen=True)
 class Task:
     "A benchmark: data whose conversations end with the truth, how it is asked, how replies are read, what is counted."
-    name: str
-    data: str                  # a name in DATA, or a format of samtok.chat_formats
-    metric: str                # a name in SCORERS
-    args: dict = field(default_factory=dict) # of the data; files are below the root folder
-    how: dict = field(default_factory=dict)  # of the metric, and of its Scorer
-    rounds: str = 'last'       # 'last': the last question of a conversation; 'each': every question, with the true answers before it; 'alone': every question, with nothing before it
-    prompt: str = '{question}' # what becomes of the question
-    policy: str = 'strict'     # see MaskVocab.parse
-    max_new_tokens: int = 128
-    splits: tuple = ('',)      # fill {split} in args; the first, unless the name says another: "gres:testA"
-    version: int = 1
-    @property
-    def drawn(self): return self.name.startswith('toy_')  # a twin of a benchmark, on scenes that are drawn
 
+    name: str
+    data: str  # a name in DATA, or a format of samtok.chat_formats
+    metric: str  # a name in SCORERS
+    args: dict = field(default_factory=dict)  # of the data; files are below the root folder
+    how: dict = field(default_factory=dict)  # of the metric, and of its Scorer
+    rounds: str = 'last'  # 'last': the last question of a conversation; 'each': every question, with the true answers before it; 'alone': every question, with nothing before it
+    prompt: str = '{question}'  # what becomes of the question
+    policy: str = 'strict'  # see MaskVocab.parse
+    max_new_tokens: int = 128
+    splits: tuple = ('',)  # fill {split} in args; the first, unless the name says another: "gres:testA"
+    version: int = 1
+
+    @property
+    def drawn(self):
+        return self.name.startswith('toy_')  # a twin of a benchmark, on scenes that are drawn
 
 # %% ../nbs/07b_benchmarks.ipynb #940bb453
 class Twin(ChatDataset):
     "Ask one kind of question about ShapeWorld scenes that were kept back."
+
     name, predicates = 'twin', ('left of', 'above', 'in front of', 'inside')
-    def __init__(self, ask='refer', kind=None, # name in samtok.toy.scenes.ASK; of a referring expression, see REFER
-                 rounds=1, targets=(0, 99),    # questions about a scene; fewest and most masks in the last answer
-                 truth='', box=False,          # 'questions': the last answer becomes questions about it; the region becomes its box
-                 n=1000, seed=20, split='heldout'):     # scenes to choose from
+
+    def __init__(
+        self,
+        ask='refer',
+        kind=None,  # name in samtok.toy.scenes.ASK; of a referring expression, see REFER
+        rounds=1,
+        targets=(0, 99),  # questions about a scene; fewest and most masks in the last answer
+        truth='',
+        box=False,  # 'questions': the last answer becomes questions about it; the region becomes its box
+        n=1000,
+        seed=20,
+        split='heldout',
+    ):  # scenes to choose from
         super().__init__()
-        self.chat, self.targets, self.truth, self.box = SceneChat(ShapeWorld(n, split, seed), rounds, {ask: 1.}, kind), targets, truth, box
-    def records(self): return self.chat.records()
+        self.chat, self.targets, self.truth, self.box = (
+            SceneChat(ShapeWorld(n, split, seed), rounds, {ask: 1.0}, kind),
+            targets,
+            truth,
+            box,
+        )
+
+    def records(self):
+        return self.chat.records()
+
     def load(self, record):
         c = self.chat.load(record)
-        if self.box: c.masks = [box_to_mask(mask_to_box(m), m.shape) for m in c.masks]
-        if self.truth: c.messages[-1]['content'] = json.dumps(toy_questions(c.messages[-1]['content']))
-        c.task = f"{len(_named(c.messages[-1]['content']))} targets"
+        if self.box:
+            c.masks = [box_to_mask(mask_to_box(m), m.shape) for m in c.masks]
+        if self.truth:
+            c.messages[-1]['content'] = json.dumps(toy_questions(c.messages[-1]['content']))
+        c.task = f'{len(_named(c.messages[-1]["content"]))} targets'
         return c
-    def fits(self, c): return self.targets[0] <= len(_named(c.messages[-1]['content'])) <= self.targets[1]
 
-def _named(text): return list(dict.fromkeys(n for kind, n in places(text) if kind == 'mask')) # numbers of the masks in a text, each once
+    def fits(self, c):
+        return self.targets[0] <= len(_named(c.messages[-1]['content'])) <= self.targets[1]
+
+
+def _named(text):
+    return list(
+        dict.fromkeys(n for kind, n in places(text) if kind == 'mask')
+    )  # numbers of the masks in a text, each once
 
 # %% ../nbs/07b_benchmarks.ipynb #e89be494
-def toy_questions(caption): # true description of a drawn object -> dict(name, questions), as the judged benchmarks have them
+def toy_questions(
+    caption,
+):  # true description of a drawn object -> dict(name, questions), as the judged benchmarks have them
     "Make questions that a good description answers, and some that only an invented one does."
     about = {k: v for k, v in read_caption(caption).items() if v}
-    other = lambda k: KINDS[k][(KINDS[k].index(about[k]) + 1 + len(caption)) % len(KINDS[k])]
-    rows = [dict(question=f'What is the {k} of the object?', choices=[[about[k], 1], ['not said', 0], [other(k), -1]], type='positive') for k in about]
-    wrong = [dict(question=f'Is the object {other(k)}?', choices=[['Yes', -1], ['No', 1]], type='negative') for k in about if other(k) != about[k]]
+
+    def other(k):
+        return KINDS[k][(KINDS[k].index(about[k]) + 1 + len(caption)) % len(KINDS[k])]
+
+    rows = [
+        dict(
+            question=f'What is the {k} of the object?',
+            choices=[[about[k], 1], ['not said', 0], [other(k), -1]],
+            type='positive',
+        )
+        for k in about
+    ]
+    wrong = [
+        dict(question=f'Is the object {other(k)}?', choices=[['Yes', -1], ['No', 1]], type='negative')
+        for k in about
+        if other(k) != about[k]
+    ]
     return dict(name=about['shape'], questions=rows + wrong)
 
 # %% ../nbs/07b_benchmarks.ipynb #937b90e9
 class Reason(_Around):
     "ReasonSeg: the first question of each image; the second mask, which no message names, is what does not count."
+
     name = 'reason'
-    def __init__(self, root): super().__init__(ReasonSeg(root)) # folder of a split
+
+    def __init__(self, root):
+        super().__init__(ReasonSeg(root))  # folder of a split
+
     def load(self, record):
         s = self._sample(record)
         masks = [s.masks.any(0)] + ([s.meta['void']] if 'void' in s.meta else [])
         question = s.meta['texts'][0]
-        ask = f'{question} Please segment it in this image.' if s.meta['is_sentence'] else PROMPTS['refer'].format(phrase=question)
-        messages = [dict(role='user', content='<image:0>\n' + ask), dict(role='assistant', content=answer_masks(['target']))]
-        return Conversation(messages, [s.image], masks, id=s.id, dataset=self.name, task='long' if s.meta['is_sentence'] else 'short')
+        ask = (
+            f'{question} Please segment it in this image.'
+            if s.meta['is_sentence']
+            else PROMPTS['refer'].format(phrase=question)
+        )
+        messages = [
+            dict(role='user', content='<image:0>\n' + ask),
+            dict(role='assistant', content=answer_masks(['target'])),
+        ]
+        return Conversation(
+            messages, [s.image], masks, id=s.id, dataset=self.name, task='long' if s.meta['is_sentence'] else 'short'
+        )
+
 
 class MaskSet(_Around):
     "Any data set of masks: all masks of an image, to be written as words and read back."
+
     name = 'masks'
-    def __init__(self, format, **args): # name in samtok.formats and its arguments, or "shapeworld"
-        super().__init__(ShapeWorld(**{'n': 1000, 'split': 'heldout', 'seed': 20, **args}) if format == 'shapeworld' else open_dataset(format, **args))
+
+    def __init__(self, format, **args):  # name in samtok.formats and its arguments, or "shapeworld"
+        super().__init__(
+            ShapeWorld(**{'n': 1000, 'split': 'heldout', 'seed': 20, **args})
+            if format == 'shapeworld'
+            else open_dataset(format, **args)
+        )
+
     def load(self, record):
         s = self._sample(record)
-        messages = [dict(role='user', content='<image:0>'), dict(role='assistant', content=''.join(f'<mask:{k}>' for k in range(len(s))))]
+        messages = [
+            dict(role='user', content='<image:0>'),
+            dict(role='assistant', content=''.join(f'<mask:{k}>' for k in range(len(s)))),
+        ]
         return Conversation(messages, [s.image], list(s.masks), id=s.id, dataset=s.dataset)
-    def fits(self, c): return len(c) > 0
+
+    def fits(self, c):
+        return len(c) > 0
 
 # %% ../nbs/07b_benchmarks.ipynb #646a29bb
-def _dlc(data, extra): # COCO annotations; questions and names by annotation
+def _dlc(data, extra):  # COCO annotations; questions and names by annotation
     images = {i['id']: i['file_name'] for i in data['images']}
     for a in data['annotations']:
         truth = dict(name=extra['names'][str(a['id'])], questions=extra['qa'][str(a['id'])])
         yield dict(id=a['id'], image=images[a['image_id']], mask=a['segmentation'], truth=json.dumps(truth))
 
-def _mdvp(data, extra): return (dict(id=i, image=r['image_path'], mask=r['mask_rle'], truth=r['caption'], group=r['dataset_name']) for i, r in enumerate(data))
-def _ferret(data, extra): return (dict(id=r['question_id'], image=r['image'], mask=r['annotation']['segmentation'], truth=r.get('reference', ''), prompt='interaction') for r in data) # the mask is box-shaped
-def _videorefer(data, extra): # one annotated frame of a video; frames are images <video>/<frame>
+
+def _mdvp(data, extra):
+    return (
+        dict(id=i, image=r['image_path'], mask=r['mask_rle'], truth=r['caption'], group=r['dataset_name'])
+        for i, r in enumerate(data)
+    )
+
+
+def _ferret(data, extra):
+    return (
+        dict(
+            id=r['question_id'],
+            image=r['image'],
+            mask=r['annotation']['segmentation'],
+            truth=r.get('reference', ''),
+            prompt='interaction',
+        )
+        for r in data
+    )  # the mask is box-shaped
+
+
+def _videorefer(data, extra):  # one annotated frame of a video; frames are images <video>/<frame>
     for i, r in enumerate(data):
         frame, region = next((f, v) for a in r['annotation'] for f, v in a.items() if str(f) == str(r['frame_idx']))
-        yield dict(id=i, image=f"{os.path.splitext(r['video'])[0]}/{frame}.jpg", mask=region['segmentation'], truth=r['caption'])
+        yield dict(
+            id=i,
+            image=f'{os.path.splitext(r["video"])[0]}/{frame}.jpg',
+            mask=region['segmentation'],
+            truth=r['caption'],
+        )
+
 
 LAYOUTS = dict(dlc=_dlc, mdvp=_mdvp, ferret=_ferret, videorefer=_videorefer)
 
 # %% ../nbs/07b_benchmarks.ipynb #99a2b464
 class Regions(ChatDataset):
     "Benchmarks that ask for the description of a region, with what a judge needs as the truth."
+
     name = 'regions'
-    def __init__(self, layout, file, images, zoom=.2, # name in LAYOUTS, JSON, image folder, share of the image up to which a crop is added; 0: never
-                 **extra): # further JSON files by name
+
+    def __init__(
+        self,
+        layout,
+        file,
+        images,
+        zoom=0.2,  # name in LAYOUTS, JSON, image folder, share of the image up to which a crop is added; 0: never
+        **extra,
+    ):  # further JSON files by name
         super().__init__()
-        read = lambda f: json.loads(Path(f).read_text())
-        self.folder, self.zoom, self.rows = images, zoom, list(LAYOUTS[layout](read(file), {k: read(f) for k, f in extra.items()}))
-    def records(self): return iter(range(len(self.rows)))
+
+        def read(f):
+            return json.loads(Path(f).read_text())
+
+        self.folder, self.zoom, self.rows = (
+            images,
+            zoom,
+            list(LAYOUTS[layout](read(file), {k: read(f) for k, f in extra.items()})),
+        )
+
+    def records(self):
+        return iter(range(len(self.rows)))
+
     def load(self, i):
         r = self.rows[i]
         image = read_image(_find_image(self.folder, r['image']))
-        c = caption_chat(image, segmentation_to_mask(r['mask'], image.shape[:2]), r['truth'], self.zoom, id=str(r['id']), dataset=self.name)
-        if 'prompt' in r: c.messages[0]['content'] = '<image:0>\n' + PROMPTS[r['prompt']].format(mask='<mask:0>')
+        c = caption_chat(
+            image,
+            segmentation_to_mask(r['mask'], image.shape[:2]),
+            r['truth'],
+            self.zoom,
+            id=str(r['id']),
+            dataset=self.name,
+        )
+        if 'prompt' in r:
+            c.messages[0]['content'] = '<image:0>\n' + PROMPTS[r['prompt']].format(mask='<mask:0>')
         c.task = r.get('group', '')
         return c
 
 # %% ../nbs/07b_benchmarks.ipynb #20008072
 DATA = dict(twin=Twin, reason=Reason, masks=MaskSet, regions=Regions)
 TASKS = {}
-def _add(*rows): TASKS.update({t.name: t for t in rows})
 
-def _refer(name, by): return dict(refs=f'{name}/refs({by}).p', instances=f'{name}/instances.json', images='train2014', split='{split}')
+
+def _add(*rows):
+    TASKS.update({t.name: t for t in rows})
+
+
+def _refer(name, by):
+    return dict(refs=f'{name}/refs({by}).p', instances=f'{name}/instances.json', images='train2014', split='{split}')
+
+
 _abc, _rounds = ('val', 'testA', 'testB'), ('refcoco', 'refcoco+', 'refcocog', 'paco')
 _single, _several = dict(policy='published_single'), dict(policy='published_gres')
-_add(*[Task(d, 'refer', 'res', _refer(d, by), splits=s, **_single) for d, by, s in (('refcoco', 'unc', _abc), ('refcoco+', 'unc', _abc), ('refcocog', 'umd', ('val', 'test')))]) # referring segmentation, classical figures
-_add(*[Task(d + '_padt', 'refer_lines', 'padt', dict(file=f'PaDT-MLLM/RefCOCO/{d}_{{split}}.json', images='train2014'), rounds='alone', splits=s, **_single) for d, s in (('refcoco', _abc), ('refcoco+', _abc), ('refcocog', ('val', 'test')))]) # the same, as the paper's script counts (table 2)
-_add(Task('gres', 'refer', 'gres', {**_refer('grefcoco', 'unc'), 'refs': 'grefcoco/grefs(unc).json'}, splits=_abc, **_several), # gRefCOCO (table 3)
-     Task('reason_seg', 'reason', 'res', dict(root='reason_seg/ReasonSeg/{split}'), dict(convention='lisa', ignore=True, group=True), splits=('val', 'test'), **_several), # ReasonSeg
-     Task('gcg', 'gcg', 'gcg', dict(masks='grandf/{split}_gcg_coco_mask_gt.json', captions='grandf/{split}_gcg_coco_caption_gt.json', images='grandf/val_test'), dict(similarity='bert-base-uncased'), policy='published_gcg', max_new_tokens=512, splits=('val', 'test')), # GranD-f (table 1)
-     Task('psg', 'psg', 'psg', dict(file='psg/psg.json', masks='coco', images='coco', test=True), max_new_tokens=2048), # OpenPSG
-     Task('groundingsuite', 'refer_lines', 'res', dict(file='GroundingSuite-Eval.jsonl', images='coco'), dict(convention='groundingsuite', group=True), max_new_tokens=512, **_several)) # GroundingSuite, zero-shot
-_add(*[Task(f'mr_{d}', 'rounds', 'res', dict(file=f'segllm/mr_{d}_val_sampled.json', images='segllm'), dict(convention='rounds_samtok', group=True), **_single) for d in _rounds]) # several rounds, true history
+_add(
+    *[
+        Task(d, 'refer', 'res', _refer(d, by), splits=s, **_single)
+        for d, by, s in (('refcoco', 'unc', _abc), ('refcoco+', 'unc', _abc), ('refcocog', 'umd', ('val', 'test')))
+    ]
+)  # referring segmentation, classical figures
+_add(
+    *[
+        Task(
+            d + '_padt',
+            'refer_lines',
+            'padt',
+            dict(file=f'PaDT-MLLM/RefCOCO/{d}_{{split}}.json', images='train2014'),
+            rounds='alone',
+            splits=s,
+            **_single,
+        )
+        for d, s in (('refcoco', _abc), ('refcoco+', _abc), ('refcocog', ('val', 'test')))
+    ]
+)  # the same, as the paper's script counts (table 2)
+_add(
+    Task(
+        'gres',
+        'refer',
+        'gres',
+        {**_refer('grefcoco', 'unc'), 'refs': 'grefcoco/grefs(unc).json'},
+        splits=_abc,
+        **_several,
+    ),  # gRefCOCO (table 3)
+    Task(
+        'reason_seg',
+        'reason',
+        'res',
+        dict(root='reason_seg/ReasonSeg/{split}'),
+        dict(convention='lisa', ignore=True, group=True),
+        splits=('val', 'test'),
+        **_several,
+    ),  # ReasonSeg
+    Task(
+        'gcg',
+        'gcg',
+        'gcg',
+        dict(
+            masks='grandf/{split}_gcg_coco_mask_gt.json',
+            captions='grandf/{split}_gcg_coco_caption_gt.json',
+            images='grandf/val_test',
+        ),
+        dict(similarity='bert-base-uncased'),
+        policy='published_gcg',
+        max_new_tokens=512,
+        splits=('val', 'test'),
+    ),  # GranD-f (table 1)
+    Task(
+        'psg', 'psg', 'psg', dict(file='psg/psg.json', masks='coco', images='coco', test=True), max_new_tokens=2048
+    ),  # OpenPSG
+    Task(
+        'groundingsuite',
+        'refer_lines',
+        'res',
+        dict(file='GroundingSuite-Eval.jsonl', images='coco'),
+        dict(convention='groundingsuite', group=True),
+        max_new_tokens=512,
+        **_several,
+    ),
+)  # GroundingSuite, zero-shot
+_add(
+    *[
+        Task(
+            f'mr_{d}',
+            'rounds',
+            'res',
+            dict(file=f'segllm/mr_{d}_val_sampled.json', images='segllm'),
+            dict(convention='rounds_samtok', group=True),
+            **_single,
+        )
+        for d in _rounds
+    ]
+)  # several rounds, true history
 
 # %% ../nbs/07b_benchmarks.ipynb #e6ff3dca
 _words = dict(max_new_tokens=1024)
-_add(Task('dlc', 'regions', 'choices', dict(layout='dlc', file='DLC-Bench/annotations.json', images='DLC-Bench/images', qa='DLC-Bench/qa.json', names='DLC-Bench/class_names.json', zoom=.3), **_words), # detailed captions (tables 6 to 8)
-     Task('mdvp', 'regions', 'pairs', dict(layout='mdvp', file='MDVP-Bench/mdvp_caption_mask.json', images='MDVP-Bench'), dict(group=True), **_words),
-     Task('ferret', 'regions', 'pairs', dict(layout='ferret', file='Ferret-Bench/box_refer_caption.json', images='Ferret-Bench', zoom=0), **_words),
-     Task('videorefer', 'regions', 'grades', dict(layout='videorefer', file='VideoRefer-Bench/VideoRefer-Bench-D.json', images='VideoRefer-Bench'), **_words), # one frame, no video
-     Task('reconstruction', 'masks', 'reconstruction', dict(format='coco_panoptic', json='coco/annotations/panoptic_val2017.json', masks='coco/panoptic_val2017', images='coco/val2017'))) # the tokenizer alone, on any set of masks
-_toy = lambda name, metric, how={}, asked='last', data='twin', tokens=128, **args: Task('toy_' + name, data, metric, args, how, asked, max_new_tokens=tokens)
-_add(_toy('res', 'res', targets=(1, 1)), _toy('padt', 'padt', asked='alone', targets=(1, 1)), # RefCOCO, +, g
-     _toy('gres', 'gres'), _toy('reason', 'res', dict(convention='lisa'), kind='relation', targets=(1, 99)),
-     _toy('gcg', 'gcg', dict(similarity='words'), ask='gcg', targets=(1, 99)), _toy('instances', 'instances', dict(similarity='words'), ask='instances', targets=(1, 99), tokens=256),
-     _toy('psg', 'psg', ask='psg', targets=(1, 99)), _toy('grounding', 'res', dict(convention='groundingsuite', group=True), kind='place', targets=(1, 99)),
-     _toy('rounds', 'res', dict(convention='rounds_samtok', group=True), 'each', ask='rounds', rounds=3),
-     _toy('caption', 'attributes', ask='caption', tokens=48), _toy('dlc', 'choices', dict(judge='toy'), ask='caption', truth='questions', tokens=48),
-     _toy('mdvp', 'pairs', dict(judge='toy'), ask='caption', tokens=48), _toy('ferret', 'pairs', dict(judge='toy'), ask='caption', box=True, tokens=48),
-     _toy('videorefer', 'grades', dict(judge='toy'), ask='caption', tokens=48), _toy('reconstruction', 'reconstruction', data='masks', format='shapeworld'))
+_add(
+    Task(
+        'dlc',
+        'regions',
+        'choices',
+        dict(
+            layout='dlc',
+            file='DLC-Bench/annotations.json',
+            images='DLC-Bench/images',
+            qa='DLC-Bench/qa.json',
+            names='DLC-Bench/class_names.json',
+            zoom=0.3,
+        ),
+        **_words,
+    ),  # detailed captions (tables 6 to 8)
+    Task(
+        'mdvp',
+        'regions',
+        'pairs',
+        dict(layout='mdvp', file='MDVP-Bench/mdvp_caption_mask.json', images='MDVP-Bench'),
+        dict(group=True),
+        **_words,
+    ),
+    Task(
+        'ferret',
+        'regions',
+        'pairs',
+        dict(layout='ferret', file='Ferret-Bench/box_refer_caption.json', images='Ferret-Bench', zoom=0),
+        **_words,
+    ),
+    Task(
+        'videorefer',
+        'regions',
+        'grades',
+        dict(layout='videorefer', file='VideoRefer-Bench/VideoRefer-Bench-D.json', images='VideoRefer-Bench'),
+        **_words,
+    ),  # one frame, no video
+    Task(
+        'reconstruction',
+        'masks',
+        'reconstruction',
+        dict(
+            format='coco_panoptic',
+            json='coco/annotations/panoptic_val2017.json',
+            masks='coco/panoptic_val2017',
+            images='coco/val2017',
+        ),
+    ),
+)  # the tokenizer alone, on any set of masks
+
+
+def _toy(name, metric, how={}, asked='last', data='twin', tokens=128, **args):
+    return Task('toy_' + name, data, metric, args, how, asked, max_new_tokens=tokens)
+
+
+_add(
+    _toy('res', 'res', targets=(1, 1)),
+    _toy('padt', 'padt', asked='alone', targets=(1, 1)),  # RefCOCO, +, g
+    _toy('gres', 'gres'),
+    _toy('reason', 'res', dict(convention='lisa'), kind='relation', targets=(1, 99)),
+    _toy('gcg', 'gcg', dict(similarity='words'), ask='gcg', targets=(1, 99)),
+    _toy('instances', 'instances', dict(similarity='words'), ask='instances', targets=(1, 99), tokens=256),
+    _toy('psg', 'psg', ask='psg', targets=(1, 99)),
+    _toy('grounding', 'res', dict(convention='groundingsuite', group=True), kind='place', targets=(1, 99)),
+    _toy('rounds', 'res', dict(convention='rounds_samtok', group=True), 'each', ask='rounds', rounds=3),
+    _toy('caption', 'attributes', ask='caption', tokens=48),
+    _toy('dlc', 'choices', dict(judge='toy'), ask='caption', truth='questions', tokens=48),
+    _toy('mdvp', 'pairs', dict(judge='toy'), ask='caption', tokens=48),
+    _toy('ferret', 'pairs', dict(judge='toy'), ask='caption', box=True, tokens=48),
+    _toy('videorefer', 'grades', dict(judge='toy'), ask='caption', tokens=48),
+    _toy('reconstruction', 'reconstruction', data='masks', format='shapeworld'),
+)
 
 # %% ../nbs/07b_benchmarks.ipynb #91286553
-_FILES = {'refs', 'instances', 'images', 'file', 'masks', 'captions', 'qa', 'names', 'root', 'json', 'folder'} # arguments that are below the root folder
+_FILES = {
+    'refs',
+    'instances',
+    'images',
+    'file',
+    'masks',
+    'captions',
+    'qa',
+    'names',
+    'root',
+    'json',
+    'folder',
+}  # arguments that are below the root folder
 
-def get_task(name, **args): # "gres", "gres:testA"; arguments of the data that replace the row's -> Task; raises EvaluateError
+
+def get_task(
+    name, **args
+):  # "gres", "gres:testA"; arguments of the data that replace the row's -> Task; raises EvaluateError
     "Find a task by its name."
     base, _, split = name.partition(':')
     if base not in TASKS:
-        near = difflib.get_close_matches(base, TASKS, 3, .4)
-        raise EvaluateError(f"There is no task {base!r}. " + (f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(TASKS)}."))
+        near = difflib.get_close_matches(base, TASKS, 3, 0.4)
+        raise EvaluateError(
+            f'There is no task {base!r}. '
+            + (f'Did you mean {" or ".join(near)}?' if near else f'There are: {", ".join(TASKS)}.')
+        )
     t = TASKS[base]
-    if split and split not in t.splits: raise EvaluateError(f"{base} has no split {split!r}; it has {', '.join(t.splits) if t.splits[0] else 'only one'}.")
-    at = lambda v: v.replace('{split}', split or t.splits[0]) if isinstance(v, str) else v
+    if split and split not in t.splits:
+        raise EvaluateError(
+            f'{base} has no split {split!r}; it has {", ".join(t.splits) if t.splits[0] else "only one"}.'
+        )
+
+    def at(v):
+        return v.replace('{split}', split or t.splits[0]) if isinstance(v, str) else v
+
     return replace(t, name=name, args={**{k: at(v) for k, v in t.args.items() if 'format' not in args}, **args})
 
-def find_tasks(names, **args): # "all" drawn ones, names with commas or spaces between them, or a list of names and Tasks; see get_task -> list of Task
+
+def find_tasks(
+    names, **args
+):  # "all" drawn ones, names with commas or spaces between them, or a list of names and Tasks; see get_task -> list of Task
     "Find tasks by their names."
-    if isinstance(names, str): names = [n for n, t in TASKS.items() if t.drawn] if names == 'all' else re.findall(r'[^,\s]+', names)
+    if isinstance(names, str):
+        names = [n for n, t in TASKS.items() if t.drawn] if names == 'all' else re.findall(r'[^,\s]+', names)
     return [get_task(t, **args) if isinstance(t, str) else t for t in names]
 
-def open_task(task, root=''): # Task -> ChatDataset; raises EvaluateError
+
+def open_task(task, root=''):  # Task -> ChatDataset; raises EvaluateError
     "Open the data of a task."
     args = {k: os.path.join(root, v) if k in _FILES and isinstance(v, str) else v for k, v in task.args.items()}
-    try: return DATA[task.data](**args) if task.data in DATA else open_chat(task.data, **args)
+    try:
+        return DATA[task.data](**args) if task.data in DATA else open_chat(task.data, **args)
     except (ValueError, OSError, TypeError, KeyError) as e:
-        raise EvaluateError(f"The data of {task.name} cannot be opened: {e} Give the folder of the benchmarks with root (--root), or the files themselves ({', '.join(f'{k}={v}' for k, v in task.args.items())}).") from e
+        raise EvaluateError(
+            f'The data of {task.name} cannot be opened: {e} Give the folder of the benchmarks with root (--root), or the files themselves ({", ".join(f"{k}={v}" for k, v in task.args.items())}).'
+        ) from e
 
 # %% ../nbs/07b_benchmarks.ipynb #0dc72a9b
-def samples(task, data, n=None): # Task, ChatDataset, how many at most -> yields Conversation, each with an id of its own and one answer to give
+def samples(
+    task, data, n=None
+):  # Task, ChatDataset, how many at most -> yields Conversation, each with an id of its own and one answer to give
     "Go through the samples of a task."
     seen, count = Counter(), 0
     for c in data.stream():
         for q in _questions(task, c) if getattr(data, 'fits', lambda c: True)(c) else ():
-            if n and count >= n: return
-            seen[q.id] += 1; count += 1
+            if n and count >= n:
+                return
+            seen[q.id] += 1
+            count += 1
             yield q if seen[q.id] == 1 else replace(q, id=f'{q.id}#{seen[q.id]}')
 
-def _questions(task, c): # Conversation -> those with one answer to give
-    if task.rounds == 'last': return [c]
+
+def _questions(task, c):  # Conversation -> those with one answer to give
+    if task.rounds == 'last':
+        return [c]
     at, out = [i for i, m in enumerate(c.messages) if m['role'] == 'assistant'], []
     for k, i in enumerate(at):
         user = dict(role='user', content='<image:0>\n' + c.messages[i - 1]['content'].removeprefix('<image:0>\n'))
-        messages = c.messages[:i + 1] if task.rounds == 'each' else [user, c.messages[i]]
-        out.append(replace(c, messages=messages, id=f'{c.id}/{k}', task=f'round {k}' if task.rounds == 'each' else c.task))
+        messages = c.messages[: i + 1] if task.rounds == 'each' else [user, c.messages[i]]
+        out.append(
+            replace(c, messages=messages, id=f'{c.id}/{k}', task=f'round {k}' if task.rounds == 'each' else c.task)
+        )
     return out
 
-def ask(task, c): # -> Conversation without the truth, as a model sees it
+
+def ask(task, c):  # -> Conversation without the truth, as a model sees it
     "Put the question of a sample as its task puts it."
     messages = [dict(m) for m in c.messages[:-1]]
     image, question = re.fullmatch(r'((?:<image:\d+>\n)*)(.*)', messages[-1]['content'], re.S).groups()
@@ -222,142 +525,272 @@ def ask(task, c): # -> Conversation without the truth, as a model sees it
     return replace(c, messages=messages, masks=c.masks[:k], of=c.of[:k], keys=[])
 
 # %% ../nbs/07b_benchmarks.ipynb #5dcfacc3
-def truth_of(c, rest=False): # Conversation; read the masks that no message names as ignored pixels -> dict: text, masks [RLE], labels, relations, ignore [RLE], size
+def truth_of(
+    c, rest=False
+):  # Conversation; read the masks that no message names as ignored pixels -> dict: text, masks [RLE], labels, relations, ignore [RLE], size
     "Read the truth off the last message."
     text, size = c.messages[-1]['content'], _size(c)
     numbers = _named(text)
-    labels = {int(k): json.loads(l) for k, l in re.findall(r'<mask:(\d+)>"\s*,\s*"label"\s*:\s*("(?:[^"\\]|\\.)*")', text)}
-    labels |= {int(k): p.strip() for p, k in re.findall(r'<\|object_ref_start\|>(.*?)<\|object_ref_end\|><mask:(\d+)>', text, re.S)}
+    labels = {
+        int(k): json.loads(l) for k, l in re.findall(r'<mask:(\d+)>"\s*,\s*"label"\s*:\s*("(?:[^"\\]|\\.)*")', text)
+    }
+    labels |= {
+        int(k): p.strip()
+        for p, k in re.findall(r'<\|object_ref_start\|>(.*?)<\|object_ref_end\|><mask:(\d+)>', text, re.S)
+    }
     other = set(range(len(c.masks))) - {k for m in c.messages for k in _named(m['content'])} if rest else ()
-    return dict(text=text, masks=[_rle(c, k, size) for k in numbers], labels=[labels.get(k, '') for k in numbers], relations=relations_of(text, [f'<mask:{k}>' for k in numbers]), ignore=[_rle(c, k, size) for k in other], size=size)
+    return dict(
+        text=text,
+        masks=[_rle(c, k, size) for k in numbers],
+        labels=[labels.get(k, '') for k in numbers],
+        relations=relations_of(text, [f'<mask:{k}>' for k in numbers]),
+        ignore=[_rle(c, k, size) for k in other],
+        size=size,
+    )
 
-def _rle(c, k, size): m = c.masks[k]; return m if isinstance(m, dict) and tuple(m['size']) == size else mask_to_rle(mask_array(c, k))
-def _size(c): # (H,W) of the image that answers are about
-    if not c.images: return None
+
+def _rle(c, k, size):
+    m = c.masks[k]
+    return m if isinstance(m, dict) and tuple(m['size']) == size else mask_to_rle(mask_array(c, k))
+
+
+def _size(c):  # (H,W) of the image that answers are about
+    if not c.images:
+        return None
     return c.images[0].shape[:2] if isinstance(c.images[0], np.ndarray) else read_image(c.images[0]).shape[:2]
 
-def relations_of(text, names): # answer; what stands for each mask in it -> list of [subject, object, predicate], masks by number
+
+def relations_of(
+    text, names
+):  # answer; what stands for each mask in it -> list of [subject, object, predicate], masks by number
     "Read the triplets of an answer; what is not well-formed is left out."
-    try: rows = json.loads(re.search(r'\[.*\]', text, re.S)[0])
-    except (TypeError, ValueError): return []
-    where = lambda side: next((k for k, n in enumerate(names) if n in str(side.get('mask_2d'))), None) if isinstance(side, dict) else None
+    try:
+        rows = json.loads(re.search(r'\[.*\]', text, re.S)[0])
+    except (TypeError, ValueError):
+        return []
+
+    def where(side):
+        return (
+            next((k for k, n in enumerate(names) if n in str(side.get('mask_2d'))), None)
+            if isinstance(side, dict)
+            else None
+        )
+
     found = [[where(r.get('subject')), where(r.get('object')), r.get('predicate')] for r in rows if isinstance(r, dict)]
     return [f for f in found if None not in f[:2] and isinstance(f[2], str)]
 
 # %% ../nbs/07b_benchmarks.ipynb #1146d6ef
-def _about(truth, said, ask): return f'A region of an image is described as:\n"{said}"\n' + (f'The reference description is:\n"{truth}"\n' if truth else '') + '\n' + ask
+def _about(truth, said, ask):
+    return (
+        f'A region of an image is described as:\n"{said}"\n'
+        + (f'The reference description is:\n"{truth}"\n' if truth else '')
+        + '\n'
+        + ask
+    )
+
 
 class Choices(Metric):
     "DLC-Bench: questions with scored answers; after a wrong recognition nothing counts above 0."
-    @staticmethod
-    def requests(truth, said): # JSON with name and questions; description -> list of prompts, the recognition first
-        t = json.loads(truth)
-        rows = [dict(question=f"Is it likely that the object in this description is: {t['name']}?", choices=[['Yes', 1], ['No', 0]])] + t['questions']
-        text = lambda r: r['question'] + '\n' + '\n'.join(f'{chr(65 + i)}. {a}' for i, (a, _) in enumerate(r['choices']))
-        return [_about('', said, f'Answer from this description alone.\n{text(r)}\nReply with one letter.') for r in rows]
 
-    def update(self, answers, truth, id, group=None): # list of str, the judge's; as in requests
+    @staticmethod
+    def requests(truth, said):  # JSON with name and questions; description -> list of prompts, the recognition first
+        t = json.loads(truth)
+        rows = [
+            dict(
+                question=f'Is it likely that the object in this description is: {t["name"]}?',
+                choices=[['Yes', 1], ['No', 0]],
+            )
+        ] + t['questions']
+
+        def text(r):
+            return r['question'] + '\n' + '\n'.join(f'{chr(65 + i)}. {a}' for i, (a, _) in enumerate(r['choices']))
+
+        return [
+            _about('', said, f'Answer from this description alone.\n{text(r)}\nReply with one letter.') for r in rows
+        ]
+
+    def update(self, answers, truth, id, group=None):  # list of str, the judge's; as in requests
         "Count one region."
         rows = json.loads(truth)['questions']
         pick = [re.search(r'\b([A-Z])\b', a) for a in answers]
-        at = lambda m, choices: choices[i][1] if m and (i := ord(m[1]) - 65) < len(choices) else 0   # an answer that cannot be read is worth 0
+
+        def at(m, choices):
+            return (
+                choices[i][1] if m and (i := ord(m[1]) - 65) < len(choices) else 0
+            )  # an answer that cannot be read is worth 0
+
         known = pick[0] is not None and pick[0][1] == 'A'
         scores = [s if known else min(0, s) for s in (at(m, r['choices']) for m, r in zip(pick[1:], rows, strict=True))]
         kinds = {k: [s for s, r in zip(scores, rows) if r['type'] == k] for k in ('positive', 'negative')}
-        with self._sample(id, group) as row: row.update(n=1, recognised=int(known), **{k: float(np.mean(v)) if v else 0. for k, v in kinds.items()}, **{f'has_{k}': int(bool(v)) for k, v in kinds.items()})
+        with self._sample(id, group) as row:
+            row.update(
+                n=1,
+                recognised=int(known),
+                **{k: float(np.mean(v)) if v else 0.0 for k, v in kinds.items()},
+                **{f'has_{k}': int(bool(v)) for k, v in kinds.items()},
+            )
 
     def _from_sums(self, s):
         pos, neg = (_ratio(s[k], s[f'has_{k}']) for k in ('positive', 'negative'))
         return dict(positive=pos, negative=neg, average=(pos + neg) / 2, recognised=_ratio(s['recognised'], s['n']))
 
 # %% ../nbs/07b_benchmarks.ipynb #dee42f87
-def _numbers(answer, n, low, high): # -> the first n numbers of the first line that has as many, or None
+def _numbers(answer, n, low, high):  # -> the first n numbers of the first line that has as many, or None
     for line in answer.splitlines():
         found = [float(v) for v in re.findall(r'-?\d+(?:\.\d+)?', line)]
-        if len(found) >= n and all(low <= v <= high for v in found[:n]): return found[:n]
+        if len(found) >= n and all(low <= v <= high for v in found[:n]):
+            return found[:n]
+
 
 class Pairs(Metric):
     "MDVP-Bench, Ferret-Bench: points of the description, in percent of the points of the reference."
+
     @staticmethod
-    def requests(truth, said): return [_about(truth, said, 'How good are they? Reply with two numbers from 1 to 10 in the first line: first for the reference, then for the description.')]
-    def update(self, answers, truth, id, group=None): # one answer
+    def requests(truth, said):
+        return [
+            _about(
+                truth,
+                said,
+                'How good are they? Reply with two numbers from 1 to 10 in the first line: first for the reference, then for the description.',
+            )
+        ]
+
+    def update(self, answers, truth, id, group=None):  # one answer
         "Count one region; an answer without two numbers is not counted."
         found = _numbers(answers[0], 2, 0, 10)
-        with self._sample(id, group) as row: row.update(n=int(found is not None), **dict(zip(('reference', 'points'), found or (0, 0))))
-    def _from_sums(self, s): return dict(relative=100 * _ratio(s['points'], s['reference']), points=_ratio(s['points'], s['n']))
+        with self._sample(id, group) as row:
+            row.update(n=int(found is not None), **dict(zip(('reference', 'points'), found or (0, 0))))
+
+    def _from_sums(self, s):
+        return dict(relative=100 * _ratio(s['points'], s['reference']), points=_ratio(s['points'], s['n']))
+
 
 class Grades(Metric):
     "VideoRefer-Bench-D: four grades from 0 to 5."
+
     names = ('subject', 'appearance', 'temporal', 'hallucination')
+
     @staticmethod
-    def requests(truth, said): return [_about(truth, said, f"Grade the description from 0 to 5: {', '.join(Grades.names)} (5: nothing is invented). Reply with four numbers in the first line.")]
-    def update(self, answers, truth, id, group=None): # one answer
+    def requests(truth, said):
+        return [
+            _about(
+                truth,
+                said,
+                f'Grade the description from 0 to 5: {", ".join(Grades.names)} (5: nothing is invented). Reply with four numbers in the first line.',
+            )
+        ]
+
+    def update(self, answers, truth, id, group=None):  # one answer
         "Count one region; an answer without four numbers is not counted."
         found = _numbers(answers[0], 4, 0, 5)
-        with self._sample(id, group) as row: row.update(n=int(found is not None), **dict(zip(self.names, found or (0,) * 4)))
-    def _from_sums(self, s): return {**(each := {k: _ratio(s[k], s['n']) for k in self.names}), 'average': sum(each.values()) / 4}
+        with self._sample(id, group) as row:
+            row.update(n=int(found is not None), **dict(zip(self.names, found or (0,) * 4)))
+
+    def _from_sums(self, s):
+        return {**(each := {k: _ratio(s[k], s['n']) for k in self.names}), 'average': sum(each.values()) / 4}
 
 # %% ../nbs/07b_benchmarks.ipynb #6b8c87d7
-def toy_judge(prompt): # str -> str
+def toy_judge(prompt):  # str -> str
     "Answer a judge's prompt about a drawn object, by the attributes that are named."
     said, *truth = [{k: v for k, v in read_caption(t).items() if v} for t in re.findall(r'^"(.*)"$', prompt, re.M)]
     if truth:
-        share = np.mean([said.get(k) == v for k, v in truth[0].items()]) if truth[0] else 1.
+        share = np.mean([said.get(k) == v for k, v in truth[0].items()]) if truth[0] else 1.0
         return f'10 {1 + 9 * share:.1f}' if 'two numbers' in prompt else ' '.join([f'{5 * share:.1f}'] * 4)
     question, *choices = prompt.split('alone.\n')[1].split('\nReply')[0].split('\n')
-    words, about = set(re.findall(r'\w+', ' '.join(said.values()))), lambda t: {w for w in re.findall(r'\w+', t) if any(w in v for v in KINDS.values())}
-    if choices[0].startswith('A. Yes'): good = ['A. Yes' if about(question) <= words else 'B. No']
-    else: good = [c for c in choices if about(c[3:]) and about(c[3:]) <= words] or ['B']
+    words, about = (
+        set(re.findall(r'\w+', ' '.join(said.values()))),
+        lambda t: {w for w in re.findall(r'\w+', t) if any(w in v for v in KINDS.values())},
+    )
+    if choices[0].startswith('A. Yes'):
+        good = ['A. Yes' if about(question) <= words else 'B. No']
+    else:
+        good = [c for c in choices if about(c[3:]) and about(c[3:]) <= words] or ['B']
     return next((c for c in choices if c.startswith(good[0])), good[0])[:1]
+
 
 class Judge:
     "Whoever answers: a function (prompt -> str), a JSONL file of {id, answer}, 'toy', or nobody yet."
-    def __init__(self, source=None): # see above; None: nobody
+
+    def __init__(self, source=None):  # see above; None: nobody
         self.source, self.answers = toy_judge if source == 'toy' else source, {}
         if source and source != 'toy' and not callable(source):
-            if not Path(source).exists(): raise EvaluateError(f'The answers of the judge, {Path(source).name}, do not exist: have the requests answered, one line {{"id": ..., "answer": ...}} each.')
-            for row in read_rows(source): self.answers.setdefault(str(row.get('id')), row.get('answer'))
-    def __call__(self, requests): # list of dict id, prompt -> list of str, None where nobody has answered
+            if not Path(source).exists():
+                raise EvaluateError(
+                    f'The answers of the judge, {Path(source).name}, do not exist: have the requests answered, one line {{"id": ..., "answer": ...}} each.'
+                )
+            for row in read_rows(source):
+                self.answers.setdefault(str(row.get('id')), row.get('answer'))
+
+    def __call__(self, requests):  # list of dict id, prompt -> list of str, None where nobody has answered
         return [str(self.source(r['prompt'])) if callable(self.source) else self.answers.get(r['id']) for r in requests]
 
 # %% ../nbs/07b_benchmarks.ipynb #9290e28c
-def same_words(labels, phrases): # G and P str -> (G,P) in [0,1], share of common words
+def same_words(labels, phrases):  # G and P str -> (G,P) in [0,1], share of common words
     "Compare texts by the words they share."
-    w = lambda t: set(t.lower().split())
-    return np.array([[len(w(a) & w(b)) / max(1, len(w(a) | w(b))) for b in phrases] for a in labels]).reshape(len(labels), len(phrases))
+
+    def w(t):
+        return set(t.lower().split())
+
+    return np.array([[len(w(a) & w(b)) / max(1, len(w(a) | w(b))) for b in phrases] for a in labels]).reshape(
+        len(labels), len(phrases)
+    )
+
 
 class TextEncoder:
     "Compare texts by the cosine of their mean last hidden states, over all tokens."
-    def __init__(self, model, tokenizer): self.model, self.tokenizer, self.seen = model.eval(), tokenizer, {}
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer, self.seen = model.eval(), tokenizer, {}
+
     @classmethod
-    def from_pretrained(cls, name='bert-base-uncased'): # the published one
+    def from_pretrained(cls, name='bert-base-uncased'):  # the published one
         from transformers import AutoModel, AutoTokenizer
-        try: return cls(AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name))
-        except (OSError, ValueError) as e: raise EvaluateError(f"The text encoder {name} is not here ({type(e).__name__}): fetch it, or compare by words with similarity='words' (--similarity words).") from e
+
+        try:
+            return cls(AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name))
+        except (OSError, ValueError) as e:
+            raise EvaluateError(
+                f"The text encoder {name} is not here ({type(e).__name__}): fetch it, or compare by words with similarity='words' (--similarity words)."
+            ) from e
+
     @torch.no_grad()
     def _vector(self, text):
-        if text not in self.seen: self.seen[text] = torch.nn.functional.normalize(self.model(**self.tokenizer(text, return_tensors='pt', truncation=True, max_length=512)).last_hidden_state[0].mean(0), dim=0)
+        if text not in self.seen:
+            self.seen[text] = torch.nn.functional.normalize(
+                self.model(**self.tokenizer(text, return_tensors='pt', truncation=True, max_length=512))
+                .last_hidden_state[0]
+                .mean(0),
+                dim=0,
+            )
         return self.seen[text]
-    def __call__(self, labels, phrases): # -> (G,P) in [-1,1]
-        if not len(labels) or not len(phrases): return np.zeros((len(labels), len(phrases)))
+
+    def __call__(self, labels, phrases):  # -> (G,P) in [-1,1]
+        if not len(labels) or not len(phrases):
+            return np.zeros((len(labels), len(phrases)))
         a, b = (torch.stack([self._vector(t) for t in texts]) for texts in (labels, phrases))
         return (a @ b.T).double().numpy()
 
 # %% ../nbs/07b_benchmarks.ipynb #14d5b2a1
 class Attributes(Metric):
     "Compare the attributes that a description of a drawn object names with the true ones."
-    def update(self, said, truth, id, group=None): # str, str
+
+    def update(self, said, truth, id, group=None):  # str, str
         "Count one description."
         a, b = read_caption(said), read_caption(truth)
         right = {k: int(a[k] == b[k]) for k in KINDS}
-        with self._sample(id, group) as row: row.update(n=1, **right, mean=float(np.mean(list(right.values()))), all=int(all(right.values())))
-    def _from_sums(self, s): return {k: _ratio(s[k], s['n']) for k in ('mean', 'all', *KINDS)}
+        with self._sample(id, group) as row:
+            row.update(n=1, **right, mean=float(np.mean(list(right.values()))), all=int(all(right.values())))
 
-def plain_caption(reply): # -> str
+    def _from_sums(self, s):
+        return {k: _ratio(s[k], s['n']) for k in ('mean', 'all', *KINDS)}
+
+
+def plain_caption(reply):  # -> str
     "Take mask words and tags out of a caption."
     return re.sub(r'\s+', ' ', re.sub(r'<[^<>]*>', '', reply)).strip().strip("'").strip()
 
-def answer_part(reply): # -> str: what is in <answer>, else what follows </think>, else everything
+
+def answer_part(reply):  # -> str: what is in <answer>, else what follows </think>, else everything
     "Find the answer in a reply that thinks first."
     found = re.search(r'<answer>(.*?)(?:</answer>|$)', reply, re.S)
     return found[1].strip() if found else reply.split('</think>')[-1].strip()

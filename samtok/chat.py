@@ -8,27 +8,33 @@ __all__ = ['NO_TARGET', 'PROMPTS', 'THINK', 'ChatError', 'Conversation', 'places
            'zoom_in', 'caption_chat', 'refer_chat', 'mask_words']
 
 # %% ../nbs/03_chat.ipynb #a047c1e8
-import json, re
-from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+import json
+import re
+from dataclasses import dataclass, field
+
 import numpy as np
-from .data import MaskDataset, Report, read_image
+
+from .data import MaskDataset, read_image
 from .masks import check_mask, mask_to_box, mask_to_rle, masks_to_boxes, segmentation_to_mask
-from .words import MaskVocab
 
 # %% ../nbs/03_chat.ipynb #4f60589d
 class ChatError(ValueError):
     "A conversation or a reply that cannot be used, and why."
 
+
 _PLACE = re.compile(r'<(image|mask):(\d+)>')
+
 
 @dataclass
 class Conversation:
     "Messages about images and masks of them; in a text `<image:i>` stands for an image and `<mask:k>` for the words of a mask."
-    messages: list # of {"role": "system", "user" or "assistant", "content": str}
-    images: list   # what read_image takes: (H,W,3) uint8, a path, a PIL image, bytes
-    masks: list = field(default_factory=list) # (H,W) bool, or whatever segmentation_to_mask reads, of the size of its image
-    of: list = field(default_factory=list)    # for each mask the number of its image; empty: all of image 0
+
+    messages: list  # of {"role": "system", "user" or "assistant", "content": str}
+    images: list  # what read_image takes: (H,W,3) uint8, a path, a PIL image, bytes
+    masks: list = field(
+        default_factory=list
+    )  # (H,W) bool, or whatever segmentation_to_mask reads, of the size of its image
+    of: list = field(default_factory=list)  # for each mask the number of its image; empty: all of image 0
     id: str = ''
     dataset: str = ''
     task: str = ''
@@ -36,60 +42,86 @@ class Conversation:
 
     def __post_init__(self):
         self.of = list(self.of) or [0] * len(self.masks)
-        if problem := _problem(self): raise ChatError(f'Conversation {self.id or "without id"} of {self.dataset or "no data set"}: {problem}')
-    def __len__(self): return len(self.masks)
-    def drop_empty(self): return self
+        if problem := _problem(self):
+            raise ChatError(f'Conversation {self.id or "without id"} of {self.dataset or "no data set"}: {problem}')
+
+    def __len__(self):
+        return len(self.masks)
+
+    def drop_empty(self):
+        return self
 
 # %% ../nbs/03_chat.ipynb #5809bc57
-def places(text): # -> list of (kind "image" or "mask", number), in reading order
+def places(text):  # -> list of (kind "image" or "mask", number), in reading order
     "List the images and masks that a text names."
     return [(kind, int(n)) for kind, n in _PLACE.findall(text)]
 
-def _problem(c): # -> sentence or None
-    if len(c.of) != len(c.masks): return f'{len(c.masks)} masks come with {len(c.of)} image numbers.'
-    if c.of and not 0 <= min(c.of) <= max(c.of) < len(c.images): return f'a mask belongs to image {max(c.of)}, there are {len(c.images)}.'
+
+def _problem(c):  # -> sentence or None
+    if len(c.of) != len(c.masks):
+        return f'{len(c.masks)} masks come with {len(c.of)} image numbers.'
+    if c.of and not 0 <= min(c.of) <= max(c.of) < len(c.images):
+        return f'a mask belongs to image {max(c.of)}, there are {len(c.images)}.'
     for i, m in enumerate(c.messages):
-        if not isinstance(m.get('content'), str) or m.get('role') not in ('system', 'user', 'assistant'): return f'message {i} needs a role (system, user, assistant) and a text.'
+        if not isinstance(m.get('content'), str) or m.get('role') not in ('system', 'user', 'assistant'):
+            return f'message {i} needs a role (system, user, assistant) and a text.'
         for kind, n in places(m['content']):
-            if n >= len(c.images if kind == 'image' else c.masks): return f'message {i} names <{kind}:{n}>, there are {len(c.images if kind == "image" else c.masks)}.'
+            if n >= len(c.images if kind == 'image' else c.masks):
+                return f'message {i} names <{kind}:{n}>, there are {len(c.images if kind == "image" else c.masks)}.'
     shown = [n for m in c.messages for kind, n in places(m['content']) if kind == 'image']
-    if sorted(shown) != list(range(len(c.images))): return f'each image must be named once, the texts name {shown} of {len(c.images)}.'
-    if not c.messages or c.messages[-1]['role'] not in ('user', 'assistant'): return 'there is no message of user or assistant.'
+    if sorted(shown) != list(range(len(c.images))):
+        return f'each image must be named once, the texts name {shown} of {len(c.images)}.'
+    if not c.messages or c.messages[-1]['role'] not in ('user', 'assistant'):
+        return 'there is no message of user or assistant.'
 
 # %% ../nbs/03_chat.ipynb #d139743b
 class ChatDataset(MaskDataset):
     "Read conversations as a stream: `records()` and `load(record)` -> Conversation; broken ones are counted and left out, as in MaskDataset."
+
     name = 'chat'
 
-def mask_array(conversation, k): # -> (H,W) bool of mask k, read with the size of its image
+
+def mask_array(conversation, k):  # -> (H,W) bool of mask k, read with the size of its image
     "Read a mask of a conversation."
     m = conversation.masks[k]
-    if callable(m): m = m()
-    if isinstance(m, np.ndarray) and m.ndim == 2: return check_mask(m)
+    if callable(m):
+        m = m()
+    if isinstance(m, np.ndarray) and m.ndim == 2:
+        return check_mask(m)
     return segmentation_to_mask(m, read_image(conversation.images[conversation.of[k]]).shape[:2])
 
 # %% ../nbs/03_chat.ipynb #1162d580
-def fill(text, words): # text with <mask:k>, words[k] -> text with words; images stay
+def fill(text, words):  # text with <mask:k>, words[k] -> text with words; images stay
     "Put the words of masks into a text."
     return _PLACE.sub(lambda m: words[int(m[2])] if m[1] == 'mask' else m[0], text)
 
-def to_parts(text): # -> list of {"type": "image", "index": i} and {"type": "text", "text": ...}
+
+def to_parts(text):  # -> list of {"type": "image", "index": i} and {"type": "text", "text": ...}
     "Cut a text at its images, as chat templates want it."
     parts, at = [], 0
     for m in re.finditer(r'<image:(\d+)>', text):
-        parts += [dict(type='text', text=text[at:m.start()])] * (m.start() > at) + [dict(type='image', index=int(m[1]))]
+        parts += [dict(type='text', text=text[at : m.start()])] * (m.start() > at) + [
+            dict(type='image', index=int(m[1]))
+        ]
         at = m.end()
     return parts + [dict(type='text', text=text[at:])] * (at < len(text))
 
-def to_messages(messages): # of a Conversation, masks filled in -> (messages with lists of parts, order of the images)
+
+def to_messages(messages):  # of a Conversation, masks filled in -> (messages with lists of parts, order of the images)
     "Turn messages into the form of chat templates."
-    out = [dict(role=m['role'], content=to_parts(m['content']) if m['role'] == 'user' else [dict(type='text', text=m['content'])]) for m in messages]
+    out = [
+        dict(
+            role=m['role'],
+            content=to_parts(m['content']) if m['role'] == 'user' else [dict(type='text', text=m['content'])],
+        )
+        for m in messages
+    ]
     order = [p.pop('index') for m in out for p in m['content'] if p['type'] == 'image']
     return out, order
 
 # %% ../nbs/03_chat.ipynb #dae6db4d
-NO_TARGET = 'No target.'   # the published answer when nothing fits
-PROMPTS = dict(            # published questions; {phrase} is an expression, {mask} the words of a mask
+NO_TARGET = 'No target.'  # the published answer when nothing fits
+PROMPTS = dict(  # published questions; {phrase} is an expression, {mask} the words of a mask
     refer='Please segment {phrase} in this image.',
     gcg='Could you please give me a brief description of the image? Please respond with interleaved     segmentation masks for the corresponding parts of the answer.',
     caption='Given a detailed description of this region {mask}.',
@@ -97,103 +129,166 @@ PROMPTS = dict(            # published questions; {phrase} is an expression, {ma
     grounding='Please carefully check the image and detect the object this sentence describes: {phrase}',
     interaction='What is the interaction between the object {mask} and its surroundings?',
     instances='Please segment all objects in this image.',
-    psg='Please list the relations between the objects in this image, with a mask for each object.')
-THINK = ('{question} A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant first thinks about the reasoning process in the mind and then provides the user with the answer. '
-         'The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> reasoning process here </think><answer> answer here </answer>')
+    psg='Please list the relations between the objects in this image, with a mask for each object.',
+)
+THINK = (
+    '{question} A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant first thinks about the reasoning process in the mind and then provides the user with the answer. '
+    'The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> reasoning process here </think><answer> answer here </answer>'
+)
 
 # %% ../nbs/03_chat.ipynb #eeefd691
-def reading_order(boxes): # (N,4) xyxy pixels -> (N,) int, order left to right, then top to bottom, by the boxes' centres
+def reading_order(
+    boxes,
+):  # (N,4) xyxy pixels -> (N,) int, order left to right, then top to bottom, by the boxes' centres
     "Order instances as the published answers do."
     boxes = np.asarray(boxes, float).reshape(-1, 4)
     return np.lexsort(((boxes[:, 1] + boxes[:, 3]) / 2, (boxes[:, 0] + boxes[:, 2]) / 2))
 
-def answer_masks(labels, # one str for each mask
-                 numbers=None # the masks' numbers in the conversation; None: 0, 1, ...
-                ): # str: a fenced JSON list, or "No target."
+
+def answer_masks(
+    labels,  # one str for each mask
+    numbers=None,  # the masks' numbers in the conversation; None: 0, 1, ...
+):  # str: a fenced JSON list, or "No target."
     "Write the answer that names masks."
-    if not len(labels): return NO_TARGET
-    rows = [json.dumps(dict(mask_2d=f'<mask:{n}>', label=label), ensure_ascii=False) for n, label in zip(numbers or range(len(labels)), labels, strict=True)]
+    if not len(labels):
+        return NO_TARGET
+    rows = [
+        json.dumps(dict(mask_2d=f'<mask:{n}>', label=label), ensure_ascii=False)
+        for n, label in zip(numbers or range(len(labels)), labels, strict=True)
+    ]
     return '```json\n[' + ', '.join(rows) + ']\n```'
 
-def answer_triplets(rows): # list of (subject mask, label, predicate, object mask, label), masks by number -> str
+
+def answer_triplets(rows):  # list of (subject mask, label, predicate, object mask, label), masks by number -> str
     "Write a scene graph as an answer."
-    side = lambda k, label: dict(mask_2d=f'<mask:{k}>', label=label)
-    rows = [json.dumps(dict(subject=side(a, la), predicate=p, object=side(b, lb)), ensure_ascii=False) for a, la, p, b, lb in rows]
+
+    def side(k, label):
+        return dict(mask_2d=f'<mask:{k}>', label=label)
+
+    rows = [
+        json.dumps(dict(subject=side(a, la), predicate=p, object=side(b, lb)), ensure_ascii=False)
+        for a, la, p, b, lb in rows
+    ]
     return '```json\n[' + ', '.join(rows) + ']\n```'
 
 # %% ../nbs/03_chat.ipynb #9df01b9d
 _LABEL = re.compile(r'"label"\s*:\s*("(?:[^"\\]|\\.)*")')
 _PHRASE = re.compile(r'<\|object_ref_start\|>(.*?)<\|object_ref_end\|>\s*$', re.S)
 
-def read_answer(reply, # a model's text, any text at all
-                vocab, # MaskVocab
-                policy='strict' # as in MaskVocab.parse
-               ): # list of (label str or None, MaskSpan), in reading order; never raises
+
+def read_answer(
+    reply,  # a model's text, any text at all
+    vocab,  # MaskVocab
+    policy='strict',  # as in MaskVocab.parse
+):  # list of (label str or None, MaskSpan), in reading order; never raises
     "Find the masks in a reply and what it calls them: a JSON label after the words, or a marked phrase before them."
     spans, rows = vocab.parse(reply, policy), []
     for i, s in enumerate(spans):
-        after = reply[s.end:spans[i + 1].start if i + 1 < len(spans) else len(reply)].partition('}')[0]
-        before = reply[spans[i - 1].end if i else 0:s.start]
+        after = reply[s.end : spans[i + 1].start if i + 1 < len(spans) else len(reply)].partition('}')[0]
+        before = reply[spans[i - 1].end if i else 0 : s.start]
         label, phrase = _LABEL.search(after), _PHRASE.search(before)
-        try: rows.append((json.loads(label[1]) if label else phrase[1].strip() if phrase else None, s))
-        except ValueError: rows.append((label[1].strip('"'), s))
+        try:
+            rows.append((json.loads(label[1]) if label else phrase[1].strip() if phrase else None, s))
+        except ValueError:
+            rows.append((label[1].strip('"'), s))
     return rows
 
 # %% ../nbs/03_chat.ipynb #2d631d77
-def zoom_box(box,  # (4,) xyxy pixels, max exclusive
-             size, # (H,W) of the image
-             least=140): # pixels, the published least side
+def zoom_box(
+    box,  # (4,) xyxy pixels, max exclusive
+    size,  # (H,W) of the image
+    least=140,
+):  # pixels, the published least side
     "Widen a box for the zoom-in of a region caption; (4,) int xyxy pixels."
     (x0, y0, x1, y1), (h, w) = np.asarray(box, int), size
     px, py = max(0, least - (x1 - x0)) // 2, max(0, least - (y1 - y0)) // 2
     return np.array([max(0, x0 - px), max(0, y0 - py), min(w, x1 + px), min(h, y1 + py)])
 
-def zoom_in(image, # (H,W,3) uint8
-            mask,  # (H,W) bool
-            least=140, enlarge=280, # pixels: published least side, and the side that a smaller crop is scaled to
-            side='shorter'): # which side is scaled: "shorter" (published) or "longer" -> crop (h,w,3) uint8, its mask (h,w) bool
+
+def zoom_in(
+    image,  # (H,W,3) uint8
+    mask,  # (H,W) bool
+    least=140,
+    enlarge=280,  # pixels: published least side, and the side that a smaller crop is scaled to
+    side='shorter',
+):  # which side is scaled: "shorter" (published) or "longer" -> crop (h,w,3) uint8, its mask (h,w) bool
     "Crop the surroundings of a region; a crop whose longer side is below `enlarge` is enlarged."
     from PIL import Image
+
     mask = check_mask(mask, image.shape[:2])
     x0, y0, x1, y1 = zoom_box(mask_to_box(mask), image.shape[:2], least)
     crop, part = image[y0:y1, x0:x1], mask[y0:y1, x0:x1]
-    if max(part.shape) >= enlarge: return crop, part
+    if max(part.shape) >= enlarge:
+        return crop, part
     f = enlarge / (min if side == 'shorter' else max)(part.shape)
     size = (max(1, round(part.shape[1] * f)), max(1, round(part.shape[0] * f)))
-    resize = lambda a, how: np.asarray(Image.fromarray(a).resize(size, how))
+
+    def resize(a, how):
+        return np.asarray(Image.fromarray(a).resize(size, how))
+
     return resize(crop, Image.LANCZOS), resize(part.astype(np.uint8) * 255, Image.BILINEAR) > 127
 
 # %% ../nbs/03_chat.ipynb #dcb316ea
-def caption_chat(image, mask, text=None, zoom=.2, # share of the image's area up to which the box of a region gets a zoom-in; 0: never (published .2)
-                 **meta): # id, dataset -> Conversation
+def caption_chat(
+    image,
+    mask,
+    text=None,
+    zoom=0.2,  # share of the image's area up to which the box of a region gets a zoom-in; 0: never (published .2)
+    **meta,
+):  # id, dataset -> Conversation
     "Ask for the description of a region, with a zoom-in where it is small."
     x0, y0, x1, y1 = mask_to_box(mask)
     images, masks, of, prompt = [image], [mask], [0], PROMPTS['caption'].format(mask='<mask:0>')
     if (x1 - x0) * (y1 - y0) <= zoom * mask.size:
         crop, part = zoom_in(read_image(image), mask)
-        images, masks, of, prompt = [image, crop], [mask, part], [0, 1], PROMPTS['zoom'].format(mask='<mask:0>', image='<image:1>', crop='<mask:1>')
-    messages = [dict(role='user', content='<image:0>\n' + prompt)] + ([dict(role='assistant', content=text)] if text is not None else [])
+        images, masks, of, prompt = (
+            [image, crop],
+            [mask, part],
+            [0, 1],
+            PROMPTS['zoom'].format(mask='<mask:0>', image='<image:1>', crop='<mask:1>'),
+        )
+    messages = [dict(role='user', content='<image:0>\n' + prompt)] + (
+        [dict(role='assistant', content=text)] if text is not None else []
+    )
     return Conversation(messages, images, masks, of, task='caption', **meta)
 
-def refer_chat(image, phrases, targets, # one list of masks for each phrase; [] where nothing fits
-               labels=None, **meta):    # one list of labels for each phrase; None: the phrase -> Conversation with one round for each phrase
+
+def refer_chat(
+    image,
+    phrases,
+    targets,  # one list of masks for each phrase; [] where nothing fits
+    labels=None,
+    **meta,
+):  # one list of labels for each phrase; None: the phrase -> Conversation with one round for each phrase
     "Ask for the masks of one or several expressions."
     messages, masks = [], []
     for i, (phrase, found) in enumerate(zip(phrases, targets)):
         order = reading_order(masks_to_boxes(np.stack(found))) if len(found) else []
         names = [labels[i][j] if labels else phrase for j in order]
-        messages += [dict(role='user', content='<image:0>\n' * (i == 0) + PROMPTS['refer'].format(phrase=phrase)), dict(role='assistant', content=answer_masks(names, range(len(masks), len(masks) + len(order))))]
+        messages += [
+            dict(role='user', content='<image:0>\n' * (i == 0) + PROMPTS['refer'].format(phrase=phrase)),
+            dict(role='assistant', content=answer_masks(names, range(len(masks), len(masks) + len(order)))),
+        ]
         masks += [found[j] for j in order]
     return Conversation(messages, [image], masks, task=meta.pop('task', 'refer'), **meta)
 
 # %% ../nbs/03_chat.ipynb #6c586e45
-def mask_words(tokenizer, conversations): # MaskTokenizer, list of Conversation -> for each the words of its masks; every image is encoded once
+def mask_words(
+    tokenizer, conversations
+):  # MaskTokenizer, list of Conversation -> for each the words of its masks; every image is encoded once
     "Write the masks of conversations as words, all images of the list in one pass."
-    todo = [(c, i, [k for k, o in enumerate(c.of) if o == i]) for c in conversations for i in range(len(c.images)) if i in c.of]
-    if not todo: return [[] for _ in conversations]
+    todo = [
+        (c, i, [k for k, o in enumerate(c.of) if o == i])
+        for c in conversations
+        for i in range(len(c.images))
+        if i in c.of
+    ]
+    if not todo:
+        return [[] for _ in conversations]
     images = [read_image(c.images[i]) for c, i, _ in todo]
     codes = tokenizer.encode(images, [np.stack([mask_array(c, k) for k in ks]) for c, _, ks in todo])
     words = {id(c): [''] * len(c.masks) for c in conversations}
     for (c, _, ks), rows in zip(todo, codes):
-        for k, row in zip(ks, rows): words[id(c)][k] = tokenizer.vocab.format(row)
+        for k, row in zip(ks, rows):
+            words[id(c)][k] = tokenizer.vocab.format(row)
     return [words[id(c)] for c in conversations]

@@ -7,106 +7,198 @@ __all__ = ['CHAT_FORMATS', 'read_plain_pickle', 'Refer', 'ReferLines', 'Llava', 
            'mark_phrases', 'RegionCaptions', 'Instances', 'OpenPsg', 'open_chat']
 
 # %% ../nbs/03c_chat_formats.ipynb #2c49e713
-import inspect, json, os, pickle
+import inspect
+import json
+import os
+import pickle
 from collections import defaultdict
 from copy import copy
 from pathlib import Path
+
 import numpy as np
-from .chat import NO_TARGET, PROMPTS, ChatDataset, ChatError, Conversation, answer_masks, answer_triplets, caption_chat, reading_order, refer_chat
+
+from samtok.chat import (
+    NO_TARGET,
+    PROMPTS,
+    ChatDataset,
+    ChatError,
+    Conversation,
+    answer_masks,
+    answer_triplets,
+    caption_chat,
+    reading_order,
+    refer_chat,
+)
 from .data import _kept, _leaves, read_image
-from .formats import CocoPanoptic, _find_image, _read_json, open_dataset
-from .masks import MaskError, masks_to_boxes, segmentation_to_mask
+from .formats import _find_image, _read_json, open_dataset
+from .masks import MaskError, segmentation_to_mask
 
 # %% ../nbs/03c_chat_formats.ipynb #e4936977
-class _Plain(pickle.Unpickler): # containers, strings and numbers only
-    def find_class(self, module, name): raise ChatError(f'The pickle names {module}.{name}, which could run code; it was not loaded. Only lists, dicts, strings and numbers are read.')
+class _Plain(pickle.Unpickler):  # containers, strings and numbers only
+    def find_class(self, module, name):
+        raise ChatError(
+            f'The pickle names {module}.{name}, which could run code; it was not loaded. Only lists, dicts, strings and numbers are read.'
+        )
 
-def read_plain_pickle(path): # a refs(....p file, also of Python 2 -> what it holds; raises ChatError
+
+def read_plain_pickle(path):  # a refs(....p file, also of Python 2 -> what it holds; raises ChatError
     "Read a pickle of plain values; nothing in it is executed."
     try:
-        with open(path, 'rb') as f: return _Plain(f, encoding='latin1').load()
+        with open(path, 'rb') as f:
+            return _Plain(f, encoding='latin1').load()
     except (pickle.UnpicklingError, EOFError, OSError, ValueError, IndexError) as e:
-        raise e if isinstance(e, ChatError) else ChatError(f'{Path(path).name} cannot be read as a pickle ({type(e).__name__}: {e}).') from e
+        raise (
+            e
+            if isinstance(e, ChatError)
+            else ChatError(f'{Path(path).name} cannot be read as a pickle ({type(e).__name__}: {e}).')
+        ) from e
 
 # %% ../nbs/03c_chat_formats.ipynb #ea6da524
 class Refer(ChatDataset):
     "RefCOCO, RefCOCO+, RefCOCOg, RefClef (refer: refs(<by>).p and instances.json) and gRefCOCO (grefs(<by>).json): one conversation for each sentence."
+
     name = 'refer'
-    def __init__(self, refs, instances, images, split='train'): # the refs file, COCO instances file, image folder, split
+
+    def __init__(
+        self, refs, instances, images, split='train'
+    ):  # the refs file, COCO instances file, image folder, split
         super().__init__()
         rows = read_plain_pickle(refs) if str(refs).endswith('.p') else json.loads(Path(refs).read_text())
         data, self.folder = _read_json(instances, 'images', 'annotations'), images
         self.images, self.regions = {i['id']: i for i in data['images']}, {a['id']: a for a in data['annotations']}
         self.rows = [(r, s) for r in rows if split is None or r['split'] == split for s in r['sentences']]
-    def records(self): return iter(range(len(self.rows)))
+
+    def records(self):
+        return iter(range(len(self.rows)))
+
     def load(self, i):
         ref, sentence = self.rows[i]
         row = self.images[ref['image_id']]
         ids = [k for k in (ref['ann_id'] if isinstance(ref['ann_id'], list) else [ref['ann_id']]) if k != -1]
         masks = self._masks(ids, (row['height'], row['width']), ref)
-        return refer_chat(_find_image(self.folder, row['file_name']), [sentence['sent'].lower().strip()], [masks], id=f"{ref['ref_id']}_{sentence.get('sent_id', i)}", dataset=self.name)
-    def _masks(self, ids, size, ref): # broken targets are counted and left out; their sentence stays with the others
+        return refer_chat(
+            _find_image(self.folder, row['file_name']),
+            [sentence['sent'].lower().strip()],
+            [masks],
+            id=f'{ref["ref_id"]}_{sentence.get("sent_id", i)}',
+            dataset=self.name,
+        )
+
+    def _masks(self, ids, size, ref):  # broken targets are counted and left out; their sentence stays with the others
         out = []
         for k in ids:
-            try: mask = segmentation_to_mask(self.regions[k]['segmentation'], size)
-            except (MaskError, KeyError) as e: self.report.add(f'{type(e).__name__}: target left out', f"{self.name}, ref {ref['ref_id']}, annotation {k}: {e}"); continue
-            if mask.any(): out.append(mask)
-        if ids and not out: raise MaskError('none of its targets has a mask')
+            try:
+                mask = segmentation_to_mask(self.regions[k]['segmentation'], size)
+            except (MaskError, KeyError) as e:
+                self.report.add(
+                    f'{type(e).__name__}: target left out', f'{self.name}, ref {ref["ref_id"]}, annotation {k}: {e}'
+                )
+                continue
+            if mask.any():
+                out.append(mask)
+        if ids and not out:
+            raise MaskError('none of its targets has a mask')
         return out
 
 # %% ../nbs/03c_chat_formats.ipynb #5a66bcac
 class ReferLines(ChatDataset):
     "Expressions with one mask each in JSON lines: PaDT's RefCOCO files ({image, id, objects: [{label, bbox, rle}]}) and GroundingSuite ({idx, image_path, caption, segmentation})."
+
     name = 'refer_lines'
-    def __init__(self, file, images): # JSON lines, image folder
+
+    def __init__(self, file, images):  # JSON lines, image folder
         super().__init__()
         self.file, self.folder = file, images
+
     def records(self):
-        with open(self.file) as f: yield from (line for line in f if line.strip())
+        with open(self.file) as f:
+            yield from (line for line in f if line.strip())
+
     def load(self, line):
         row = json.loads(line)
         image = _find_image(self.folder, row.get('image') or row['image_path'])
         objects = row.get('objects') or [dict(label=row['caption'], rle=row['segmentation'])]
         size = read_image(image).shape[:2]
-        if 'caption' not in row: return refer_chat(image, [o['label'] for o in objects], [[segmentation_to_mask(o['rle'], size)] for o in objects], id=str(row['id']), dataset=self.name)
-        return Conversation([dict(role='user', content='<image:0>\n' + PROMPTS['grounding'].format(phrase=row['caption'])), dict(role='assistant', content=answer_masks([row['caption']]))],
-                            [image], [segmentation_to_mask(row['segmentation'], size)], id=str(row['idx']), dataset=self.name, task=str(row.get('class_id', '')))
+        if 'caption' not in row:
+            return refer_chat(
+                image,
+                [o['label'] for o in objects],
+                [[segmentation_to_mask(o['rle'], size)] for o in objects],
+                id=str(row['id']),
+                dataset=self.name,
+            )
+        return Conversation(
+            [
+                dict(role='user', content='<image:0>\n' + PROMPTS['grounding'].format(phrase=row['caption'])),
+                dict(role='assistant', content=answer_masks([row['caption']])),
+            ],
+            [image],
+            [segmentation_to_mask(row['segmentation'], size)],
+            id=str(row['idx']),
+            dataset=self.name,
+            task=str(row.get('class_id', '')),
+        )
 
 # %% ../nbs/03c_chat_formats.ipynb #38333929
 class Llava(ChatDataset):
     "Conversations as LLaVA writes them ([{id, image, conversations: [{from, value}]}]): plain VQA, and published mask_generation_*.json, whose texts hold mask words already. JSON or JSON lines."
+
     name = 'llava'
-    def __init__(self, file, images=''): # file, image folder
+
+    def __init__(self, file, images=''):  # file, image folder
         super().__init__()
         self.file, self.folder = Path(file), images
+
     def records(self):
-        if self.file.suffix == '.jsonl': yield from (json.loads(l) for l in self.file.open() if l.strip())
-        else: yield from json.loads(self.file.read_text())
+        if self.file.suffix == '.jsonl':
+            yield from (json.loads(l) for l in self.file.open() if l.strip())
+        else:
+            yield from json.loads(self.file.read_text())
+
     def load(self, row):
         named = row.get('image') or row.get('images') or []
         images = [_find_image(self.folder, n) for n in ([named] if isinstance(named, str) else named)]
-        return Conversation(llava_messages(row.get('conversations') or row['messages'], len(images)), images, id=str(row.get('id', '')), dataset=self.name)
+        return Conversation(
+            llava_messages(row.get('conversations') or row['messages'], len(images)),
+            images,
+            id=str(row.get('id', '')),
+            dataset=self.name,
+        )
 
-def llava_messages(turns, images): # [{from, value}] or [{role, content}], number of images -> messages with <image:i>
+
+def llava_messages(turns, images):  # [{from, value}] or [{role, content}], number of images -> messages with <image:i>
     "Turn LLaVA's turns into messages; an image that no text names goes to the start."
-    roles, at = dict(human='user', gpt='assistant', system='system', user='user', assistant='assistant'), iter(range(images))
+    roles, at = (
+        dict(human='user', gpt='assistant', system='system', user='user', assistant='assistant'),
+        iter(range(images)),
+    )
     out = []
     for t in turns:
         pieces = (t.get('value') if 'value' in t else t['content']).split('<image>')
         text = pieces[0]
-        for p in pieces[1:]: text += f'<image:{n}>{p}' if (n := next(at, None)) is not None else p
+        for p in pieces[1:]:
+            text += f'<image:{n}>{p}' if (n := next(at, None)) is not None else p
         out.append(dict(role=roles[t.get('from') or t['role']], content=text))
-    if left := list(at): out[0]['content'] = ''.join(f'<image:{n}>' for n in left) + '\n' + out[0]['content']
+    if left := list(at):
+        out[0]['content'] = ''.join(f'<image:{n}>' for n in left) + '\n' + out[0]['content']
     return out
 
 # %% ../nbs/03c_chat_formats.ipynb #1e17492f
 class Rounds(ChatDataset):
     "Multi-round segmentation, as re-dumped for MR-RefCOCO/+/g and MR-PACO: {round: [{image, history: [{from, value}], target_masks: [segmentation]}]}; the history holds mask words."
+
     name = 'rounds'
-    def __init__(self, file, images): # JSON, image folder
+
+    def __init__(self, file, images):  # JSON, image folder
         super().__init__()
-        self.rows, self.folder = [(r, i, item) for r, items in json.loads(Path(file).read_text()).items() for i, item in enumerate(items)], images
-    def records(self): return iter(range(len(self.rows)))
+        self.rows, self.folder = (
+            [(r, i, item) for r, items in json.loads(Path(file).read_text()).items() for i, item in enumerate(items)],
+            images,
+        )
+
+    def records(self):
+        return iter(range(len(self.rows)))
+
     def load(self, k):
         r, i, item = self.rows[k]
         image = _find_image(self.folder, item['image'])
@@ -117,103 +209,218 @@ class Rounds(ChatDataset):
 # %% ../nbs/03c_chat_formats.ipynb #43c4d701
 class GrandGcg(ChatDataset):
     "Grounded captions in GranD-f's evaluation files: COCO masks and captions with labels, in the same order. The first place of each label in the caption is marked."
-    name = 'gcg'
-    def __init__(self, masks, captions, images): # *_gcg_coco_mask_gt.json, *_gcg_coco_caption_gt.json, image folder
-        super().__init__()
-        data, self.rows, self.folder = _read_json(masks, 'images', 'annotations'), _read_json(captions, 'annotations')['annotations'], images
-        self.images, self.masks = {str(i['id']): i for i in data['images']}, defaultdict(list)
-        for a in data['annotations']: self.masks[str(a['image_id'])].append(a['segmentation'])
-    def records(self): return iter(range(len(self.rows)))
-    def load(self, i):
-        row = self.rows[i]; key = str(row['image_id']); info = self.images[key]
-        masks = [segmentation_to_mask(m, (info['height'], info['width'])) for m in self.masks[key]]
-        if len(masks) != len(row['labels']): raise ChatError(f"image {key} has {len(masks)} masks and {len(row['labels'])} labels.")
-        messages = [dict(role='user', content='<image:0>\n' + PROMPTS['gcg']), dict(role='assistant', content=mark_phrases(row['caption'], row['labels']))]
-        return Conversation(messages, [_find_image(self.folder, info['file_name'])], masks, id=key, dataset=self.name, task='gcg')
 
-def mark_phrases(caption, labels): # labels in the order of the masks -> caption with <|object_ref_start|>..<|object_ref_end|><mask:k>
+    name = 'gcg'
+
+    def __init__(self, masks, captions, images):  # *_gcg_coco_mask_gt.json, *_gcg_coco_caption_gt.json, image folder
+        super().__init__()
+        data, self.rows, self.folder = (
+            _read_json(masks, 'images', 'annotations'),
+            _read_json(captions, 'annotations')['annotations'],
+            images,
+        )
+        self.images, self.masks = {str(i['id']): i for i in data['images']}, defaultdict(list)
+        for a in data['annotations']:
+            self.masks[str(a['image_id'])].append(a['segmentation'])
+
+    def records(self):
+        return iter(range(len(self.rows)))
+
+    def load(self, i):
+        row = self.rows[i]
+        key = str(row['image_id'])
+        info = self.images[key]
+        masks = [segmentation_to_mask(m, (info['height'], info['width'])) for m in self.masks[key]]
+        if len(masks) != len(row['labels']):
+            raise ChatError(f'image {key} has {len(masks)} masks and {len(row["labels"])} labels.')
+        messages = [
+            dict(role='user', content='<image:0>\n' + PROMPTS['gcg']),
+            dict(role='assistant', content=mark_phrases(row['caption'], row['labels'])),
+        ]
+        return Conversation(
+            messages, [_find_image(self.folder, info['file_name'])], masks, id=key, dataset=self.name, task='gcg'
+        )
+
+
+def mark_phrases(
+    caption, labels
+):  # labels in the order of the masks -> caption with <|object_ref_start|>..<|object_ref_end|><mask:k>
     "Mark each label where it first stands in a caption; labels that it does not hold are added at the end."
     found = sorted((at, k) for k, l in enumerate(labels) if (at := caption.lower().find(l.lower())) >= 0)
     out, at, rest = '', 0, [k for k, l in enumerate(labels) if l.lower() not in caption.lower()]
     for start, k in found:
-        if start < at: rest.append(k); continue                                  # inside another phrase
+        if start < at:
+            rest.append(k)
+            continue  # inside another phrase
         end = start + len(labels[k])
-        out += f'{caption[at:start]}<|object_ref_start|>{caption[start:end]}<|object_ref_end|><mask:{k}>'; at = end
+        out += f'{caption[at:start]}<|object_ref_start|>{caption[start:end]}<|object_ref_end|><mask:{k}>'
+        at = end
     return out + caption[at:] + ''.join(f' <|object_ref_start|>{labels[k]}<|object_ref_end|><mask:{k}>' for k in rest)
 
 # %% ../nbs/03c_chat_formats.ipynb #c71ae101
 class RegionCaptions(ChatDataset):
     "Descriptions of regions (DAM and others, as rows {image, segmentation or mask_rle, caption}; JSON or JSON lines), with the zoom-in of small regions. No published layout was verified: the keys are parameters."
+
     name = 'region_captions'
-    def __init__(self, file, images, keys=None, zoom=.2): # file, image folder, {image, mask, text: names of the keys}, share of the area up to which a crop is added
+
+    def __init__(
+        self, file, images, keys=None, zoom=0.2
+    ):  # file, image folder, {image, mask, text: names of the keys}, share of the area up to which a crop is added
         super().__init__()
         self.file, self.folder, self.zoom = Path(file), images, zoom
         self.keys = dict(image='image', mask='segmentation', text='caption', **{}) | (keys or {})
-    def records(self): return Llava.records(self)
+
+    def records(self):
+        return Llava.records(self)
+
     def load(self, row):
         image = read_image(_find_image(self.folder, row[self.keys['image']]))
-        return caption_chat(image, segmentation_to_mask(row[self.keys['mask']], image.shape[:2]), row.get(self.keys['text']), self.zoom, id=str(row.get('id', '')), dataset=self.name)
+        return caption_chat(
+            image,
+            segmentation_to_mask(row[self.keys['mask']], image.shape[:2]),
+            row.get(self.keys['text']),
+            self.zoom,
+            id=str(row.get('id', '')),
+            dataset=self.name,
+        )
 
 # %% ../nbs/03c_chat_formats.ipynb #eb4b9ea3
-class _Around(ChatDataset): # conversations about the samples of another data set
-    def __init__(self, inner): # MaskDataset; a copy of it counts in this report
+class _Around(ChatDataset):  # conversations about the samples of another data set
+    def __init__(self, inner):  # MaskDataset; a copy of it counts in this report
         super().__init__()
-        self.inner = copy(inner); self.report.merge(inner.report)
-    def _lend(self): # -> the inner data set, with this report and this epoch
-        for d in _leaves(self.inner): d.report, d.epoch = self.report, self.epoch
+        self.inner = copy(inner)
+        self.report.merge(inner.report)
+
+    def _lend(self):  # -> the inner data set, with this report and this epoch
+        for d in _leaves(self.inner):
+            d.report, d.epoch = self.report, self.epoch
         return self.inner
-    def records(self): return self._lend().records()
-    def stamp(self): return self.inner.stamp()
-    def _sample(self, record): return _kept(self._lend().load(record), self.report, self.inner.name) # -> MaskSample without empty masks
+
+    def records(self):
+        return self._lend().records()
+
+    def stamp(self):
+        return self.inner.stamp()
+
+    def _sample(self, record):
+        return _kept(self._lend().load(record), self.report, self.inner.name)  # -> MaskSample without empty masks
+
 
 class Instances(_Around):
     "Instance segmentation from any MaskDataset (COCONut, V3Det, COCO, ...): all regions of a label, or with `every` all regions with their labels."
+
     name = 'instances'
-    def __init__(self, dataset, every=False, most=30): # MaskDataset with labels, or {"name": of samtok.formats, and its arguments}; ask for everything?; masks in an answer at most
+
+    def __init__(
+        self, dataset, every=False, most=30
+    ):  # MaskDataset with labels, or {"name": of samtok.formats, and its arguments}; ask for everything?; masks in an answer at most
         super().__init__(open_dataset(**dataset) if isinstance(dataset, dict) else dataset)
         self.every, self.most = every, most
+
     def load(self, record):
         s = self._sample(record)
-        if not len(s): raise MaskError('no region has a pixel')
-        if s.labels is None: raise ChatError('its regions have no labels to ask for; in a folder the name of a mask file ends in one, x_label.png')
-        groups = {None: range(len(s))} if self.every else {l: [i for i, x in enumerate(s.labels) if x == l] for l in dict.fromkeys(s.labels)}
-        groups = {l: list(ids)[:self.most] for l, ids in groups.items()}
-        if not self.every: return refer_chat(s.image, [f'all instances of {l}' for l in groups], [[s.masks[i] for i in ids] for ids in groups.values()], labels=[[l] * len(ids) for l, ids in groups.items()], id=s.id, dataset=s.dataset, task='instances')
+        if not len(s):
+            raise MaskError('no region has a pixel')
+        if s.labels is None:
+            raise ChatError(
+                'its regions have no labels to ask for; in a folder the name of a mask file ends in one, x_label.png'
+            )
+        groups = (
+            {None: range(len(s))}
+            if self.every
+            else {l: [i for i, x in enumerate(s.labels) if x == l] for l in dict.fromkeys(s.labels)}
+        )
+        groups = {l: list(ids)[: self.most] for l, ids in groups.items()}
+        if not self.every:
+            return refer_chat(
+                s.image,
+                [f'all instances of {l}' for l in groups],
+                [[s.masks[i] for i in ids] for ids in groups.values()],
+                labels=[[l] * len(ids) for l, ids in groups.items()],
+                id=s.id,
+                dataset=s.dataset,
+                task='instances',
+            )
         ids = [groups[None][i] for i in reading_order(s.boxes[groups[None]])]
-        return Conversation([dict(role='user', content='<image:0>\n' + PROMPTS['instances']), dict(role='assistant', content=answer_masks([s.labels[i] for i in ids]))], [s.image], [s.masks[i] for i in ids], id=s.id, dataset=s.dataset, task='instances')
+        return Conversation(
+            [
+                dict(role='user', content='<image:0>\n' + PROMPTS['instances']),
+                dict(role='assistant', content=answer_masks([s.labels[i] for i in ids])),
+            ],
+            [s.image],
+            [s.masks[i] for i in ids],
+            id=s.id,
+            dataset=s.dataset,
+            task='instances',
+        )
 
 # %% ../nbs/03c_chat_formats.ipynb #5dd25720
 class OpenPsg(ChatDataset):
     "Panoptic scene graphs: psg.json with panoptic PNGs; every triplet once, in the order of the file."
+
     name = 'psg'
-    def __init__(self, file, masks, images, test=False): # psg.json, folder of panoptic PNGs, image folder, the images of test_image_ids or the others
+
+    def __init__(
+        self, file, masks, images, test=False
+    ):  # psg.json, folder of panoptic PNGs, image folder, the images of test_image_ids or the others
         super().__init__()
         data = _read_json(file, 'data', 'thing_classes', 'stuff_classes', 'predicate_classes')
-        self.names, self.predicates, self.masks, self.folder = data['thing_classes'] + data['stuff_classes'], data['predicate_classes'], masks, images
+        self.names, self.predicates, self.masks, self.folder = (
+            data['thing_classes'] + data['stuff_classes'],
+            data['predicate_classes'],
+            masks,
+            images,
+        )
         chosen = set(data.get('test_image_ids', []))
         self.rows = [r for r in data['data'] if (r['image_id'] in chosen) == test and r['relations']]
-    def records(self): return iter(range(len(self.rows)))
+
+    def records(self):
+        return iter(range(len(self.rows)))
+
     def load(self, i):
         row = self.rows[i]
         ids = _panoptic_ids(os.path.join(self.masks, row['pan_seg_file_name']))
         names = [self.names[s['category_id']] for s in row['annotations']]
         triplets = list(dict.fromkeys(map(tuple, row['relations'])))
-        used = sorted({k for a, b, _ in triplets for k in (a, b)}); number = {k: n for n, k in enumerate(used)}
+        used = sorted({k for a, b, _ in triplets for k in (a, b)})
+        number = {k: n for n, k in enumerate(used)}
         text = answer_triplets([(number[a], names[a], self.predicates[p], number[b], names[b]) for a, b, p in triplets])
-        return Conversation([dict(role='user', content='<image:0>\n' + PROMPTS['psg']), dict(role='assistant', content=text)], [_find_image(self.folder, row['file_name'])],
-                            [ids == row['segments_info'][k]['id'] for k in used], id=str(row['image_id']), dataset=self.name, task='psg')
+        return Conversation(
+            [dict(role='user', content='<image:0>\n' + PROMPTS['psg']), dict(role='assistant', content=text)],
+            [_find_image(self.folder, row['file_name'])],
+            [ids == row['segments_info'][k]['id'] for k in used],
+            id=str(row['image_id']),
+            dataset=self.name,
+            task='psg',
+        )
 
-def _panoptic_ids(path): # PNG of colours -> (H,W) int: red + 256 green + 65536 blue
+
+def _panoptic_ids(path):  # PNG of colours -> (H,W) int: red + 256 green + 65536 blue
     a = read_image(path).astype(np.int64)
     return a[..., 0] + 256 * a[..., 1] + 65536 * a[..., 2]
 
 # %% ../nbs/03c_chat_formats.ipynb #fa7596e8
-CHAT_FORMATS = dict(refer=Refer, refer_lines=ReferLines, llava=Llava, rounds=Rounds, gcg=GrandGcg, region_captions=RegionCaptions, instances=Instances, psg=OpenPsg)
+CHAT_FORMATS = dict(
+    refer=Refer,
+    refer_lines=ReferLines,
+    llava=Llava,
+    rounds=Rounds,
+    gcg=GrandGcg,
+    region_captions=RegionCaptions,
+    instances=Instances,
+    psg=OpenPsg,
+)
 
-def open_chat(name, # one of CHAT_FORMATS
-              **paths): # the arguments of its class -> ChatDataset; raises ChatError
+
+def open_chat(
+    name,  # one of CHAT_FORMATS
+    **paths,
+):  # the arguments of its class -> ChatDataset; raises ChatError
     "Open a data set of conversations by the name of its format."
-    if name not in CHAT_FORMATS: raise ChatError(f"There is no format {name!r}; choose one of {', '.join(CHAT_FORMATS)}.")
-    try: inspect.signature(CHAT_FORMATS[name]).bind(**paths)
-    except TypeError as e: raise ChatError(f'The format {name} takes {inspect.signature(CHAT_FORMATS[name])}: {e}.') from e
+    if name not in CHAT_FORMATS:
+        raise ChatError(f'There is no format {name!r}; choose one of {", ".join(CHAT_FORMATS)}.')
+    try:
+        inspect.signature(CHAT_FORMATS[name]).bind(**paths)
+    except TypeError as e:
+        raise ChatError(f'The format {name} takes {inspect.signature(CHAT_FORMATS[name])}: {e}.') from e
     return CHAT_FORMATS[name](**paths)

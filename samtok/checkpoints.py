@@ -10,119 +10,215 @@ __all__ = ['CheckpointError', 'read_checkpoint', 'load_checked', 'find_pretraine
 import pickle
 from pathlib import Path
 from zipfile import is_zipfile
+
 import torch
+
 from .runs import data_file
 
 # %% ../nbs/01b_checkpoints.ipynb #c16ce3d5
 class CheckpointError(ValueError):
     "A checkpoint that is missing, damaged, unsafe or made for another architecture."
 
+
 def _load(path):
     if path.suffix == '.safetensors':
         from safetensors import SafetensorError
         from safetensors.torch import load_file
-        try: return load_file(path)
-        except SafetensorError as e: raise CheckpointError(f'{path.name} is damaged or truncated ({e}): copy or download it again.') from e
-    with path.open('rb') as file: head = file.read(16)
-    if head and head[:1] != b'\x80' and head[:2] != b'PK': raise CheckpointError(f'{path.name} is not a checkpoint of torch (it begins with {head!r}): download the file itself.')
-    try: return torch.load(path, map_location='cpu', weights_only=True, mmap=is_zipfile(path))  # mapped: read when copied into a network
-    except pickle.UnpicklingError as e: raise CheckpointError(f'{path.name} holds Python objects beside its tensors, which could run code; it was not loaded and nothing in it was executed. Ask for a file with weights only.') from e
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e: raise CheckpointError(f'{path.name} is damaged or truncated ({str(e).partition(". ")[0].splitlines()[0] if str(e) else type(e).__name__}): copy or download it again.') from e
+
+        try:
+            return load_file(path)
+        except SafetensorError as e:
+            raise CheckpointError(f'{path.name} is damaged or truncated ({e}): copy or download it again.') from e
+    with path.open('rb') as file:
+        head = file.read(16)
+    if head and head[:1] != b'\x80' and head[:2] != b'PK':
+        raise CheckpointError(
+            f'{path.name} is not a checkpoint of torch (it begins with {head!r}): download the file itself.'
+        )
+    try:
+        return torch.load(
+            path, map_location='cpu', weights_only=True, mmap=is_zipfile(path)
+        )  # mapped: read when copied into a network
+    except pickle.UnpicklingError as e:
+        raise CheckpointError(
+            f'{path.name} holds Python objects beside its tensors, which could run code; it was not loaded and nothing in it was executed. Ask for a file with weights only.'
+        ) from e
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        raise CheckpointError(
+            f'{path.name} is damaged or truncated ({str(e).partition(". ")[0].splitlines()[0] if str(e) else type(e).__name__}): copy or download it again.'
+        ) from e
 
 # %% ../nbs/01b_checkpoints.ipynb #8c258a7d
-def read_checkpoint(path # .pth, .pt, .bin or .safetensors
-                   ): # dict name -> tensor on the CPU; raises CheckpointError
+def read_checkpoint(
+    path,  # .pth, .pt, .bin or .safetensors
+):  # dict name -> tensor on the CPU; raises CheckpointError
     "Read the tensors in a checkpoint file, without running anything in it."
     path = Path(path)
-    if not path.is_file(): raise CheckpointError(f'The checkpoint {path.name} does not exist: give the path of the file.')
+    if not path.is_file():
+        raise CheckpointError(f'The checkpoint {path.name} does not exist: give the path of the file.')
     head = path.open('rb').read(64)
-    if head.startswith(b'version https://git-lfs') or head.lstrip()[:1] == b'<': raise CheckpointError(f'{path.name} is not the weights but a page or pointer in their place ({path.stat().st_size} bytes): download the file itself.')
+    if head.startswith(b'version https://git-lfs') or head.lstrip()[:1] == b'<':
+        raise CheckpointError(
+            f'{path.name} is not the weights but a page or pointer in their place ({path.stat().st_size} bytes): download the file itself.'
+        )
     state = _load(path)
-    while isinstance(state, dict) and (inner := next((state[k] for k in ('model', 'state_dict') if isinstance(state.get(k), dict)), None)) is not None: state = inner
+    while (
+        isinstance(state, dict)
+        and (inner := next((state[k] for k in ('model', 'state_dict') if isinstance(state.get(k), dict)), None))
+        is not None
+    ):
+        state = inner
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise CheckpointError(f'{path.name} holds no dictionary of tensors: is it a checkpoint of a model?')
     return state
 
 # %% ../nbs/01b_checkpoints.ipynb #6b7c3191
-def load_checked(model, # torch module
-                 state, # dict name -> tensor, in the model's names
-                 name,  # of the checkpoint, for the message
-                 allow_missing=()): # beginnings of names that may keep their values; returns the names that did
+def load_checked(
+    model,  # torch module
+    state,  # dict name -> tensor, in the model's names
+    name,  # of the checkpoint, for the message
+    allow_missing=(),
+):  # beginnings of names that may keep their values; returns the names that did
     "Load a state dict strictly; raises CheckpointError."
     own = model.state_dict()
     missing = [k for k in own if k not in state]
-    wrong = dict(missing=[k for k in missing if not k.startswith(tuple(allow_missing) or '\0')], unknown=[k for k in state if k not in own],
-                 other_shape=[f'{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}' for k in own if k in state and own[k].shape != state[k].shape])
+    wrong = dict(
+        missing=[k for k in missing if not k.startswith(tuple(allow_missing) or '\0')],
+        unknown=[k for k in state if k not in own],
+        other_shape=[
+            f'{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}'
+            for k in own
+            if k in state and own[k].shape != state[k].shape
+        ],
+    )
     if any(wrong.values()):
-        what = '; '.join(f"{len(v)} {k.replace('_', ' ')} (first: {v[0]})" for k, v in wrong.items() if v)
-        raise CheckpointError(f'{name} does not fit this architecture: {what}. Check backbone, dim, codebook_size and depth.')
+        what = '; '.join(f'{len(v)} {k.replace("_", " ")} (first: {v[0]})' for k, v in wrong.items() if v)
+        raise CheckpointError(
+            f'{name} does not fit this architecture: {what}. Check backbone, dim, codebook_size and depth.'
+        )
     model.load_state_dict(state, strict=False)
     return missing
 
 # %% ../nbs/01b_checkpoints.ipynb #257ccb52
-def find_pretrained(name, # folder, hub id "user/name", "toy" or a folder of the package's data such as "toy/base"
-                    toy,  # the folder of the package's data that "toy" alone stands for
-                    error=CheckpointError): # raised with a sentence where it can be neither -> Path of a folder, or the hub id (str)
+def find_pretrained(
+    name,  # folder, hub id "user/name", "toy" or a folder of the package's data such as "toy/base"
+    toy,  # the folder of the package's data that "toy" alone stands for
+    error=CheckpointError,
+):  # raised with a sentence where it can be neither -> Path of a folder, or the hub id (str)
     "Tell a folder from a hub id, and find the toys of the package."
     path, text = Path(name), str(name)
-    if text == 'toy': return data_file('toy', toy)
-    if path.is_dir() and text: return path
-    if text.startswith('toy/'): return data_file(*path.parts)
-    if path.exists() or text.count('/') != 1 or text[0] in './~': raise error(f'{text or "An empty name"} is not a folder with weights: give a folder, a hub id "user/name", or "toy".')
-    if (top := Path(path.parts[0])).is_dir(): raise error(f'There is no folder {text}; {top} has {", ".join(sorted(p.name for p in top.iterdir())[:8]) or "nothing in it"}. (A hub id whose first part is also a folder here, {top}, is not asked for: start elsewhere for that.)')
+    if text == 'toy':
+        return data_file('toy', toy)
+    if path.is_dir() and text:
+        return path
+    if text.startswith('toy/'):
+        return data_file(*path.parts)
+    if path.exists() or text.count('/') != 1 or text[0] in './~':
+        raise error(
+            f'{text or "An empty name"} is not a folder with weights: give a folder, a hub id "user/name", or "toy".'
+        )
+    if (top := Path(path.parts[0])).is_dir():
+        raise error(
+            f'There is no folder {text}; {top} has {", ".join(sorted(p.name for p in top.iterdir())[:8]) or "nothing in it"}. (A hub id whose first part is also a folder here, {top}, is not asked for: start elsewhere for that.)'
+        )
     return text
 
-def hub_problem(name, e): # hub id, what fetching it raised -> sentence; None where the hub knows it
+
+def hub_problem(name, e):  # hub id, what fetching it raised -> sentence; None where the hub knows it
     "Say why a name cannot be found on the hub."
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-    kinds = {RepositoryNotFoundError: 'does the hub know it (or show it to you)', HFValidationError: 'is it a valid hub id', LocalEntryNotFoundError: 'could the hub be reached', ConnectionError: 'could the hub be reached'}
-    why = next((w for cause in (e, e.__cause__, e.__context__) for kind, w in kinds.items() if isinstance(cause, kind)), None)
-    return why and f'Neither is there a folder {name} here, nor {why}: correct the path or the id, or fetch the files where there is a network and give their folder.'
 
-def fetch_files(name, patterns, error=CheckpointError, **kwargs): # hub id; names of files; class of what is raised; kwargs go to huggingface_hub -> Path of the folder that has them
+    kinds = {
+        RepositoryNotFoundError: 'does the hub know it (or show it to you)',
+        HFValidationError: 'is it a valid hub id',
+        LocalEntryNotFoundError: 'could the hub be reached',
+        ConnectionError: 'could the hub be reached',
+    }
+    why = next(
+        (w for cause in (e, e.__cause__, e.__context__) for kind, w in kinds.items() if isinstance(cause, kind)), None
+    )
+    return (
+        why
+        and f'Neither is there a folder {name} here, nor {why}: correct the path or the id, or fetch the files where there is a network and give their folder.'
+    )
+
+
+def fetch_files(
+    name, patterns, error=CheckpointError, **kwargs
+):  # hub id; names of files; class of what is raised; kwargs go to huggingface_hub -> Path of the folder that has them
     "Fetch some files of a repository on the hub."
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(str(name), allow_patterns=patterns, **kwargs))
-    except (OSError, ValueError) as e: raise error(hub_problem(name, e) or f'{name} could not be fetched: {type(e).__name__}: {str(e).splitlines()[0][:200]}') from e
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=patterns, **kwargs))
+    except (OSError, ValueError) as e:
+        raise error(
+            hub_problem(name, e) or f'{name} could not be fetched: {type(e).__name__}: {str(e).splitlines()[0][:200]}'
+        ) from e
 
 # %% ../nbs/01b_checkpoints.ipynb #2dda943f
-_VIDEO = ('memory_attention.', 'memory_encoder.', 'maskmem_tpos_enc', 'no_mem_pos_enc', 'no_obj_ptr', 'no_obj_embed_spatial', 'obj_ptr_proj.', 'obj_ptr_tpos_proj.', 'mask_downsample.')
+_VIDEO = (
+    'memory_attention.',
+    'memory_encoder.',
+    'maskmem_tpos_enc',
+    'no_mem_pos_enc',
+    'no_obj_ptr',
+    'no_obj_embed_spatial',
+    'obj_ptr_proj.',
+    'obj_ptr_tpos_proj.',
+    'mask_downsample.',
+)
 
 _DECODER, _ENCODER = 'sam_mask_decoder.transformer.', 'sam_mask_encoder.transformer.'
 
-def sam2_state(raw, # dict of a sam2.1 checkpoint
-               warm_mask_encoder=False # start the mask encoder's transformer from the decoder's, which has the same shape
-              ): # (dict in our names, report dict with `unused` and `note`)
+
+def sam2_state(
+    raw,  # dict of a sam2.1 checkpoint
+    warm_mask_encoder=False,  # start the mask encoder's transformer from the decoder's, which has the same shape
+):  # (dict in our names, report dict with `unused` and `note`)
     "Select what a tokenizer uses of a SAM 2.1 checkpoint."
     state = {k: v for k, v in raw.items() if not k.startswith(_VIDEO)}
-    if warm_mask_encoder: state |= {k.replace(_DECODER, _ENCODER): v.clone() for k, v in state.items() if k.startswith(_DECODER)}
+    if warm_mask_encoder:
+        state |= {k.replace(_DECODER, _ENCODER): v.clone() for k, v in state.items() if k.startswith(_DECODER)}
     encoder = 'the mask encoder starts from the mask decoder, its token' if warm_mask_encoder else 'the mask encoder'
-    return state, dict(unused=[k for k in raw if k.startswith(_VIDEO)], note=f'SAM 2 was loaded; {encoder} and the quantizer are fresh and have to be trained.')
+    return state, dict(
+        unused=[k for k in raw if k.startswith(_VIDEO)],
+        note=f'SAM 2 was loaded; {encoder} and the quantizer are fresh and have to be trained.',
+    )
 
 # %% ../nbs/01b_checkpoints.ipynb #fc1f43be
 _PREFIX = 'model.sam2_model.'
 _BOOK = dict(weight='codebook', cluster_size_ema='cluster_size', embed_ema='embed_sum')
 
-def published_state(raw # dict of the authors' .pth file
-                   ): # (dict in our names, report dict); raises CheckpointError for names of neither
+
+def published_state(
+    raw,  # dict of the authors' .pth file
+):  # (dict in our names, report dict); raises CheckpointError for names of neither
     "Translate a published tokenizer checkpoint."
     state, unused = {}, []
     for k, v in raw.items():
-        if k.removeprefix(_PREFIX).startswith(_VIDEO): unused.append(k)
-        elif k.startswith(_PREFIX): state[k.removeprefix(_PREFIX)] = v
+        if k.removeprefix(_PREFIX).startswith(_VIDEO):
+            unused.append(k)
+        elif k.startswith(_PREFIX):
+            state[k.removeprefix(_PREFIX)] = v
         elif k.startswith('quantizer.codebooks.') and (leaf := k.rsplit('.', 1)[1]) in _BOOK:
             state[k.rsplit('.', 1)[0] + '.' + _BOOK[leaf]] = v[:-1] if leaf == 'weight' else v
-        else: raise CheckpointError(f'{k} is not a name of a published tokenizer (model.sam2_model.*, quantizer.codebooks.*): is this a checkpoint of something else?')
+        else:
+            raise CheckpointError(
+                f'{k} is not a name of a published tokenizer (model.sam2_model.*, quantizer.codebooks.*): is this a checkpoint of something else?'
+            )
     return state, dict(unused=unused, note='A published tokenizer was loaded whole.')
 
 # %% ../nbs/01b_checkpoints.ipynb #a228ee6d
-def to_published(state # dict in our names (MaskTokenizer.state_dict())
-                ): # dict in the authors' names, padding rows included
+def to_published(
+    state,  # dict in our names (MaskTokenizer.state_dict())
+):  # dict in the authors' names, padding rows included
     "Translate a tokenizer's weights into the published layout."
     back, out = {v: k for k, v in _BOOK.items()}, {}
     for k, v in state.items():
         if k.startswith('quantizer.'):
             head, leaf = k.rsplit('.', 1)
             out[f'{head}.{back[leaf]}'] = torch.cat([v, v.new_zeros(1, v.shape[1])]) if leaf == 'codebook' else v
-        else: out[_PREFIX + k] = v
+        else:
+            out[_PREFIX + k] = v
     return out

@@ -6,62 +6,101 @@
 __all__ = ['read_masks', 'encode_main', 'decode_main']
 
 # %% ../nbs/11_cli.ipynb #0b46983a
-import argparse, json, sys
+import argparse
+import json
+import sys
 from pathlib import Path
 
 # %% ../nbs/11_cli.ipynb #afed3141
-def read_masks(path, # .png (or another image) or .json
-               size  # (H, W) of the image
-              ): # list of (H,W) bool; raises MaskError, ImageError
+def read_masks(
+    path,  # .png (or another image) or .json
+    size,  # (H, W) of the image
+):  # list of (H,W) bool; raises MaskError, ImageError
     "Read the masks in a file: an image, or JSON with RLE or polygons, one or a list."
     import numpy as np
+
     from samtok.data import read_ids
     from samtok.masks import MaskError, check_mask, segmentation_to_mask
+
     path = Path(path)
     if path.suffix.lower() != '.json':
         ids = read_ids(path, 'mask')
         mask = check_mask(ids > 0, size, name=f'mask {path.name}')
-        if (k := len(np.unique(ids))) > 2: raise MaskError(f'{path.name} has {k} values and is no mask: a mask is 0 outside and one value inside (smoothing its edge adds values between). Of a map of regions samtok.masks.id_map_to_masks makes masks.')
+        if (k := len(np.unique(ids))) > 2:
+            raise MaskError(
+                f'{path.name} has {k} values and is no mask: a mask is 0 outside and one value inside (smoothing its edge adds values between). Of a map of regions samtok.masks.id_map_to_masks makes masks.'
+            )
         return [mask]
-    try: data = json.loads(path.read_text())
-    except (OSError, ValueError) as e: raise MaskError(f'{path.name} cannot be read as JSON: {e}.') from e
-    if isinstance(data, dict) and 'masks' in data: data = data['masks']
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise MaskError(f'{path.name} cannot be read as JSON: {e}.') from e
+    if isinstance(data, dict) and 'masks' in data:
+        data = data['masks']
     one = isinstance(data, dict) or (isinstance(data, list) and data and isinstance(data[0], (int, float)))
     items = [data] if one or (data and isinstance(data[0], list) and isinstance(data[0][0], (int, float))) else data
-    if not items: raise MaskError(f'{path.name} holds no mask: give an RLE dict, polygons, or a list of them.')
-    return [segmentation_to_mask(m.get('rle', m.get('segmentation', m)) if isinstance(m, dict) else m, size) for m in items]
+    if not items:
+        raise MaskError(f'{path.name} holds no mask: give an RLE dict, polygons, or a list of them.')
+    return [
+        segmentation_to_mask(m.get('rle', m.get('segmentation', m)) if isinstance(m, dict) else m, size) for m in items
+    ]
 
 # %% ../nbs/11_cli.ipynb #68fb609c
-def _run(prog, work, args): # call work(args); a known error becomes one sentence and exit code 2
-    try: return work(args)
+def _run(prog, work, args):  # call work(args); a known error becomes one sentence and exit code 2
+    try:
+        return work(args)
     except (ValueError, OSError) as e:
         print(f'{prog}: {e}', file=sys.stderr)
         raise SystemExit(2)
 
+
 def _parser(prog, text):
     p = argparse.ArgumentParser(prog=prog, description=text)
     p.add_argument('image', help='image file')
-    p.add_argument('--tokenizer', default='toy', help='of masks: folder, hub id, "toy" (default), or a folder of the package such as toy/tokenizer_16')
+    p.add_argument(
+        '--tokenizer',
+        default='toy',
+        help='of masks: folder, hub id, "toy" (default), or a folder of the package such as toy/tokenizer_16',
+    )
     p.add_argument('--device', default='cpu', help='cpu or cuda')
     p.add_argument('--json', action='store_true', help='print JSON')
     return p
 
 # %% ../nbs/11_cli.ipynb #2f674c43
 def _encode(args):
+    import numpy as np
+
     from samtok.data import read_image
     from samtok.masks import mask_to_box
     from samtok.tokenizer import MaskTokenizer
-    import numpy as np
+
     image = read_image(args.image)
     named = [(Path(f).name, i, m) for f in args.masks for i, m in enumerate(read_masks(f, image.shape[:2]))]
-    if not named: raise ValueError('No masks were given: name at least one PNG or JSON file.')
-    if empty := [f'{f}, mask {i}' if f.endswith('.json') else f for f, i, m in named if not m.any()]: raise ValueError(f'{empty[0]} has no pixel: leave it out.')
+    if not named:
+        raise ValueError('No masks were given: name at least one PNG or JSON file.')
+    if empty := [f'{f}, mask {i}' if f.endswith('.json') else f for f, i, m in named if not m.any()]:
+        raise ValueError(f'{empty[0]} has no pixel: leave it out.')
     tokenizer = MaskTokenizer.from_pretrained(args.tokenizer, device=args.device)
     codes = tokenizer.encode(image, np.stack([m for *_, m in named]))
-    rows = [dict(file=f, index=i, words=tokenizer.vocab.format(c), codes=c.tolist(), box=mask_to_box(m).tolist(), area=int(m.sum())) for (f, i, m), c in zip(named, codes)]
-    print(json.dumps(dict(image=Path(args.image).name, size=list(image.shape[:2]), masks=rows), indent=1) if args.json else '\n'.join(r['words'] for r in rows))
+    rows = [
+        dict(
+            file=f,
+            index=i,
+            words=tokenizer.vocab.format(c),
+            codes=c.tolist(),
+            box=mask_to_box(m).tolist(),
+            area=int(m.sum()),
+        )
+        for (f, i, m), c in zip(named, codes)
+    ]
+    print(
+        json.dumps(dict(image=Path(args.image).name, size=list(image.shape[:2]), masks=rows), indent=1)
+        if args.json
+        else '\n'.join(r['words'] for r in rows)
+    )
 
-def encode_main(argv=None): # IMAGE MASK... [--tokenizer T] [--json]
+
+def encode_main(argv=None):  # IMAGE MASK... [--tokenizer T] [--json]
     "Print the words of masks of an image (console command `samtok-encode`)."
     p = _parser('samtok-encode', 'Masks of an image as words, one line for each mask.')
     p.add_argument('masks', nargs='+', help='PNG masks, or JSON with RLE or polygons')
@@ -69,42 +108,74 @@ def encode_main(argv=None): # IMAGE MASK... [--tokenizer T] [--json]
 
 # %% ../nbs/11_cli.ipynb #11c46611
 def _words_text(words):
-    if words == '-': return sys.stdin.read()
+    if words == '-':
+        return sys.stdin.read()
     path = Path(words)
     if '<|' not in words and path.is_file():
         text = path.read_text()
         return ''.join(m['words'] for m in json.loads(text)['masks']) if path.suffix == '.json' else text
-    if '<|' not in words and path.suffix in ('.txt', '.json'): raise OSError(f'There is no file {words}.')
+    if '<|' not in words and path.suffix in ('.txt', '.json'):
+        raise OSError(f'There is no file {words}.')
     return words
 
-def _save_masks(masks, out): # -> list of file names; out names the first or only file
+
+def _save_masks(masks, out):  # -> list of file names; out names the first or only file
     import numpy as np
     from PIL import Image
-    if out.suffix.lower() != '.png': raise OSError(f'{out} is no PNG file, and others do not keep masks exactly: let its name end in .png.')
+
+    if out.suffix.lower() != '.png':
+        raise OSError(f'{out} is no PNG file, and others do not keep masks exactly: let its name end in .png.')
     paths = [out if len(masks) == 1 else out.with_stem(f'{out.stem}_{i}') for i in range(len(masks))]
     try:
-        for m, p in zip(masks, paths): Image.fromarray(m * np.uint8(255)).save(p)
-    except (OSError, ValueError) as e: raise OSError(f'{p} cannot be written ({getattr(e, "strerror", None) or e}): give a PNG file in a folder that exists.') from e
+        for m, p in zip(masks, paths):
+            Image.fromarray(m * np.uint8(255)).save(p)
+    except (OSError, ValueError) as e:
+        raise OSError(
+            f'{p} cannot be written ({getattr(e, "strerror", None) or e}): give a PNG file in a folder that exists.'
+        ) from e
     return [p.name for p in paths]
 
 # %% ../nbs/11_cli.ipynb #f7282a21
 def _decode(args):
     from samtok.data import read_image
-    from samtok.masks import mask_to_polygons, mask_to_rle
+    from samtok.masks import mask_to_rle
     from samtok.tokenizer import MaskTokenizer
+
     image, tokenizer = read_image(args.image), MaskTokenizer.from_pretrained(args.tokenizer, device=args.device)
     spans = tokenizer.vocab.parse(_words_text(args.words))
     good, bad = [s for s in spans if s.ok], [s for s in spans if not s.ok]
-    if not good: raise ValueError('The text holds no well-formed mask words' + (f': {bad[0].problem}' if bad else '.'))
+    if not good:
+        raise ValueError('The text holds no well-formed mask words' + (f': {bad[0].problem}' if bad else '.'))
     masks, scores = tokenizer.decode(image, tokenizer.vocab.codes(good), return_scores=True)
     files = _save_masks(masks, Path(args.output)) if args.output else [None] * len(masks)
     convert = mask_to_polygons if args.format == 'polygon' else mask_to_rle
-    rows = [dict(words=s.text, score=round(float(v), 4), area=int(m.sum()), **(dict(file=f) if f else {args.format: convert(m)})) for s, v, m, f in zip(good, scores, masks, files)]
-    for s in bad: print(f'samtok-decode: left out {s.text!r}: {s.problem}', file=sys.stderr)
-    print(json.dumps(dict(image=Path(args.image).name, size=list(image.shape[:2]), masks=rows, left_out=[dict(text=s.text, problem=s.problem) for s in bad]), indent=1)
-          if args.json else '\n'.join(r.get('file') or json.dumps(r[args.format]) for r in rows))
+    rows = [
+        dict(
+            words=s.text,
+            score=round(float(v), 4),
+            area=int(m.sum()),
+            **(dict(file=f) if f else {args.format: convert(m)}),
+        )
+        for s, v, m, f in zip(good, scores, masks, files)
+    ]
+    for s in bad:
+        print(f'samtok-decode: left out {s.text!r}: {s.problem}', file=sys.stderr)
+    print(
+        json.dumps(
+            dict(
+                image=Path(args.image).name,
+                size=list(image.shape[:2]),
+                masks=rows,
+                left_out=[dict(text=s.text, problem=s.problem) for s in bad],
+            ),
+            indent=1,
+        )
+        if args.json
+        else '\n'.join(r.get('file') or json.dumps(r[args.format]) for r in rows)
+    )
 
-def decode_main(argv=None): # IMAGE WORDS [-o MASK.png] [--format rle|polygon] [--json]
+
+def decode_main(argv=None):  # IMAGE WORDS [-o MASK.png] [--format rle|polygon] [--json]
     "Draw the masks that words mean in an image (console command `samtok-decode`)."
     p = _parser('samtok-decode', 'Mask words of an image as masks.')
     p.add_argument('words', help='text with mask words, a file with such text, or - for standard input')

@@ -16,65 +16,110 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from .masks import MaskError, check_mask, check_masks, id_map_to_masks, masks_to_boxes, resize_mask, segmentation_to_mask
+
+from samtok.masks import (
+    MaskError,
+    check_mask,
+    check_masks,
+    id_map_to_masks,
+    masks_to_boxes,
+    resize_mask,
+    segmentation_to_mask,
+)
 
 # %% ../nbs/00c_data.ipynb #b84929b5
 class ImageError(ValueError):
     "Say why an image cannot be read."
 
+
 class DataError(ValueError):
     "Say what is wrong with a data set as a whole."
 
 # %% ../nbs/00c_data.ipynb #aa5d3c93
-def short_path(path): # str or Path -> str
+def short_path(path):  # str or Path -> str
     "Show a path in a sentence: as it was given, of an absolute one the last three names."
-    return os.path.join("...", *Path(path).parts[1:][-3:]) if os.path.isabs(path) else str(path)
+    return os.path.join('...', *Path(path).parts[1:][-3:]) if os.path.isabs(path) else str(path)
+
 
 def read_image(
-    source, # path, bytes, PIL image, or array: (H,W), (H,W,1), (H,W,3) or (H,W,4) of uint8, uint16, bool, or float in [0,1]
-): # (H,W,3) uint8 RGB, turned as its EXIF orientation says; raises ImageError
+    source,  # path, bytes, PIL image, or array: (H,W), (H,W,1), (H,W,3) or (H,W,4) of uint8, uint16, bool, or float in [0,1]
+):  # (H,W,3) uint8 RGB, turned as its EXIF orientation says; raises ImageError
     "Read any image as RGB."
     return _read_turned(source)[0]
 
-_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}                             # EXIF orientation -> PIL's Transpose
 
-def _read_turned(source): # -> image, turn (PIL Transpose or None)
-    if not isinstance(source, (str, os.PathLike, bytes, bytearray, Image.Image)): return _from_array(source), None
-    name = "The image" if isinstance(source, Image.Image) else f"The image of {len(source)} bytes" if isinstance(source, (bytes, bytearray)) else f"The image {short_path(source)}"
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> PIL's Transpose
+
+
+def _read_turned(source):  # -> image, turn (PIL Transpose or None)
+    if not isinstance(source, (str, os.PathLike, bytes, bytearray, Image.Image)):
+        return _from_array(source), None
+    name = (
+        'The image'
+        if isinstance(source, Image.Image)
+        else f'The image of {len(source)} bytes'
+        if isinstance(source, (bytes, bytearray))
+        else f'The image {short_path(source)}'
+    )
     try:
-        if isinstance(source, Image.Image): return _from_pil(source)
-        with Image.open(_io(source)) as opened: return _from_pil(opened)
-    except FileNotFoundError as e: raise ImageError(f"{name} does not exist.") from e
-    except ImageError as e: raise ImageError(f"{name}: {e}") from e
-    except Exception as e: raise ImageError(f"{name} cannot be read: {_why(e)}.") from e   # decoders raise every kind on broken bytes
+        if isinstance(source, Image.Image):
+            return _from_pil(source)
+        with Image.open(_io(source)) as opened:
+            return _from_pil(opened)
+    except FileNotFoundError as e:
+        raise ImageError(f'{name} does not exist.') from e
+    except ImageError as e:
+        raise ImageError(f'{name}: {e}') from e
+    except Exception as e:
+        raise ImageError(f'{name} cannot be read: {_why(e)}.') from e  # decoders raise every kind on broken bytes
 
-def _why(e): return "it is no image file of a known kind" if isinstance(e, UnidentifiedImageError) else getattr(e, "strerror", None) or e
+
+def _why(e):
+    return (
+        'it is no image file of a known kind'
+        if isinstance(e, UnidentifiedImageError)
+        else getattr(e, 'strerror', None) or e
+    )
+
 
 def _io(source):
     import io
+
     return io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else source
 
 # %% ../nbs/00c_data.ipynb #64985585
-def _from_pil(image): # -> (H,W,3) uint8, turn or None
-    try: turn = _TURNS.get(image.getexif().get(0x0112))
-    except Exception: turn = None                                               # a broken EXIF block turns nothing
+def _from_pil(image):  # -> (H,W,3) uint8, turn or None
+    try:
+        turn = _TURNS.get(image.getexif().get(0x0112))
+    except Exception:
+        turn = None  # a broken EXIF block turns nothing
     image.load()
-    if 0 in image.size: raise ImageError(f"The image is {image.size[1]}x{image.size[0]}; both sides must be at least 1.")
-    if image.mode.startswith("I") or image.mode == "F":
+    if 0 in image.size:
+        raise ImageError(f'The image is {image.size[1]}x{image.size[0]}; both sides must be at least 1.')
+    if image.mode.startswith('I') or image.mode == 'F':
         deep = np.asarray(image)
-        rgb = _from_array(deep.clip(0, 65535).astype(np.uint16) if image.mode != "F" else deep)
-    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info: rgb = _from_array(np.asarray(image.convert("RGBA")))
-    else: rgb = np.array(image.convert("RGB"))
+        rgb = _from_array(deep.clip(0, 65535).astype(np.uint16) if image.mode != 'F' else deep)
+    elif image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in image.info:
+        rgb = _from_array(np.asarray(image.convert('RGBA')))
+    else:
+        rgb = np.array(image.convert('RGB'))
     return (rgb if turn is None else np.array(Image.fromarray(rgb).transpose(turn))), turn
 
-def _from_array(a): # -> (H,W,3) uint8
-    try: a = np.asarray(a)
-    except (TypeError, ValueError) as e: raise ImageError(f"The image is a {type(a).__name__} that is no array: {e}.") from e
-    if a.ndim == 2: a = a[..., None]
-    if a.ndim != 3 or a.shape[2] not in (1, 3, 4): raise ImageError(f"The image has shape {a.shape}; give (H,W), (H,W,1), (H,W,3) or (H,W,4), channels last.")
-    if 0 in a.shape: raise ImageError(f"The image is {a.shape[0]}x{a.shape[1]}; both sides must be at least 1.")
+
+def _from_array(a):  # -> (H,W,3) uint8
+    try:
+        a = np.asarray(a)
+    except (TypeError, ValueError) as e:
+        raise ImageError(f'The image is a {type(a).__name__} that is no array: {e}.') from e
+    if a.ndim == 2:
+        a = a[..., None]
+    if a.ndim != 3 or a.shape[2] not in (1, 3, 4):
+        raise ImageError(f'The image has shape {a.shape}; give (H,W), (H,W,1), (H,W,3) or (H,W,4), channels last.')
+    if 0 in a.shape:
+        raise ImageError(f'The image is {a.shape[0]}x{a.shape[1]}; both sides must be at least 1.')
     a = _to_uint8(a)
     if a.shape[2] == 4:
         alpha = a[..., 3:] / 255
@@ -82,82 +127,120 @@ def _from_array(a): # -> (H,W,3) uint8
     return np.ascontiguousarray(np.broadcast_to(a, (*a.shape[:2], 3)))
 
 # %% ../nbs/00c_data.ipynb #80195a2d
-def _to_uint8(a): # (H,W,C) any dtype -> uint8
-    if a.dtype == np.uint8: return a
-    if a.dtype == bool: return a * np.uint8(255)
-    if a.dtype == np.uint16: return ((a.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if a.dtype.kind == "f":
-        if not np.isfinite(a).all(): raise ImageError(f"The image is {a.dtype} and holds NaN or infinity.")
-        a, high = a * 255., 255
-    elif a.dtype.kind in "iu": high = 255
-    else: raise ImageError(f"The image is {a.dtype}; give uint8, uint16, bool or float.")
-    if a.min() < 0 or a.max() > high: raise ImageError("The image has values out of range: floats must be in [0,1], whole numbers in 0..255 (uint16: 0..65535).")
+def _to_uint8(a):  # (H,W,C) any dtype -> uint8
+    if a.dtype == np.uint8:
+        return a
+    if a.dtype == bool:
+        return a * np.uint8(255)
+    if a.dtype == np.uint16:
+        return ((a.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if a.dtype.kind == 'f':
+        if not np.isfinite(a).all():
+            raise ImageError(f'The image is {a.dtype} and holds NaN or infinity.')
+        a, high = a * 255.0, 255
+    elif a.dtype.kind in 'iu':
+        high = 255
+    else:
+        raise ImageError(f'The image is {a.dtype}; give uint8, uint16, bool or float.')
+    if a.min() < 0 or a.max() > high:
+        raise ImageError(
+            'The image has values out of range: floats must be in [0,1], whole numbers in 0..255 (uint16: 0..65535).'
+        )
     return np.rint(a).astype(np.uint8)
 
 # %% ../nbs/00c_data.ipynb #9577e606
 def read_ids(
-    source, # path or bytes of a PNG (or any lossless image): 1 bit, palette, 8 or 16 bits gray, or RGB
-    what="id map", # what an error calls it
-): # (H,W) int64: palette index, gray value, or R + 256 G + 65536 B; raises ImageError
+    source,  # path or bytes of a PNG (or any lossless image): 1 bit, palette, 8 or 16 bits gray, or RGB
+    what='id map',  # what an error calls it
+):  # (H,W) int64: palette index, gray value, or R + 256 G + 65536 B; raises ImageError
     "Read a map of region ids."
-    name = f"The {what}" if isinstance(source, (bytes, bytearray)) else f"The {what} {short_path(source)}"
+    name = f'The {what}' if isinstance(source, (bytes, bytearray)) else f'The {what} {short_path(source)}'
     try:
-        with Image.open(_io(source)) as opened: kind, mode, a = opened.format, opened.mode, np.asarray(opened)
-    except FileNotFoundError as e: raise ImageError(f"{name} does not exist.") from e
-    except Exception as e: raise ImageError(f"{name} cannot be read: {_why(e)}.") from e
-    if mode in ("RGBA", "LA") and (a[..., -1] < 255).any(): raise ImageError(f"{name} is transparent in places, and its colours there mean nothing: flatten it onto black, or save its alpha channel alone.")
-    if kind == "JPEG": raise ImageError(f"{name} is a JPEG, which does not keep numbers exactly; give a PNG.")
-    if mode in ("RGBA", "LA"): a = a[..., :3] if mode == "RGBA" else a[..., 0]
-    if a.ndim == 3 and mode in ("RGB", "RGBA"): return a.astype(np.int64) @ np.array([1, 256, 65536])
-    if a.ndim != 2 or 0 in a.shape or a.dtype.kind == "f": raise ImageError(f"{name} has mode {mode} and shape {a.shape}; give palette, gray or RGB.")
+        with Image.open(_io(source)) as opened:
+            kind, mode, a = opened.format, opened.mode, np.asarray(opened)
+    except FileNotFoundError as e:
+        raise ImageError(f'{name} does not exist.') from e
+    except Exception as e:
+        raise ImageError(f'{name} cannot be read: {_why(e)}.') from e
+    if mode in ('RGBA', 'LA') and (a[..., -1] < 255).any():
+        raise ImageError(
+            f'{name} is transparent in places, and its colours there mean nothing: flatten it onto black, or save its alpha channel alone.'
+        )
+    if kind == 'JPEG':
+        raise ImageError(f'{name} is a JPEG, which does not keep numbers exactly; give a PNG.')
+    if mode in ('RGBA', 'LA'):
+        a = a[..., :3] if mode == 'RGBA' else a[..., 0]
+    if a.ndim == 3 and mode in ('RGB', 'RGBA'):
+        return a.astype(np.int64) @ np.array([1, 256, 65536])
+    if a.ndim != 2 or 0 in a.shape or a.dtype.kind == 'f':
+        raise ImageError(f'{name} has mode {mode} and shape {a.shape}; give palette, gray or RGB.')
     return a.astype(np.int64)
 
 # %% ../nbs/00c_data.ipynb #4cdedbb4
 @dataclass(eq=False)
 class MaskSample:
     "Hold one image with its masks; sizes are checked. Raises ImageError and MaskError."
-    image: np.ndarray                                                           # (H,W,3) uint8 RGB
-    masks: np.ndarray                                                           # (N,H,W) bool; N may be 0
-    labels: list | None = None                                                  # N names, or None where the set has none
-    id: str = ""                                                                # unique within the data set
-    dataset: str = ""                                                           # name of the data set
-    meta: dict = field(default_factory=dict)                                    # lists of length N run parallel to the masks
+
+    image: np.ndarray  # (H,W,3) uint8 RGB
+    masks: np.ndarray  # (N,H,W) bool; N may be 0
+    labels: list | None = None  # N names, or None where the set has none
+    id: str = ''  # unique within the data set
+    dataset: str = ''  # name of the data set
+    meta: dict = field(default_factory=dict)  # lists of length N run parallel to the masks
 
     def __post_init__(self):
         image = self.image
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ImageError(f"The image of sample {self.id!r} is not an (H,W,3) uint8 array; use read_image.")
+            raise ImageError(f'The image of sample {self.id!r} is not an (H,W,3) uint8 array; use read_image.')
         self.masks = check_masks(self.masks, image.shape[:2])
-        if self.labels is not None: self.labels = [str(l) for l in self.labels]
-        if self.labels is not None and len(self.labels) != len(self.masks): raise MaskError(f"Sample {self.id!r} has {len(self.masks)} masks and {len(self.labels)} labels.")
+        if self.labels is not None:
+            self.labels = [str(l) for l in self.labels]
+        if self.labels is not None and len(self.labels) != len(self.masks):
+            raise MaskError(f'Sample {self.id!r} has {len(self.masks)} masks and {len(self.labels)} labels.')
 
-    def __len__(self): return len(self.masks)
-    def __repr__(self): return f"MaskSample({self.id!r} of {self.dataset!r}, {len(self)} masks, {self.size[0]}x{self.size[1]})"
+    def __len__(self):
+        return len(self.masks)
+
+    def __repr__(self):
+        return f'MaskSample({self.id!r} of {self.dataset!r}, {len(self)} masks, {self.size[0]}x{self.size[1]})'
+
     @property
-    def size(self): return self.image.shape[:2]                                 # (H,W)
+    def size(self):
+        return self.image.shape[:2]  # (H,W)
+
     @property
-    def boxes(self): return masks_to_boxes(self.masks)                          # (N,4) float64 xyxy pixels, max exclusive
+    def boxes(self):
+        return masks_to_boxes(self.masks)  # (N,4) float64 xyxy pixels, max exclusive
 
 # %% ../nbs/00c_data.ipynb #0b48161f
-def _select(self,
-    index, # list of int, slice or (N,) bool
-): # MaskSample
+def _select(
+    self,
+    index,  # list of int, slice or (N,) bool
+):  # MaskSample
     "Keep the chosen masks with their labels and their entries of `meta`."
     index, n = np.arange(len(self))[index], len(self)
-    pick = lambda values: [values[i] for i in index]
-    meta = {k: pick(v) if isinstance(v, list) and len(v) == n else v for k, v in self.meta.items()}
-    return MaskSample(self.image, self.masks[index], None if self.labels is None else pick(self.labels), self.id, self.dataset, meta)
 
-def _resize(self,
-    size, # (H,W) of the result
-): # MaskSample
+    def pick(values):
+        return [values[i] for i in index]
+
+    meta = {k: pick(v) if isinstance(v, list) and len(v) == n else v for k, v in self.meta.items()}
+    return MaskSample(
+        self.image, self.masks[index], None if self.labels is None else pick(self.labels), self.id, self.dataset, meta
+    )
+
+
+def _resize(
+    self,
+    size,  # (H,W) of the result
+):  # MaskSample
     "Resize the image (bilinear) and the masks (nearest pixel centre); a thin mask can become empty."
     h, w = size
     image = np.asarray(Image.fromarray(self.image).resize((w, h), Image.Resampling.BILINEAR))
     masks = [resize_mask(m, (h, w)) for m in self.masks]
     return MaskSample(image, check_masks(masks, (h, w)), self.labels, self.id, self.dataset, self.meta)
 
-def _drop_empty(self): # MaskSample
+
+def _drop_empty(self):  # MaskSample
     "Leave out masks without pixels."
     keep = self.masks.any((1, 2))
     return self if keep.all() else self.select(keep)
@@ -165,293 +248,449 @@ def _drop_empty(self): # MaskSample
 # %% ../nbs/00c_data.ipynb #19eeca42
 def _sample_png(self):
     from samtok.show import figure_png, show_image
+
     return figure_png(show_image(self.image, self.masks, labels=self.labels, title=self.id))
 
-MaskSample.select, MaskSample.resize, MaskSample.drop_empty, MaskSample._repr_png_ = _select, _resize, _drop_empty, _sample_png
+
+MaskSample.select, MaskSample.resize, MaskSample.drop_empty, MaskSample._repr_png_ = (
+    _select,
+    _resize,
+    _drop_empty,
+    _sample_png,
+)
 
 # %% ../nbs/00c_data.ipynb #8519722e
 class Report(Counter):
     "Count what was read and what was left out; `examples` keeps the first case of each reason."
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.examples = {}
 
-    def add(self,
-        reason, # str, short: the kind of trouble and what became of it
-        example, # str, a sentence about this case; only the first of a reason is kept
+    def add(
+        self,
+        reason,  # str, short: the kind of trouble and what became of it
+        example,  # str, a sentence about this case; only the first of a reason is kept
     ):
         "Count one case."
         self[reason] += 1
         self.examples.setdefault(reason, example)
 
-    def merge(self, other): # Report, this one
+    def merge(self, other):  # Report, this one
         "Add the counts of another report."
         self.update(other)
-        for reason, example in getattr(other, "examples", {}).items(): self.examples.setdefault(reason, example)
+        for reason, example in getattr(other, 'examples', {}).items():
+            self.examples.setdefault(reason, example)
         return self
 
-    def __repr__(self): return '\n'.join([f'Report({dict(self)})', *(f'  first {k}: {v}' for k, v in self.examples.items())])
+    def __repr__(self):
+        return '\n'.join([f'Report({dict(self)})', *(f'  first {k}: {v}' for k, v in self.examples.items())])
 
     def _repr_markdown_(self):
-        rows = [f"| {k} | {n} | {self.examples.get(k, '').replace('|', '/')} |" for k, n in sorted(self.items(), key=lambda row: (row[0] not in ("ok", "masks"), row[0]))]
-        return "\n".join(["| what | count | first case |", "| --- | --- | --- |", *rows])
+        rows = [
+            f'| {k} | {n} | {self.examples.get(k, "").replace("|", "/")} |'
+            for k, n in sorted(self.items(), key=lambda row: (row[0] not in ('ok', 'masks'), row[0]))
+        ]
+        return '\n'.join(['| what | count | first case |', '| --- | --- | --- |', *rows])
 
 # %% ../nbs/00c_data.ipynb #59d6565e
-def _shuffled(items, size, rng): # yields all items; holds `size` of them
+def _shuffled(items, size, rng):  # yields all items; holds `size` of them
     buffer = []
     for item in items:
-        if len(buffer) < size: buffer.append(item); continue
+        if len(buffer) < size:
+            buffer.append(item)
+            continue
         i = int(rng.integers(size))
         yield buffer[i]
         buffer[i] = item
     yield from (buffer[i] for i in rng.permutation(len(buffer)))
 
-class _Stream: # iterates over samples; .taken is the number of records drawn, to be passed as skip
+
+class _Stream:  # iterates over samples; .taken is the number of records drawn, to be passed as skip
     def __init__(self, dataset, order, taken):
         self.dataset, self.order, self.taken, self.lost, self.found = dataset, order, taken, 0, False
 
-    def __iter__(self): return self
+    def __iter__(self):
+        return self
 
     def __next__(self):
         while True:
             epoch, record = next(self.order)
             self.taken += 1
             sample = self.dataset._read(record, epoch)
-            if sample is not None: self.found = True; return sample
+            if sample is not None:
+                self.found = True
+                return sample
             self.lost += 1
             if not self.found and self.lost >= 1000:
-                first = next(iter(self.dataset.report.examples.values()), "none was kept")
-                raise DataError(f"The first 1000 records of {self.dataset.name} cannot be read; is the path right? First case: {first}")
+                first = next(iter(self.dataset.report.examples.values()), 'none was kept')
+                raise DataError(
+                    f'The first 1000 records of {self.dataset.name} cannot be read; is the path right? First case: {first}'
+                )
 
 # %% ../nbs/00c_data.ipynb #d004ad07
 class MaskDataset:
     "Read samples as a stream; subclasses define `records()` and `load(record)`."
-    name = "masks"
-    epoch = 0                                                                   # the pass that the record being loaded belongs to
-    def __init__(self, max_masks=None): # int: at most so many masks of an image at a time, others in later epochs
+
+    name = 'masks'
+    epoch = 0  # the pass that the record being loaded belongs to
+
+    def __init__(self, max_masks=None):  # int: at most so many masks of an image at a time, others in later epochs
         self.report, self.max_masks = Report(), max_masks
 
-    def records(self): raise NotImplementedError(f"{type(self).__name__} needs records(): yield something small for each sample.")
-    def load(self, record): raise NotImplementedError(f"{type(self).__name__} needs load(record): return a MaskSample.")
+    def records(self):
+        raise NotImplementedError(f'{type(self).__name__} needs records(): yield something small for each sample.')
 
-    def __len__(self): # number of records; lists them once
-        if getattr(self, "_count", None) is None: self._count = sum(1 for _ in self.records())
+    def load(self, record):
+        raise NotImplementedError(f'{type(self).__name__} needs load(record): return a MaskSample.')
+
+    def __len__(self):  # number of records; lists them once
+        if getattr(self, '_count', None) is None:
+            self._count = sum(1 for _ in self.records())
         return self._count
 
-    def stamp(self): return None # str that changes when the files change, for readers that can tell; what was made of other files is then not taken for finished
+    def stamp(self):
+        return None  # str that changes when the files change, for readers that can tell; what was made of other files is then not taken for finished
 
-    def _order(self, seed, epoch): return ((epoch, record) for record in self.records())
+    def _order(self, seed, epoch):
+        return ((epoch, record) for record in self.records())
 
 # %% ../nbs/00c_data.ipynb #b63a6987
-def _read(self, record, epoch): # -> MaskSample, or None when it was counted and left out
+def _read(self, record, epoch):  # -> MaskSample, or None when it was counted and left out
     self.epoch = epoch
-    try: sample = self.load(record)
-    except (NameError, ImportError, NotImplementedError): raise                 # mistakes in the program, not in a file
-    except Exception as e:                                                  # files of others fail in every way; the report keeps the case
-        self.report.add(f"{type(e).__name__}: sample skipped", f"{self.name}, record {_brief(record)}: {_sentence(e)}")
+    try:
+        sample = self.load(record)
+    except (NameError, ImportError, NotImplementedError):
+        raise  # mistakes in the program, not in a file
+    except Exception as e:  # files of others fail in every way; the report keeps the case
+        self.report.add(f'{type(e).__name__}: sample skipped', f'{self.name}, record {_brief(record)}: {_sentence(e)}')
         return None
     kept = _kept(sample, self.report, self.name)
     self.report.update(ok=1, masks=len(kept))
     return kept
 
-def _kept(sample, report, name): # -> the sample without its empty masks, which are counted
+
+def _kept(sample, report, name):  # -> the sample without its empty masks, which are counted
     kept = sample.drop_empty()
-    for _ in range(len(sample) - len(kept)): report.add("empty: mask dropped", f"{name}, sample {sample.id}: a mask has no pixel.")
+    for _ in range(len(sample) - len(kept)):
+        report.add('empty: mask dropped', f'{name}, sample {sample.id}: a mask has no pixel.')
     return kept
 
-def _sentence(e): return e if isinstance(e, (ImageError, MaskError, DataError)) else f"The file is not as expected ({type(e).__name__}: {e})."
-def _brief(record): return ", ".join(filter(None, map(_brief, record))) if isinstance(record, (tuple, list)) else os.path.basename(str(record))[:80]
+
+def _sentence(e):
+    return (
+        e
+        if isinstance(e, (ImageError, MaskError, DataError))
+        else f'The file is not as expected ({type(e).__name__}: {e}).'
+    )
+
+
+def _brief(record):
+    return (
+        ', '.join(filter(None, map(_brief, record)))
+        if isinstance(record, (tuple, list))
+        else os.path.basename(str(record))[:80]
+    )
+
 
 MaskDataset._read = _read
 
 # %% ../nbs/00c_data.ipynb #548c20e0
-def _stream(self,
-    seed=0, # int >= 0
-    epoch=0, # int >= 0; another epoch has another order
-    rank=0, world=1, # this process and the number of processes
-    worker=0, workers=1, # this loader worker and their number
-    shuffle=0, # records held in the shuffle buffer; 0: the order of the files
-    skip=0, # records of this shard to leave out: `.taken` of the stream to be resumed
-): # iterator of MaskSample with `.taken`; raises DataError
+def _stream(
+    self,
+    seed=0,  # int >= 0
+    epoch=0,  # int >= 0; another epoch has another order
+    rank=0,
+    world=1,  # this process and the number of processes
+    worker=0,
+    workers=1,  # this loader worker and their number
+    shuffle=0,  # records held in the shuffle buffer; 0: the order of the files
+    skip=0,  # records of this shard to leave out: `.taken` of the stream to be resumed
+):  # iterator of MaskSample with `.taken`; raises DataError
     "Read this shard of the data set, in an order that depends on seed and epoch only."
-    if not (0 <= rank < world and 0 <= worker < workers): raise DataError(f"There is no rank {rank} of {world} with worker {worker} of {workers}; count from 0.")
-    if min(seed, epoch, shuffle, skip) < 0: raise DataError(f"seed, epoch, shuffle and skip must be at least 0; they are {seed}, {epoch}, {shuffle}, {skip}.")
+    if not (0 <= rank < world and 0 <= worker < workers):
+        raise DataError(f'There is no rank {rank} of {world} with worker {worker} of {workers}; count from 0.')
+    if min(seed, epoch, shuffle, skip) < 0:
+        raise DataError(
+            f'seed, epoch, shuffle and skip must be at least 0; they are {seed}, {epoch}, {shuffle}, {skip}.'
+        )
     order = self._order(seed, epoch)
-    if shuffle: order = _shuffled(order, shuffle, np.random.default_rng([seed, epoch]))
+    if shuffle:
+        order = _shuffled(order, shuffle, np.random.default_rng([seed, epoch]))
     shards = world * workers
     return _Stream(self, itertools.islice(order, rank + world * worker + shards * skip, None, shards), skip)
+
 
 MaskDataset.stream = _stream
 
 # %% ../nbs/00c_data.ipynb #740b62b8
-def _choose(regions, most, id, epoch): # -> at most `most` regions, in file order
-    if most is None or len(regions) <= most: return regions
-    order = np.random.default_rng(zlib.crc32(str(id).encode("utf-8", "replace"))).permutation(len(regions))
-    return [regions[i] for i in sorted(order.take(range(epoch * most, (epoch + 1) * most), mode="wrap"))]
+def _choose(regions, most, id, epoch):  # -> at most `most` regions, in file order
+    if most is None or len(regions) <= most:
+        return regions
+    order = np.random.default_rng(zlib.crc32(str(id).encode('utf-8', 'replace'))).permutation(len(regions))
+    return [regions[i] for i in sorted(order.take(range(epoch * most, (epoch + 1) * most), mode='wrap'))]
 
-def _region_mask(mask, size, shown, turn): # -> (H,W) bool in the frame of the shown image, turned or not
-    if callable(mask): mask = mask()
+
+def _region_mask(mask, size, shown, turn):  # -> (H,W) bool in the frame of the shown image, turned or not
+    if callable(mask):
+        mask = mask()
     mask = segmentation_to_mask(mask, size or shown) if isinstance(mask, (dict, list, tuple)) else check_mask(mask)
-    if mask.shape == tuple(shown) or not _lying(mask.shape, shown, turn): return check_mask(mask, shown), False
+    if mask.shape == tuple(shown) or not _lying(mask.shape, shown, turn):
+        return check_mask(mask, shown), False
     return np.asarray(Image.fromarray(mask).transpose(turn)), True
 
-def _lying(size, shown, turn): return turn in (2, 4, 5, 6) and tuple(size) == tuple(shown)[::-1]  # the raw frame of a turned image
+
+def _lying(size, shown, turn):
+    return turn in (2, 4, 5, 6) and tuple(size) == tuple(shown)[::-1]  # the raw frame of a turned image
 
 # %% ../nbs/00c_data.ipynb #288f64dd
-def _build(self,
-    image, # whatever read_image takes
-    regions, # list of {"mask": (H,W) array, polygons, RLE or a function that returns one; "label": str; "file": str, named where the region is broken; anything else}
-    id, # str
-    size=None, # (H,W) that the file states; polygons are drawn in it
-    **meta, # kept in the sample's meta
-): # MaskSample; raises ImageError and MaskError
+def _build(
+    self,
+    image,  # whatever read_image takes
+    regions,  # list of {"mask": (H,W) array, polygons, RLE or a function that returns one; "label": str; "file": str, named where the region is broken; anything else}
+    id,  # str
+    size=None,  # (H,W) that the file states; polygons are drawn in it
+    **meta,  # kept in the sample's meta
+):  # MaskSample; raises ImageError and MaskError
     "Make a sample of an image and its regions; broken regions are dropped and counted."
     image, turn = _read_turned(image)
     shown, masks, kept = image.shape[:2], [], []
     if size is not None and tuple(size) != shown and not _lying(size, shown, turn):
-        raise MaskError(f"The annotation says {size[0]}x{size[1]} but the image is {shown[0]}x{shown[1]} (height x width).")
+        raise MaskError(
+            f'The annotation says {size[0]}x{size[1]} but the image is {shown[0]}x{shown[1]} (height x width).'
+        )
     for i, region in enumerate(_choose(list(regions), self.max_masks, id, self.epoch)):
-        try: mask, turned = _region_mask(region["mask"], size, shown, turn)
+        try:
+            mask, turned = _region_mask(region['mask'], size, shown, turn)
         except (ValueError, OSError) as e:
-            self.report.add(f"{type(e).__name__}: mask dropped", f"{self.name}, sample {id}, region {i}{' of ' + region['file'] if 'file' in region else ''}: {e}")
+            self.report.add(
+                f'{type(e).__name__}: mask dropped',
+                f'{self.name}, sample {id}, region {i}{" of " + region["file"] if "file" in region else ""}: {e}',
+            )
             continue
-        if turned: self.report.add("EXIF: mask turned", f"{self.name}, sample {id}, region {i}: the mask has the size of the image before it is turned.")
-        masks.append(mask); kept.append(region)
-    labels = None if all(r.get("label") is None for r in kept) else [str(r.get("label") or "") for r in kept]
-    rest = [{k: v for k, v in r.items() if k not in ("mask", "label", "file")} for r in kept]
-    return MaskSample(image, check_masks(masks, shown), labels, str(id), self.name, {**meta, "regions": rest} if any(rest) else meta)
+        if turned:
+            self.report.add(
+                'EXIF: mask turned',
+                f'{self.name}, sample {id}, region {i}: the mask has the size of the image before it is turned.',
+            )
+        masks.append(mask)
+        kept.append(region)
+    labels = None if all(r.get('label') is None for r in kept) else [str(r.get('label') or '') for r in kept]
+    rest = [{k: v for k, v in r.items() if k not in ('mask', 'label', 'file')} for r in kept]
+    return MaskSample(
+        image, check_masks(masks, shown), labels, str(id), self.name, {**meta, 'regions': rest} if any(rest) else meta
+    )
+
 
 MaskDataset.build = _build
 
 # %% ../nbs/00c_data.ipynb #4207dc4d
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
+
 
 def walk_files(
-    root, # folder
-    suffixes, # str or tuple of str: endings of the names, such as ".json"; upper and lower case are the same
-): # iterator of str paths, sorted within each folder; raises DataError
+    root,  # folder
+    suffixes,  # str or tuple of str: endings of the names, such as ".json"; upper and lower case are the same
+):  # iterator of str paths, sorted within each folder; raises DataError
     "List files folder by folder, in the same order on every machine."
-    try: entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    except OSError as e: raise DataError(f"The folder {short_path(root)} cannot be listed: {e.strerror}.") from e
+    try:
+        entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+    except OSError as e:
+        raise DataError(f'The folder {short_path(root)} cannot be listed: {e.strerror}.') from e
     for entry in entries:
-        if entry.name.startswith("."): continue
-        if entry.is_dir(): yield from walk_files(entry.path, suffixes)
-        elif entry.name.lower().endswith(suffixes): yield entry.path
+        if entry.name.startswith('.'):
+            continue
+        if entry.is_dir():
+            yield from walk_files(entry.path, suffixes)
+        elif entry.name.lower().endswith(suffixes):
+            yield entry.path
 
 # %% ../nbs/00c_data.ipynb #cf4d5aa2
 class MaskFolder(MaskDataset):
     "Read images/x.jpg with masks/x.png (an id map) or masks/x_label.png (one region each)."
-    name = "folder"
-    def __init__(self, root, ignore=(0,), max_masks=None): # folder, ids that are no region, see MaskDataset
+
+    name = 'folder'
+
+    def __init__(self, root, ignore=(0,), max_masks=None):  # folder, ids that are no region, see MaskDataset
         super().__init__(max_masks)
         self.root, self.ignore = Path(root), ignore
-    def records(self): # name, its image paths, paths of its mask files: one image and some masks, or it is counted when it is loaded
+
+    def records(
+        self,
+    ):  # name, its image paths, paths of its mask files: one image and some masks, or it is counted when it is loaded
         images, masks = {}, {}
-        for path in walk_files(self.root / "images", IMAGE_SUFFIXES): images.setdefault(self._key(path, "images"), []).append(path)
-        if not images: raise DataError(f"The folder {short_path(self.root / 'images')} has no image (with one of the endings {', '.join(IMAGE_SUFFIXES)}).")
-        for path in walk_files(self.root / "masks", IMAGE_SUFFIXES):
-            own = key = self._key(path, "masks")
-            while key not in images and "_" in key: key = key.rpartition("_")[0]
+        for path in walk_files(self.root / 'images', IMAGE_SUFFIXES):
+            images.setdefault(self._key(path, 'images'), []).append(path)
+        if not images:
+            raise DataError(
+                f'The folder {short_path(self.root / "images")} has no image (with one of the endings {", ".join(IMAGE_SUFFIXES)}).'
+            )
+        for path in walk_files(self.root / 'masks', IMAGE_SUFFIXES):
+            own = key = self._key(path, 'masks')
+            while key not in images and '_' in key:
+                key = key.rpartition('_')[0]
             masks.setdefault(key if key in images else own, []).append(path)
-        for key in sorted({*images, *masks}): yield key, images.get(key, []), masks.get(key, [])
+        for key in sorted({*images, *masks}):
+            yield key, images.get(key, []), masks.get(key, [])
+
     def load(self, record):
         key, images, masks = record
-        if not images: raise DataError(f"The mask file {os.path.basename(masks[0])} belongs to no image: there is no image {key}.")
-        if len(images) > 1: raise DataError(f"Two images have the name {key} ({', '.join(map(os.path.basename, images))}): rename one, with its masks.")
-        if not masks: raise MaskError(f"The image {os.path.basename(images[0])} has no mask file.")
+        if not images:
+            raise DataError(f'The mask file {os.path.basename(masks[0])} belongs to no image: there is no image {key}.')
+        if len(images) > 1:
+            raise DataError(
+                f'Two images have the name {key} ({", ".join(map(os.path.basename, images))}): rename one, with its masks.'
+            )
+        if not masks:
+            raise MaskError(f'The image {os.path.basename(images[0])} has no mask file.')
         return self.build(images[0], [region for mask in masks for region in self._regions(mask, key)], key)
+
     def stamp(self):
-        files = [p for part in ("images", "masks") for p in walk_files(self.root / part, IMAGE_SUFFIXES)]
-        return hashlib.sha256("".join(f"{os.path.relpath(p, self.root)} {(f := os.stat(p)).st_size} {f.st_mtime_ns}\n" for p in files).encode()).hexdigest()[:16]
-    def _key(self, path, folder): return Path(path).relative_to(self.root / folder).with_suffix("").as_posix()
+        files = [p for part in ('images', 'masks') for p in walk_files(self.root / part, IMAGE_SUFFIXES)]
+        return hashlib.sha256(
+            ''.join(
+                f'{os.path.relpath(p, self.root)} {(f := os.stat(p)).st_size} {f.st_mtime_ns}\n' for p in files
+            ).encode()
+        ).hexdigest()[:16]
+
+    def _key(self, path, folder):
+        return Path(path).relative_to(self.root / folder).with_suffix('').as_posix()
+
     def _regions(self, path, key):
-        label = self._key(path, "masks")[len(key) + 1:] or None
+        label = self._key(path, 'masks')[len(key) + 1 :] or None
         masks, ids = id_map_to_masks(read_ids(path), self.ignore)
-        if not len(ids): self.report.add("empty: mask dropped", f"{self.name}, sample {key}: {os.path.basename(path)} has no pixel.")
-        return [dict(mask=m, label=label if label or ids.tolist() == [255] else int(i), file=os.path.basename(path)) for m, i in zip(masks, ids)]
+        if not len(ids):
+            self.report.add('empty: mask dropped', f'{self.name}, sample {key}: {os.path.basename(path)} has no pixel.')
+        return [
+            dict(mask=m, label=label if label or ids.tolist() == [255] else int(i), file=os.path.basename(path))
+            for m, i in zip(masks, ids)
+        ]
 
 # %% ../nbs/00c_data.ipynb #9792ac6d
 class Mixture(MaskDataset):
     "Read several data sets as one, each as many times an epoch as its weight says."
-    name = "mixture"
-    def __init__(self,
-        parts, # {dataset: weight} or list of (dataset, weight); weight >= 0 is the number of passes an epoch, 1.5 means one and a half
-        repeat=False, # bool: go on with the next epoch for ever
+
+    name = 'mixture'
+
+    def __init__(
+        self,
+        parts,  # {dataset: weight} or list of (dataset, weight); weight >= 0 is the number of passes an epoch, 1.5 means one and a half
+        repeat=False,  # bool: go on with the next epoch for ever
     ):
         self.parts, self.repeat = list(parts.items() if isinstance(parts, dict) else parts), repeat
         for dataset, weight in self.parts:
-            if not (0 <= weight < float("inf")): raise DataError(f"The weight of {dataset.name} is {weight}; give a number of passes, at least 0.")
-            if getattr(dataset, "repeat", False): raise DataError("A mixture that repeats for ever cannot be a part of another one.")
+            if not (0 <= weight < float('inf')):
+                raise DataError(f'The weight of {dataset.name} is {weight}; give a number of passes, at least 0.')
+            if getattr(dataset, 'repeat', False):
+                raise DataError('A mixture that repeats for ever cannot be a part of another one.')
 
     @property
-    def report(self): # Report of all parts together
+    def report(self):  # Report of all parts together
         total = Report()
-        for dataset in dict.fromkeys(d for d, _ in self.parts): total.merge(dataset.report)
+        for dataset in dict.fromkeys(d for d, _ in self.parts):
+            total.merge(dataset.report)
         return total
 
-    def records(self): return (record for _, record in self._order(0, 0))
-    def load(self, record): return self.parts[record[0]][0].load(record[1])
-    def stamp(self): return "-".join(str(s) for d, _ in self.parts if (s := d.stamp())) or None
-    def _read(self, record, epoch): return self.parts[record[0]][0]._read(record[1], epoch)
-    def __len__(self): return sum(self._share(k, 0, 0)[0] for k in range(len(self.parts))) # records of one epoch
+    def records(self):
+        return (record for _, record in self._order(0, 0))
 
-def _leaves(dataset): return [leaf for d, _ in dataset.parts for leaf in _leaves(d)] if hasattr(dataset, "parts") else [dataset] # the sets that count for themselves
+    def load(self, record):
+        return self.parts[record[0]][0].load(record[1])
+
+    def stamp(self):
+        return '-'.join(str(s) for d, _ in self.parts if (s := d.stamp())) or None
+
+    def _read(self, record, epoch):
+        return self.parts[record[0]][0]._read(record[1], epoch)
+
+    def __len__(self):
+        return sum(self._share(k, 0, 0)[0] for k in range(len(self.parts)))  # records of one epoch
+
+
+def _leaves(dataset):
+    return (
+        [leaf for d, _ in dataset.parts for leaf in _leaves(d)] if hasattr(dataset, 'parts') else [dataset]
+    )  # the sets that count for themselves
 
 # %% ../nbs/00c_data.ipynb #13459345
-def _share(self, k, seed, epoch): # -> records of part k in this epoch, whole passes, rest, where the rest starts
+def _share(self, k, seed, epoch):  # -> records of part k in this epoch, whole passes, rest, where the rest starts
     dataset, weight = self.parts[k]
     whole, rest = divmod(weight, 1)
-    start = np.random.default_rng([seed, epoch, k]).random() if rest else 0.
+    start = np.random.default_rng([seed, epoch, k]).random() if rest else 0.0
     return int(whole) * len(dataset) + int(len(dataset) * rest + start), int(whole), rest, start
 
-def _places(self, k, seed, epoch): # yields (place in [0,1], k, pass, record)
+
+def _places(self, k, seed, epoch):  # yields (place in [0,1], k, pass, record)
     total, whole, rest, start = self._share(k, seed, epoch)
     passes, j = whole + (rest > 0), 0
     for p in range(passes):
         for i, (turn, record) in enumerate(self.parts[k][0]._order(seed, epoch * passes + p)):
-            if p == whole and int((i + 1) * rest + start) == int(i * rest + start): continue
-            yield (j + .5) / total, k, turn, record
+            if p == whole and int((i + 1) * rest + start) == int(i * rest + start):
+                continue
+            yield (j + 0.5) / total, k, turn, record
             j += 1
 
+
 def _mixture_order(self, seed, epoch):
-    if self.repeat and not len(self): raise DataError("The mixture has no records; are the paths and the weights right?")
+    if self.repeat and not len(self):
+        raise DataError('The mixture has no records; are the paths and the weights right?')
     for e in itertools.count(epoch) if self.repeat else [epoch]:
         places = [self._places(k, seed, e) for k in range(len(self.parts))]
         yield from ((turn, (k, record)) for _, k, turn, record in heapq.merge(*places, key=lambda row: row[:2]))
+
 
 Mixture._share, Mixture._places, Mixture._order = _share, _places, _mixture_order
 
 # %% ../nbs/00c_data.ipynb #5bd2a7cb
 def as_iterable_dataset(
-    dataset, # MaskDataset
-    seed=0, epoch=0, shuffle=0, # as in stream
-    skip=0, # samples this rank has taken before: a multiple of `batch`
-    batch=1, # the loader's batch_size; only needed with skip and several workers
-    rank=None, world=None, # None: found by itself
-    transform=None, # function applied to each sample in the worker
-): # torch IterableDataset
+    dataset,  # MaskDataset
+    seed=0,
+    epoch=0,
+    shuffle=0,  # as in stream
+    skip=0,  # samples this rank has taken before: a multiple of `batch`
+    batch=1,  # the loader's batch_size; only needed with skip and several workers
+    rank=None,
+    world=None,  # None: found by itself
+    transform=None,  # function applied to each sample in the worker
+):  # torch IterableDataset
     "Wrap a data set for a DataLoader; every worker of every rank reads its own shard."
     from torch.utils.data import IterableDataset, get_worker_info
+
     rank, world = _find_rank(rank, world)
-    if skip % batch: raise DataError(f"skip={skip} is not a multiple of batch={batch}; resume at the start of a batch.")
+    if skip % batch:
+        raise DataError(f'skip={skip} is not a multiple of batch={batch}; resume at the start of a batch.')
 
     class Shards(IterableDataset):
-        def __reduce__(self): return as_iterable_dataset, (dataset, seed, epoch, shuffle, skip, batch, rank, world, transform)
+        def __reduce__(self):
+            return as_iterable_dataset, (dataset, seed, epoch, shuffle, skip, batch, rank, world, transform)
 
         def __iter__(self):
             info = get_worker_info()
             worker, workers = (info.id, info.num_workers) if info else (0, 1)
-            done = (skip // batch - worker + workers - 1) // workers * batch    # batches come from the workers in turn
-            try: yield from map(transform or (lambda s: s), dataset.stream(seed, epoch, rank, world, worker, workers, shuffle, done))
-            finally: _log_report(dataset) if info else None
+            done = (skip // batch - worker + workers - 1) // workers * batch  # batches come from the workers in turn
+            try:
+                yield from map(
+                    transform or (lambda s: s), dataset.stream(seed, epoch, rank, world, worker, workers, shuffle, done)
+                )
+            finally:
+                _log_report(dataset) if info else None
+
     return Shards()
 
 # %% ../nbs/00c_data.ipynb #3e43a931
 def _find_rank(rank, world):
     import torch.distributed as dist
-    here = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+    here = (
+        (dist.get_rank(), dist.get_world_size())
+        if dist.is_available() and dist.is_initialized()
+        else (int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)))
+    )
     return here[0] if rank is None else rank, here[1] if world is None else world
 
-def _log_report(dataset): # a worker's counts would be lost with it
+
+def _log_report(dataset):  # a worker's counts would be lost with it
     for reason, example in dataset.report.examples.items():
-        logging.getLogger("samtok.data").warning("%s: %d times. First case: %s", reason, dataset.report[reason], example)
+        logging.getLogger('samtok.data').warning(
+            '%s: %d times. First case: %s', reason, dataset.report[reason], example
+        )

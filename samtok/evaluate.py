@@ -8,17 +8,57 @@ __all__ = ['SCORERS', 'SHOWN', 'prediction', 'Ceiling', 'read_predictions', 'Sco
            'write_questions', 'main']
 
 # %% ../nbs/08_evaluate.ipynb #34a55f21
-import argparse, hashlib, json, math, os, re, shlex, sys, time
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import sys
+import time
 from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
-from .benchmarks import TASKS, Attributes, Choices, EvaluateError, Grades, Judge, Pairs, Task, TextEncoder, answer_part, ask, find_tasks, get_task, open_task, plain_caption, relations_of, same_words, samples, truth_of
+
+from samtok.benchmarks import (
+    TASKS,
+    Attributes,
+    Choices,
+    EvaluateError,
+    Grades,
+    Judge,
+    Pairs,
+    TextEncoder,
+    answer_part,
+    ask,
+    find_tasks,
+    get_task,
+    open_task,
+    plain_caption,
+    relations_of,
+    same_words,
+    samples,
+    truth_of,
+)
 from .chat import fill, mask_array
 from .data import Report, read_image
 from .masks import MaskError, mask_to_rle, rle_area
 from .metrics import GRES, RES, Calibration, KeyedRES, MetricError, Reconstruction, bootstrap_ci
-from .runs import Run, atomic_write, check_gpus, data_file, environment, launch, progress, read_rows, watch, write_rows
+from samtok.runs import (
+    Run,
+    atomic_write,
+    check_gpus,
+    data_file,
+    environment,
+    launch,
+    progress,
+    read_rows,
+    watch,
+    write_rows,
+)
 from .show import table
 from .sweep import _flock
 from .text_metrics import GCG, PSG, Captions
@@ -26,437 +66,1011 @@ from .tokenizer import MaskTokenizer
 from .vlm import MaskVLM, _key, decode_reply
 
 # %% ../nbs/08_evaluate.ipynb #573a2a39
-def _res(m, c, t, p, s): m.update(p['masks'], t['masks'] or s.nothing(t), id=c.id, group=s.group(c), ignore=t['ignore'] or None)
-def _padt(m, c, t, p, s): m.update(p['masks'], t['masks'], (re.split('[/#]', c.id)[0], c.messages[-2]['content']), id=c.id)
-def _gres(m, c, t, p, s): m.update(p['masks'], t['masks'] or s.nothing(t), id=c.id, group=s.group(c), no_target=False if p['failed'] else None)
-def _gcg(m, c, t, p, s): m.update(p['masks'], t['masks'], p['labels'], t['labels'], id=c.id)
-def _caption(m, c, t, p, s): m.update(plain_caption(p['reply']), plain_caption(re.sub(r'<mask:\d+>', '', t['text'])), id=c.id)
-def _attributes(m, c, t, p, s): m.update(p['reply'], t['text'], c.id)
-def _judged(m, c, t, p, s): s.judged(m, c, t, p)
+def _res(m, c, t, p, s):
+    m.update(p['masks'], t['masks'] or s.nothing(t), id=c.id, group=s.group(c), ignore=t['ignore'] or None)
 
-def _each(m, c, t, p, s): # mask by mask
-    if p['masks'] and len(p['masks']) != len(t['masks']): raise MetricError(f"{len(p['masks'])} masks came back for {len(t['masks'])}.")
-    if any(map(_is_broken, p['masks'])): raise MetricError(f'{c.id}: a mask is a broken RLE.')
-    for k, (a, b) in enumerate(zip(p['masks'] or [[]] * len(t['masks']), t['masks'])): m.update(a, b, id=f'{c.id}/{k}')
+
+def _padt(m, c, t, p, s):
+    m.update(p['masks'], t['masks'], (re.split('[/#]', c.id)[0], c.messages[-2]['content']), id=c.id)
+
+
+def _gres(m, c, t, p, s):
+    m.update(
+        p['masks'], t['masks'] or s.nothing(t), id=c.id, group=s.group(c), no_target=False if p['failed'] else None
+    )
+
+
+def _gcg(m, c, t, p, s):
+    m.update(p['masks'], t['masks'], p['labels'], t['labels'], id=c.id)
+
+
+def _caption(m, c, t, p, s):
+    m.update(plain_caption(p['reply']), plain_caption(re.sub(r'<mask:\d+>', '', t['text'])), id=c.id)
+
+
+def _attributes(m, c, t, p, s):
+    m.update(p['reply'], t['text'], c.id)
+
+
+def _judged(m, c, t, p, s):
+    s.judged(m, c, t, p)
+
+
+def _each(m, c, t, p, s):  # mask by mask
+    if p['masks'] and len(p['masks']) != len(t['masks']):
+        raise MetricError(f'{len(p["masks"])} masks came back for {len(t["masks"])}.')
+    if any(map(_is_broken, p['masks'])):
+        raise MetricError(f'{c.id}: a mask is a broken RLE.')
+    for k, (a, b) in enumerate(zip(p['masks'] or [[]] * len(t['masks']), t['masks'])):
+        m.update(a, b, id=f'{c.id}/{k}')
+
 
 def _psg(m, c, t, p, s):
     number = {name: k + 1 for k, name in enumerate(s.predicates)}
-    graph = lambda d: dict(labels=np.array(d['labels'], dtype=str), masks=d['masks'], relations=[(i, j, number[r]) for i, j, r in d['relations'] if r in number])
+
+    def graph(d):
+        return dict(
+            labels=np.array(d['labels'], dtype=str),
+            masks=d['masks'],
+            relations=[(i, j, number[r]) for i, j, r in d['relations'] if r in number],
+        )
+
     m.update(graph(p), graph(t), id=c.id)
 
-SCORERS = dict(res=[(RES, _res)], padt=[(KeyedRES, _padt)], gres=[(GRES, _gres)], gcg=[(GCG, _gcg), (Captions, _caption)], instances=[(GCG, _gcg)], psg=[(PSG, _psg)], reconstruction=[(Reconstruction, _each)],
-               attributes=[(Attributes, _attributes)], choices=[(Choices, _judged)], pairs=[(Pairs, _judged)], grades=[(Grades, _judged)]) # name: accumulators, and what goes into each
-SHOWN = dict(res=('mIoU', 'gIoU', 'cIoU'), padt=('mIoU', 'box_acc'), gres=('gIoU', 'cIoU', 'N_acc', 'T_acc'), gcg=('AP50', 'mIoU', 'recall', 'METEOR', 'CIDEr'), instances=('AP', 'AP50', 'mIoU'), psg=('R@20', 'mR@20'),
-             reconstruction=('mIoU', 'boundary_F'), attributes=('mean', 'all'), choices=('positive', 'negative', 'average'), pairs=('relative',), grades=('average',)) # the figures that tables show
+
+SCORERS = dict(
+    res=[(RES, _res)],
+    padt=[(KeyedRES, _padt)],
+    gres=[(GRES, _gres)],
+    gcg=[(GCG, _gcg), (Captions, _caption)],
+    instances=[(GCG, _gcg)],
+    psg=[(PSG, _psg)],
+    reconstruction=[(Reconstruction, _each)],
+    attributes=[(Attributes, _attributes)],
+    choices=[(Choices, _judged)],
+    pairs=[(Pairs, _judged)],
+    grades=[(Grades, _judged)],
+)  # name: accumulators, and what goes into each
+SHOWN = dict(
+    res=('mIoU', 'gIoU', 'cIoU'),
+    padt=('mIoU', 'box_acc'),
+    gres=('gIoU', 'cIoU', 'N_acc', 'T_acc'),
+    gcg=('AP50', 'mIoU', 'recall', 'METEOR', 'CIDEr'),
+    instances=('AP', 'AP50', 'mIoU'),
+    psg=('R@20', 'mR@20'),
+    reconstruction=('mIoU', 'boundary_F'),
+    attributes=('mean', 'all'),
+    choices=('positive', 'negative', 'average'),
+    pairs=('relative',),
+    grades=('average',),
+)  # the figures that tables show
 _NO_MASKS = {'attributes', 'choices', 'pairs', 'grades'}
 
 # %% ../nbs/08_evaluate.ipynb #6a0d4dd6
-def prediction(c, reply, embedding, tokenizer, policy='strict', threshold=None): # Conversation, str, ImageEmbedding or image, MaskTokenizer -> dict for the predictions file
+def prediction(
+    c, reply, embedding, tokenizer, policy='strict', threshold=None
+):  # Conversation, str, ImageEmbedding or image, MaskTokenizer -> dict for the predictions file
     "Read a reply: its masks as RLE, their labels, what is said of them."
-    got = decode_reply(answer_part(reply) if '<answer>' in reply or '</think>' in reply else reply, embedding, tokenizer, policy, most=10_000, threshold=threshold)
-    row = dict(id=c.id, reply=reply, masks=[mask_to_rle(i.mask) for i in got], labels=[i.label or '' for i in got], scores=[round(i.score, 4) for i in got], skipped=len(got.skipped))
+    got = decode_reply(
+        answer_part(reply) if '<answer>' in reply or '</think>' in reply else reply,
+        embedding,
+        tokenizer,
+        policy,
+        most=10_000,
+        threshold=threshold,
+    )
+    row = dict(
+        id=c.id,
+        reply=reply,
+        masks=[mask_to_rle(i.mask) for i in got],
+        labels=[i.label or '' for i in got],
+        scores=[round(i.score, 4) for i in got],
+        skipped=len(got.skipped),
+    )
     return {**row, 'relations': relations_of(reply, [i.words for i in got])} if '"predicate"' in reply else row
 
 # %% ../nbs/08_evaluate.ipynb #10479dce
 class Ceiling(MaskVLM):
     "A language model that always gives the true answer: what is left is what the mask tokenizer loses."
+
     constrained, policy = True, 'strict'
-    def __init__(self, tokenizer): self.tokenizer = tokenizer # MaskTokenizer
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer  # MaskTokenizer
 
 # %% ../nbs/08_evaluate.ipynb #3201f183
-_NAMES = dict(id=('id', 'image_id', 'idx'), masks=('masks', 'pred_masks', 'mask', 'rle', 'segmentation', 'predicted_segmentation'), labels=('labels', 'phrases'), reply=('reply', 'caption', 'text', 'words', 'response'), scores=('scores', 'score'))
-def _get(row, what): return next((row[k] for k in _NAMES[what] if k in row), None)
+_NAMES = dict(
+    id=('id', 'image_id', 'idx'),
+    masks=('masks', 'pred_masks', 'mask', 'rle', 'segmentation', 'predicted_segmentation'),
+    labels=('labels', 'phrases'),
+    reply=('reply', 'caption', 'text', 'words', 'response'),
+    scores=('scores', 'score'),
+)
 
-def read_predictions(source): # JSONL file, or list of dict -> dict id: row, Report; raises EvaluateError
+
+def _get(row, what):
+    return next((row[k] for k in _NAMES[what] if k in row), None)
+
+
+def read_predictions(source):  # JSONL file, or list of dict -> dict id: row, Report; raises EvaluateError
     "Read predictions; what cannot be read is named in the report."
     rows, report, runs = {}, Report(), set()
-    try: lines = source if isinstance(source, list) else Path(source).read_text(errors='replace').splitlines()
-    except OSError as e: raise EvaluateError(f'The predictions {Path(source).name} cannot be read ({e.strerror}): give a file with one JSON object in each line.') from e
-    if not lines: report.add('empty file', 'There is no line in the file.')
+    try:
+        lines = source if isinstance(source, list) else Path(source).read_text(errors='replace').splitlines()
+    except OSError as e:
+        raise EvaluateError(
+            f'The predictions {Path(source).name} cannot be read ({e.strerror}): give a file with one JSON object in each line.'
+        ) from e
+    if not lines:
+        report.add('empty file', 'There is no line in the file.')
     for i, line in enumerate(lines, 1):
-        try: row = line if isinstance(line, dict) else json.loads(line)
-        except ValueError: row = None
-        if not isinstance(row, dict): report.add('line that is no JSON object', f'Line {i} begins with {str(line)[:40]!r}; a run that was killed leaves half a line.'); continue
-        if (key := _get(row, 'id')) is None: report.add('line without an id', f"Line {i} has the keys {', '.join(row)}."); continue
+        try:
+            row = line if isinstance(line, dict) else json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            report.add(
+                'line that is no JSON object',
+                f'Line {i} begins with {str(line)[:40]!r}; a run that was killed leaves half a line.',
+            )
+            continue
+        if (key := _get(row, 'id')) is None:
+            report.add('line without an id', f'Line {i} has the keys {", ".join(row)}.')
+            continue
         runs |= {row.get('run')}
-        if str(key) in rows: report.add('double id, the first one counts', f'Line {i} is a second prediction for {key}.'); continue
+        if str(key) in rows:
+            report.add('double id, the first one counts', f'Line {i} is a second prediction for {key}.')
+            continue
         rows[str(key)] = row
-    if len(runs) > 1: raise EvaluateError(f"The predictions come from {len(runs)} runs ({', '.join(str(r or 'unnamed') for r in sorted(runs, key=str))}): score each alone.")
+    if len(runs) > 1:
+        raise EvaluateError(
+            f'The predictions come from {len(runs)} runs ({", ".join(str(r or "unnamed") for r in sorted(runs, key=str))}): score each alone.'
+        )
     return rows, report
 
 # %% ../nbs/08_evaluate.ipynb #58a07305
 class Scorer:
     "Count the predictions of one task; `report` names what was not counted, `requests` are for a judge."
-    def __init__(self, task, data=None, # Task, its ChatDataset
-                 tokenizer=None, policy=None, threshold=None, # MaskTokenizer for predictions that are words, and how they are read
-                 judge=None, missing='skip', # see Judge; a sample without a usable prediction: 'skip' it is not counted, 'zero' it counts as a wrong empty answer
-                 **how): # convention, similarity, and other options of the metric
-        if missing not in ('skip', 'zero'): raise EvaluateError(f"missing is {missing!r}: use 'skip' or 'zero'.")
+
+    def __init__(
+        self,
+        task,
+        data=None,  # Task, its ChatDataset
+        tokenizer=None,
+        policy=None,
+        threshold=None,  # MaskTokenizer for predictions that are words, and how they are read
+        judge=None,
+        missing='skip',  # see Judge; a sample without a usable prediction: 'skip' it is not counted, 'zero' it counts as a wrong empty answer
+        **how,
+    ):  # convention, similarity, and other options of the metric
+        if missing not in ('skip', 'zero'):
+            raise EvaluateError(f"missing is {missing!r}: use 'skip' or 'zero'.")
         how = {**task.how, **{k: v for k, v in how.items() if v is not None}}
-        self.task, self.tokenizer, self.policy, self.threshold, self.missing = task, tokenizer, policy or task.policy, threshold, missing
-        self.grouped, self.rest, self.judge = how.pop('group', False), how.pop('ignore', False), Judge(how.pop('judge', None) if judge is None else judge)
+        self.task, self.tokenizer, self.policy, self.threshold, self.missing = (
+            task,
+            tokenizer,
+            policy or task.policy,
+            threshold,
+            missing,
+        )
+        self.grouped, self.rest, self.judge = (
+            how.pop('group', False),
+            how.pop('ignore', False),
+            Judge(how.pop('judge', None) if judge is None else judge),
+        )
         self.predicates, self.report, self.requests, self.problems = getattr(data, 'predicates', ()), Report(), [], []
-        if 'similarity' in how: how['similarity'] = same_words if how['similarity'] == 'words' else how['similarity'] if callable(how['similarity']) else TextEncoder.from_pretrained(how['similarity'])
-        if task.metric == 'psg': how['predicates'] = len(self.predicates)
+        if 'similarity' in how:
+            how['similarity'] = (
+                same_words
+                if how['similarity'] == 'words'
+                else how['similarity']
+                if callable(how['similarity'])
+                else TextEncoder.from_pretrained(how['similarity'])
+            )
+        if task.metric == 'psg':
+            how['predicates'] = len(self.predicates)
         self.parts = [(cls(**how) if i == 0 else cls(), add) for i, (cls, add) in enumerate(SCORERS[task.metric])]
         self.calibration = Calibration()
-    @property
-    def metric(self): return self.parts[0][0]
-    def group(self, c): return c.task if self.grouped else None
-    def nothing(self, t): return {'size': list(t['size']), 'counts': [math.prod(t['size'])]} # an empty mask
 
-    def judged(self, metric, c, t, p): # write requests; count if all are answered
-        rows = [dict(id=f'{c.id}/{k}', task=self.task.name, prompt=q) for k, q in enumerate(metric.requests(t['text'], plain_caption(p['reply'])))]
+    @property
+    def metric(self):
+        return self.parts[0][0]
+
+    def group(self, c):
+        return c.task if self.grouped else None
+
+    def nothing(self, t):
+        return {'size': list(t['size']), 'counts': [math.prod(t['size'])]}  # an empty mask
+
+    def judged(self, metric, c, t, p):  # write requests; count if all are answered
+        rows = [
+            dict(id=f'{c.id}/{k}', task=self.task.name, prompt=q)
+            for k, q in enumerate(metric.requests(t['text'], plain_caption(p['reply'])))
+        ]
         self.requests += rows
-        if None in (answers := self.judge(rows)): return self.report.add('not judged yet', f"{c.id}: {answers.count(None)} of {len(rows)} requests have no answer.")
+        if None in (answers := self.judge(rows)):
+            return self.report.add(
+                'not judged yet', f'{c.id}: {answers.count(None)} of {len(rows)} requests have no answer.'
+            )
         metric.update(answers, t['text'], id=c.id, group=self.group(c))
 
 # %% ../nbs/08_evaluate.ipynb #7353c76e
-def _read(self, row, c, t): # row of a predictions file -> dict masks, labels, reply, relations, scores, failed; None: it cannot be counted
-    say, reply, masks = (lambda what, why: self.report.add(what, f'{c.id}: {why}')), _get(row, 'reply'), _get(row, 'masks')
-    if self.task.metric in _NO_MASKS: masks = []
-    elif masks is None and isinstance(reply, str): row = {**row, **self._decode(c, reply)}; masks = row['masks']
-    if masks is None or self.task.metric in _NO_MASKS and not isinstance(reply, str): return say('neither masks nor a reply', f"the line has {', '.join(row)}.")
+def _read(
+    self, row, c, t
+):  # row of a predictions file -> dict masks, labels, reply, relations, scores, failed; None: it cannot be counted
+    say, reply, masks = (
+        (lambda what, why: self.report.add(what, f'{c.id}: {why}')),
+        _get(row, 'reply'),
+        _get(row, 'masks'),
+    )
+    if self.task.metric in _NO_MASKS:
+        masks = []
+    elif masks is None and isinstance(reply, str):
+        row = {**row, **self._decode(c, reply)}
+        masks = row['masks']
+    if masks is None or self.task.metric in _NO_MASKS and not isinstance(reply, str):
+        return say('neither masks nor a reply', f'the line has {", ".join(row)}.')
     masks = [masks] if isinstance(masks, dict) else masks
-    if not isinstance(masks, list) or not all(isinstance(m, dict) and {'size', 'counts'} <= set(m) for m in masks): return say('broken RLE', 'a mask is no dict with size and counts.')
-    spell = lambda size: 'x'.join(map(str, size)) if isinstance(size, (list, tuple)) else str(size)
+    if not isinstance(masks, list) or not all(isinstance(m, dict) and {'size', 'counts'} <= set(m) for m in masks):
+        return say('broken RLE', 'a mask is no dict with size and counts.')
+
+    def spell(size):
+        return 'x'.join(map(str, size)) if isinstance(size, (list, tuple)) else str(size)
+
     sizes = sorted({spell(m['size']) for m in masks})
-    if len(sizes) > 1: return say('masks of several sizes', f"{' and '.join(sizes)} in one prediction.")
-    if sizes and sizes[0] != spell(t['size']): return say('wrong mask size', f"{sizes[0]}, the image is {spell(t['size'])} (height x width).")
-    scores = _get(row, 'scores'); scores = scores if isinstance(scores, list) else [scores]
-    if any(isinstance(v, float) and not math.isfinite(v) for v in scores) or row.get('not_finite'): say('score that is no number', 'the mask counts, its score does not.')
+    if len(sizes) > 1:
+        return say('masks of several sizes', f'{" and ".join(sizes)} in one prediction.')
+    if sizes and sizes[0] != spell(t['size']):
+        return say('wrong mask size', f'{sizes[0]}, the image is {spell(t["size"])} (height x width).')
+    scores = _get(row, 'scores')
+    scores = scores if isinstance(scores, list) else [scores]
+    if any(isinstance(v, float) and not math.isfinite(v) for v in scores) or row.get('not_finite'):
+        say('score that is no number', 'the mask counts, its score does not.')
     labels, graph = ([] if v is None else v for v in (_get(row, 'labels'), row.get('relations')))
-    if not isinstance(labels, list): labels = say('labels that are no list', 'they are left out.') or []
-    if not isinstance(graph, list) or not all(_is_relation(r, len(masks)) for r in graph): graph = say('relations that are not [subject, object, predicate]', 'they are left out.') or []
-    labels = [str(l) for l in labels[:len(masks)]]
-    return dict(masks=masks, labels=labels + [''] * (len(masks) - len(labels)), reply='' if reply is None else str(reply), relations=graph, scores=scores, failed=False)
+    if not isinstance(labels, list):
+        labels = say('labels that are no list', 'they are left out.') or []
+    if not isinstance(graph, list) or not all(_is_relation(r, len(masks)) for r in graph):
+        graph = say('relations that are not [subject, object, predicate]', 'they are left out.') or []
+    labels = [str(l) for l in labels[: len(masks)]]
+    return dict(
+        masks=masks,
+        labels=labels + [''] * (len(masks) - len(labels)),
+        reply='' if reply is None else str(reply),
+        relations=graph,
+        scores=scores,
+        failed=False,
+    )
 
-def _is_relation(r, n): return isinstance(r, list) and len(r) == 3 and all(type(k) is int and 0 <= k < n for k in r[:2]) and isinstance(r[2], str)
 
-def _decode(self, c, reply): # words -> row with masks
-    if self.tokenizer is None and '<|mt_' in reply: raise EvaluateError('The predictions are mask words: say which tokenizer reads them (tokenizer=, --tokenizer).')
-    return prediction(c, reply, c.images[0], self.tokenizer, self.policy, self.threshold) if self.tokenizer else dict(masks=[])
+def _is_relation(r, n):
+    return (
+        isinstance(r, list)
+        and len(r) == 3
+        and all(type(k) is int and 0 <= k < n for k in r[:2])
+        and isinstance(r[2], str)
+    )
+
+
+def _decode(self, c, reply):  # words -> row with masks
+    if self.tokenizer is None and '<|mt_' in reply:
+        raise EvaluateError('The predictions are mask words: say which tokenizer reads them (tokenizer=, --tokenizer).')
+    return (
+        prediction(c, reply, c.images[0], self.tokenizer, self.policy, self.threshold)
+        if self.tokenizer
+        else dict(masks=[])
+    )
+
 
 Scorer._read, Scorer._decode = _read, _decode
 
 # %% ../nbs/08_evaluate.ipynb #9976d501
-_NOTHING = dict(masks=[], labels=[], reply='', relations=[], scores=[], failed=True) # counts as a wrong, empty answer
-def _is_broken(rle):
-    try: return rle_area(rle) < 0
-    except MaskError: return True
+_NOTHING = dict(masks=[], labels=[], reply='', relations=[], scores=[], failed=True)  # counts as a wrong, empty answer
 
-def _scorer_add(self, c, row=None): # Conversation; its row, None: there is none -> is it counted?
+
+def _is_broken(rle):
+    try:
+        return rle_area(rle) < 0
+    except MaskError:
+        return True
+
+
+def _scorer_add(self, c, row=None):  # Conversation; its row, None: there is none -> is it counted?
     "Count one sample, or name what is wrong with it."
     t = truth_of(c, self.rest)
-    if row is None: self.report.add('no prediction', f'{c.id} has no line.')
+    if row is None:
+        self.report.add('no prediction', f'{c.id} has no line.')
     p = None if row is None else self._read(row, c, t)
-    if not (done := p is not None and self._count(c, t, p)) and self.missing == 'zero': return self._count(c, t, _NOTHING)
+    if not (done := p is not None and self._count(c, t, p)) and self.missing == 'zero':
+        return self._count(c, t, _NOTHING)
     last = self.metric.rows[-1] if done and self.metric.rows else {}
-    if 'IoU' in last and len(p['masks']) == 1 == len(p['scores']) and isinstance(p['scores'][0], float) and 0 <= p['scores'][0] <= 1: self.calibration.update(p['scores'][0], min(1., last['IoU']), id=c.id)
+    if (
+        'IoU' in last
+        and len(p['masks']) == 1 == len(p['scores'])
+        and isinstance(p['scores'][0], float)
+        and 0 <= p['scores'][0] <= 1
+    ):
+        self.calibration.update(p['scores'][0], min(1.0, last['IoU']), id=c.id)
     return done
 
-def _count(self, c, t, p): # into every accumulator -> did it work?
+
+def _count(self, c, t, p):  # into every accumulator -> did it work?
     try:
-        for metric, add in self.parts: add(metric, c, t, p, self)
-    except MetricError as e: self.report.add('broken RLE' if any(map(_is_broken, p['masks'])) else 'not counted', str(e)); return False
+        for metric, add in self.parts:
+            add(metric, c, t, p, self)
+    except MetricError as e:
+        self.report.add('broken RLE' if any(map(_is_broken, p['masks'])) else 'not counted', str(e))
+        return False
     return True
 
 # %% ../nbs/08_evaluate.ipynb #174648f6
-def _figures(self, n_boot=1000, seed=0): # -> dict figure: dict(mean, low, high, n); what cannot be computed is in `problems`
+def _figures(
+    self, n_boot=1000, seed=0
+):  # -> dict figure: dict(mean, low, high, n); what cannot be computed is in `problems`
     "Compute all figures with their intervals."
     out, self.problems = {}, []
     for metric in (*(m for m, _ in self.parts), self.calibration):
-        if not len(metric): continue
-        try: found, undefined = bootstrap_ci(metric, n_boot, seed), metric.compute()['undefined']
-        except MetricError as e: self.problems.append(str(e)); continue
+        if not len(metric):
+            continue
+        try:
+            found, undefined = bootstrap_ci(metric, n_boot, seed), metric.compute()['undefined']
+        except MetricError as e:
+            self.problems.append(str(e))
+            continue
         out |= {k: v for k, v in found.items() if k not in undefined and (metric is not self.calibration or k == 'ECE')}
     return out
+
 
 Scorer.add, Scorer._count, Scorer.figures = _scorer_add, _count, _figures
 
 # %% ../nbs/08_evaluate.ipynb #2b9983e4
 class Score:
     "Figures of one task with their intervals, and the report of what was not counted."
-    def __init__(self, task, scorer, total, start, n_boot=1000, seed=0): # Task, Scorer, samples of the task, time.perf_counter() of the start
+
+    def __init__(
+        self, task, scorer, total, start, n_boot=1000, seed=0
+    ):  # Task, Scorer, samples of the task, time.perf_counter() of the start
         self.task, self.scorer, self.total, self.report = task, scorer, total, scorer.report
         self.figures = scorer.figures(n_boot, seed)
         self.seconds = time.perf_counter() - start
         self.n = int(scorer.metric.compute()['n']) if len(scorer.metric) else 0
-        for p in scorer.problems: self.report.add('not computed', p)
+        for p in scorer.problems:
+            self.report.add('not computed', p)
 
-    def rows(self): # the figures that tables show -> list of dict
+    def rows(self):  # the figures that tables show -> list of dict
         shown = [k for k in SHOWN[self.task.metric] if k in self.figures] or [None]
-        return [dict(task=self.task.name, figure=k, value=self.figures.get(k), n=self.figures[k]['n'] if k else self.n, samples=self.total, problems=sum(self.report.values())) for k in shown]
-    def groups(self): # -> dict group: dict of figures; only tasks that have groups
+        return [
+            dict(
+                task=self.task.name,
+                figure=k,
+                value=self.figures.get(k),
+                n=self.figures[k]['n'] if k else self.n,
+                samples=self.total,
+                problems=sum(self.report.values()),
+            )
+            for k in shown
+        ]
+
+    def groups(self):  # -> dict group: dict of figures; only tasks that have groups
         return self.scorer.metric.compute().get('groups', {}) if len(self.scorer.metric) else {}
-    def to_dict(self): return dict(task=self.task.name, version=self.task.version, n=self.n, samples=self.total, figures=self.figures, groups=self.groups(), report=dict(self.report), examples=self.report.examples)
+
+    def to_dict(self):
+        return dict(
+            task=self.task.name,
+            version=self.task.version,
+            n=self.n,
+            samples=self.total,
+            figures=self.figures,
+            groups=self.groups(),
+            report=dict(self.report),
+            examples=self.report.examples,
+        )
+
     def _repr_markdown_(self):
         text = table(self.rows())._repr_markdown_()
         return text + ('\n\n' + self.report._repr_markdown_() if self.report else '')
 
-def score(task, predictions, # name or Task; JSONL file or list of dict
-          data=None, n=None, root='', n_boot=1000, seed=0, **how): # ChatDataset or list of Conversation, None: the task's own; how: see Scorer -> Score
+
+def score(
+    task,
+    predictions,  # name or Task; JSONL file or list of dict
+    data=None,
+    n=None,
+    root='',
+    n_boot=1000,
+    seed=0,
+    **how,
+):  # ChatDataset or list of Conversation, None: the task's own; how: see Scorer -> Score
     "Score predictions of any model, given as RLE or as mask words."
     task, start = get_task(task) if isinstance(task, str) else task, time.perf_counter()
     rows, report = read_predictions(predictions)
     data = open_task(task, root) if data is None else data
     scorer, total = Scorer(task, data, **how), 0
-    for c in data if isinstance(data, list) else samples(task, data, n): scorer.add(c, rows.pop(c.id, None)); total += 1
-    for k in rows: report.add('unknown id', f'There is no sample {k}' + (f' among the first {n}.' if n else '.'))
+    for c in data if isinstance(data, list) else samples(task, data, n):
+        scorer.add(c, rows.pop(c.id, None))
+        total += 1
+    for k in rows:
+        report.add('unknown id', f'There is no sample {k}' + (f' among the first {n}.' if n else '.'))
     scorer.report.merge(report)
     return Score(task, scorer, total, start, n_boot, seed)
 
 # %% ../nbs/08_evaluate.ipynb #75037143
-def weights_mark(*modules): # torch modules -> str, 12 letters
+def weights_mark(*modules):  # torch modules -> str, 12 letters
     "Fingerprint weights, the same on every device."
     h = hashlib.sha256()
     for name, v in ((n, v.detach()) for m in modules for n, v in sorted(m.state_dict().items())):
         bits = v.contiguous().flatten()
-        if bits.is_floating_point(): bits = bits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}.get(bits.element_size(), torch.uint8))
-        some = bits[torch.linspace(0, max(0, len(bits) - 1), 16, device=bits.device).long()].tolist() if len(bits) else []
+        if bits.is_floating_point():
+            bits = bits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}.get(bits.element_size(), torch.uint8))
+        some = (
+            bits[torch.linspace(0, max(0, len(bits) - 1), 16, device=bits.device).long()].tolist() if len(bits) else []
+        )
         h.update(json.dumps([name, list(v.shape), str(v.dtype), int(bits.sum(dtype=torch.int64)), some]).encode())
     return h.hexdigest()[:12]
 
+
 class Predictions(Run):
     "An append-only file of predictions of one model, task and settings, in a folder of its own."
-    def __init__(self, out, task, model, settings, rank=0): # folder, Task, fingerprint of the model, dict; number of this process
-        head = json.loads(json.dumps(dict(model=model, task=task.name, version=task.version, data=task.data, args=task.args, rounds=task.rounds, prompt=task.prompt, max_new_tokens=task.max_new_tokens, **settings), default=str))
+
+    def __init__(
+        self, out, task, model, settings, rank=0
+    ):  # folder, Task, fingerprint of the model, dict; number of this process
+        head = json.loads(
+            json.dumps(
+                dict(
+                    model=model,
+                    task=task.name,
+                    version=task.version,
+                    data=task.data,
+                    args=task.args,
+                    rounds=task.rounds,
+                    prompt=task.prompt,
+                    max_new_tokens=task.max_new_tokens,
+                    **settings,
+                ),
+                default=str,
+            )
+        )
         self.mark = hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()[:12]
         super().__init__(Path(out) / re.sub(r'[^A-Za-z0-9_.+-]+', '_', task.name) / self.mark, head)
         self.metrics_path, self.rank = self.path / f'predictions_{rank}.jsonl', rank
 
-    def rows(self): # -> dict id: row, of all processes
+    def rows(self):  # -> dict id: row, of all processes
         "Read what is there."
-        rows = [r for f in sorted(self.path.glob('predictions_*.jsonl')) for r in read_rows(f) if r.get('run') == self.mark and 'id' in r]
+        rows = [
+            r
+            for f in sorted(self.path.glob('predictions_*.jsonl'))
+            for r in read_rows(f)
+            if r.get('run') == self.mark and 'id' in r
+        ]
         return {r['id']: r for r in reversed(rows)}
-    def add(self, row): self.log(0, run=self.mark, **row)                        # a line is on disk when this returns
-    def lock(self): # -> file to be kept open while writing
+
+    def add(self, row):
+        self.log(0, run=self.mark, **row)  # a line is on disk when this returns
+
+    def lock(self):  # -> file to be kept open while writing
         f = open(self.path / f'lock_{self.rank}', 'w')
-        if not _flock(f): raise EvaluateError(f'Another process is writing predictions into {self.path.name}: wait for it.')
+        if not _flock(f):
+            raise EvaluateError(f'Another process is writing predictions into {self.path.name}: wait for it.')
         return f
 
 # %% ../nbs/08_evaluate.ipynb #c6ad3a73
 @torch.no_grad()
-def reply_batch(model, task, chats, policy=None, constrained=None, threshold=None): # MaskVLM, Task, list of Conversation, ... -> list of dict for the predictions file
+def reply_batch(
+    model, task, chats, policy=None, constrained=None, threshold=None
+):  # MaskVLM, Task, list of Conversation, ... -> list of dict for the predictions file
     "Let a model answer some samples."
-    ceiling = isinstance(model, Ceiling) or task.metric == 'reconstruction'      # the truth, through the tokenizer
+    ceiling = isinstance(model, Ceiling) or task.metric == 'reconstruction'  # the truth, through the tokenizer
     asked = chats if ceiling else [ask(task, c) for c in chats]
     seen = model._embeddings([c.images[i] for c in asked for i in sorted(set(c.of))])
     words = model.words(asked, seen) if seen else [[] for _ in asked]
-    if ceiling: replies = [fill(c.messages[-1]['content'], w) for c, w in zip(chats, words)]
-    else: replies = model.generate(asked, task.max_new_tokens, constrained, chunk=len(asked), words=words)
+    if ceiling:
+        replies = [fill(c.messages[-1]['content'], w) for c, w in zip(chats, words)]
+    else:
+        replies = model.generate(asked, task.max_new_tokens, constrained, chunk=len(asked), words=words)
     policy = policy or task.policy
     missing = [c.images[0] for c, r in zip(chats, replies) if _key(c.images[0]) not in seen and '<|mt_' in r]
     seen |= model._embeddings(missing) if missing else {}
-    return [prediction(c, r, seen.get(_key(c.images[0])), model.tokenizer, policy, threshold) for c, r in zip(chats, replies)]
+    return [
+        prediction(c, r, seen.get(_key(c.images[0])), model.tokenizer, policy, threshold)
+        for c, r in zip(chats, replies)
+    ]
 
-def predict(model, task, store, data, n=None, batch=16, rank=0, world=1, **how): # MaskVLM, Task, Predictions, ChatDataset or list; samples at most, at a time; process; how: see reply_batch -> samples that were answered now
+
+def predict(
+    model, task, store, data, n=None, batch=16, rank=0, world=1, **how
+):  # MaskVLM, Task, Predictions, ChatDataset or list; samples at most, at a time; process; how: see reply_batch -> samples that were answered now
     "Answer the samples of a task that have no prediction yet."
     with store.lock():
         done, todo, count = set(store.rows()), [], 0
+
         def flush():
-            for row in reply_batch(model, task, todo, **how): store.add(row)
+            for row in reply_batch(model, task, todo, **how):
+                store.add(row)
             todo.clear()
+
         for i, c in enumerate(data if isinstance(data, list) else samples(task, data, n)):
-            if i % world != rank or c.id in done: continue
-            todo.append(c); count += 1
-            if len(todo) == batch: flush()
-        if todo: flush()
+            if i % world != rank or c.id in done:
+                continue
+            todo.append(c)
+            count += 1
+            if len(todo) == batch:
+                flush()
+        if todo:
+            flush()
     return count
 
 # %% ../nbs/08_evaluate.ipynb #657f2e2e
-def open_model(model='toy', tokenizer='', device='cpu'): # MaskVLM or Ceiling as it is; folder, hub id, "toy"; "ceiling" -> MaskVLM
+def open_model(
+    model='toy', tokenizer='', device='cpu'
+):  # MaskVLM or Ceiling as it is; folder, hub id, "toy"; "ceiling" -> MaskVLM
     "Open the model that is to be evaluated."
-    if isinstance(model, MaskVLM): return model
-    if device == 'cuda': device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    known = None if not tokenizer else tokenizer if isinstance(tokenizer, MaskTokenizer) else MaskTokenizer.from_pretrained(tokenizer, device=device)
-    if model == 'ceiling': return Ceiling(known or MaskTokenizer.from_pretrained('toy/tokenizer_16', device=device))
+    if isinstance(model, MaskVLM):
+        return model
+    if device == 'cuda':
+        device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+    known = (
+        None
+        if not tokenizer
+        else tokenizer
+        if isinstance(tokenizer, MaskTokenizer)
+        else MaskTokenizer.from_pretrained(tokenizer, device=device)
+    )
+    if model == 'ceiling':
+        return Ceiling(known or MaskTokenizer.from_pretrained('toy/tokenizer_16', device=device))
     return MaskVLM.from_pretrained(model, known, device, torch.bfloat16 if device != 'cpu' else torch.float32)
+
 
 class Evaluation(table):
     "The table of an evaluation; `scores` has everything by task."
-    def __init__(self, scores): super().__init__(r for s in scores.values() for r in s.rows()); self.scores = scores
-    def metrics(self): # -> dict for the result of a run: iou is the mean IoU of the first task that has one
+
+    def __init__(self, scores):
+        super().__init__(r for s in scores.values() for r in s.rows())
+        self.scores = scores
+
+    def metrics(self):  # -> dict for the result of a run: iou is the mean IoU of the first task that has one
         out = {f'{t}_{k}': v for t, s in self.scores.items() for k, v in s.figures.items() if k in SHOWN[s.task.metric]}
         first = next((s.figures[k] for s in self.scores.values() for k in ('mIoU', 'gIoU') if k in s.figures), None)
         return {**({'iou': first} if first else {}), **out}
 
 # %% ../nbs/08_evaluate.ipynb #d4fae028
-def _settings(model, task, policy, constrained, threshold): # what shapes a reply, beside the task
+def _settings(model, task, policy, constrained, threshold):  # what shapes a reply, beside the task
     ceiling = isinstance(model, Ceiling) or task.metric == 'reconstruction'
-    return dict(policy=policy or task.policy, constrained=None if ceiling else model.constrained if constrained is None else constrained, threshold=threshold)
+    return dict(
+        policy=policy or task.policy,
+        constrained=None if ceiling else model.constrained if constrained is None else constrained,
+        threshold=threshold,
+    )
 
-def _model_mark(model, task): # reconstruction knows no language model
+
+def _model_mark(model, task):  # reconstruction knows no language model
     only = isinstance(model, Ceiling) or task.metric == 'reconstruction'
-    return ('ceiling-' if isinstance(model, Ceiling) else '') + weights_mark(*([] if only else [model.model]), model.tokenizer)
+    return ('ceiling-' if isinstance(model, Ceiling) else '') + weights_mark(
+        *([] if only else [model.model]), model.tokenizer
+    )
 
-def evaluate(model='toy', tasks='all', # see open_model; names, or "all" twins
-             n=None, out='runs/evaluate', # samples of a task at most, folder of predictions
-             tokenizer='', root='', policy=None, constrained=None, threshold=None, device='cpu', # see open_model, open_task, reply_batch
-             batch=32, gpus=0, n_boot=1000, seed=0, judge=None, missing='skip', similarity=None): # samples at a time, processes; see Scorer -> Evaluation
+
+def evaluate(
+    model='toy',
+    tasks='all',  # see open_model; names, or "all" twins
+    n=None,
+    out='runs/evaluate',  # samples of a task at most, folder of predictions
+    tokenizer='',
+    root='',
+    policy=None,
+    constrained=None,
+    threshold=None,
+    device='cpu',  # see open_model, open_task, reply_batch
+    batch=32,
+    gpus=0,
+    n_boot=1000,
+    seed=0,
+    judge=None,
+    missing='skip',
+    similarity=None,
+):  # samples at a time, processes; see Scorer -> Evaluation
     "Ask a model the questions of some benchmarks, and count; what was answered before is not asked again."
     tasks = find_tasks(tasks)
-    opened, how = [(t, open_task(t, root)) for t in tasks], dict(policy=policy or None, constrained=constrained, threshold=threshold)
+    opened, how = (
+        [(t, open_task(t, root)) for t in tasks],
+        dict(policy=policy or None, constrained=constrained, threshold=threshold),
+    )
     rank, world = (int(os.environ.get(k, v)) for k, v in (('RANK', 0), ('WORLD_SIZE', 1)))
-    given = dict(model=model, task=','.join(t.name for t in tasks), samples=n or 0, # torchrun takes --n for one of its own
-                 out=str(out), tokenizer=tokenizer, root=root, policy=policy, constrained=constrained, threshold=threshold, device=device, batch=batch)
+    given = dict(
+        model=model,
+        task=','.join(t.name for t in tasks),
+        samples=n or 0,  # torchrun takes --n for one of its own
+        out=str(out),
+        tokenizer=tokenizer,
+        root=root,
+        policy=policy,
+        constrained=constrained,
+        threshold=threshold,
+        device=device,
+        batch=batch,
+    )
     model, scores = open_model(model, tokenizer, device), {}
-    if isinstance(model, Ceiling): opened = [(t, d) for t, d in opened if t.metric not in _NO_MASKS] # descriptions have no ceiling
+    if isinstance(model, Ceiling):
+        opened = [(t, d) for t, d in opened if t.metric not in _NO_MASKS]  # descriptions have no ceiling
     stores = [Predictions(out, t, _model_mark(model, t), _settings(model, t, **how), rank) for t, _ in opened]
-    if gpus > 1 and world == 1: _launch(given, gpus)
+    if gpus > 1 and world == 1:
+        _launch(given, gpus)
     for (task, data), store in progress(list(zip(opened, stores)), 'tasks'):
-        start, chats = time.perf_counter(), list(samples(task, data, n)) if n and n <= 1000 else data # drawn or read once
+        start, chats = (
+            time.perf_counter(),
+            list(samples(task, data, n)) if n and n <= 1000 else data,
+        )  # drawn or read once
         predict(model, task, store, chats, n, batch, rank, world, **how)
-        if world == 1: scores[task.name] = _score_store(task, store, chats, data, n, start, n_boot, seed, judge=judge, missing=missing, similarity=similarity if task.metric in ('gcg', 'instances') else None)
+        if world == 1:
+            scores[task.name] = _score_store(
+                task,
+                store,
+                chats,
+                data,
+                n,
+                start,
+                n_boot,
+                seed,
+                judge=judge,
+                missing=missing,
+                similarity=similarity if task.metric in ('gcg', 'instances') else None,
+            )
     return Evaluation(scores)
 
 # %% ../nbs/08_evaluate.ipynb #0c1dd4fc
-def _launch(args, gpus): # one process for each GPU; they only predict
-    if not isinstance(args['model'], str): raise EvaluateError('Several processes open the model themselves: give its name, not the model.')
-    if args['device'] != 'cpu': check_gpus(gpus)
-    watch(args['out'], launch('samtok.evaluate', {k: v for k, v in args.items() if v not in (None, '')}, gpus, args['out']))
+def _launch(args, gpus):  # one process for each GPU; they only predict
+    if not isinstance(args['model'], str):
+        raise EvaluateError('Several processes open the model themselves: give its name, not the model.')
+    if args['device'] != 'cpu':
+        check_gpus(gpus)
+    watch(
+        args['out'],
+        launch('samtok.evaluate', {k: v for k, v in args.items() if v not in (None, '')}, gpus, args['out']),
+    )
 
-def _score_store(task, store, chats, data, n, start, n_boot, seed, judge=None, **how): # predictions of our own -> Score; writes requests and score.json beside them
+
+def _score_store(
+    task, store, chats, data, n, start, n_boot, seed, judge=None, **how
+):  # predictions of our own -> Score; writes requests and score.json beside them
     requests, answers = store.path / 'requests.jsonl', store.path / 'answers.jsonl'
-    scorer, rows, total = Scorer(task, data, judge=judge or (answers if answers.exists() else None), **how), store.rows(), 0
-    for c in chats if isinstance(chats, list) else samples(task, chats, n): scorer.add(c, rows.get(c.id)); total += 1
-    if scorer.requests: write_rows(requests, scorer.requests)
+    scorer, rows, total = (
+        Scorer(task, data, judge=judge or (answers if answers.exists() else None), **how),
+        store.rows(),
+        0,
+    )
+    for c in chats if isinstance(chats, list) else samples(task, chats, n):
+        scorer.add(c, rows.get(c.id))
+        total += 1
+    if scorer.requests:
+        write_rows(requests, scorer.requests)
     found = Score(task, scorer, total, start, n_boot, seed)
     (store.path / 'score.json').write_text(json.dumps(found.to_dict(), indent=1, default=str))
     return found
 
 # %% ../nbs/08_evaluate.ipynb #5790b746
-def _save(self, file, model, command, seconds=None): # JSON file; name of the model, what was typed, how long it took
+def _save(self, file, model, command, seconds=None):  # JSON file; name of the model, what was typed, how long it took
     "Write the figures of all tasks, with command and environment."
     tasks = {t: {**s.to_dict(), 'seconds': s.seconds} for t, s in self.scores.items()}
-    short = lambda v: round(float(v), 6)
+
+    def short(v):
+        return round(float(v), 6)
+
     row = dict(model=model, command=command, seconds=seconds, environment=environment(), tasks=tasks)
     atomic_write(file, json.dumps(json.loads(json.dumps(row, default=str), parse_float=short), indent=1) + '\n')
+
 
 Evaluation.save = _save
 
 # %% ../nbs/08_evaluate.ipynb #bb1f84a3
-def _runs(folder, kind): # kind: published, ours, toy -> list of dict, as Evaluation.save writes them; other files are left out
+def _runs(
+    folder, kind
+):  # kind: published, ours, toy -> list of dict, as Evaluation.save writes them; other files are left out
     found = [json.loads(f.read_text()) for f in sorted(folder.glob(f'{kind}_*.json'))]
     return [r for r in found if isinstance(r, dict) and isinstance(r.get('tasks'), dict)]
 
-def _figure(at, run): # "task/figure" or "task/figure/group", a saved evaluation -> its entry or None
+
+def _figure(at, run):  # "task/figure" or "task/figure/group", a saved evaluation -> its entry or None
     task, figure, *group = at.split('/')
     s = run.get('tasks', {}).get(task, {})
     return s.get('groups', {}).get(group[0], {}).get(figure) if group else s.get('figures', {}).get(figure)
 
-def _points(at, run): # -> '79.4 (78.1 to 80.6)' or None
-    if (v := _figure(at, run)) is None: return None
-    unit = 1 if get_task(at.split('/')[0]).metric in ('pairs', 'grades') else 100        # these two count in points already
-    return f"{unit * v['mean']:.1f} ({unit * v['low']:.1f} to {unit * v['high']:.1f})" if isinstance(v, dict) else f'{unit * v:.1f}'
 
-def _join(values): return ' / '.join('-' if v is None else v if isinstance(v, str) else f'{v:g}' for v in values) if any(v is not None for v in values) else None
+def _points(at, run):  # -> '79.4 (78.1 to 80.6)' or None
+    if (v := _figure(at, run)) is None:
+        return None
+    unit = 1 if get_task(at.split('/')[0]).metric in ('pairs', 'grades') else 100  # these two count in points already
+    return (
+        f'{unit * v["mean"]:.1f} ({unit * v["low"]:.1f} to {unit * v["high"]:.1f})'
+        if isinstance(v, dict)
+        else f'{unit * v:.1f}'
+    )
 
-def _origin(at, run): # -> dict n, command, commit of a saved figure
-    if (v := _figure(at, run)) is None: return dict(n=None, command=None, commit=None)
+
+def _join(values):
+    return (
+        ' / '.join('-' if v is None else v if isinstance(v, str) else f'{v:g}' for v in values)
+        if any(v is not None for v in values)
+        else None
+    )
+
+
+def _origin(at, run):  # -> dict n, command, commit of a saved figure
+    if (v := _figure(at, run)) is None:
+        return dict(n=None, command=None, commit=None)
     commit = run['environment'].get('commit')
-    return dict(n=v['n'] if isinstance(v, dict) else run['tasks'][at.split('/')[0]]['n'], command=run['command'], commit=commit and commit[:7] + '+' * bool(run['environment'].get('dirty')))
+    return dict(
+        n=v['n'] if isinstance(v, dict) else run['tasks'][at.split('/')[0]]['n'],
+        command=run['command'],
+        commit=commit and commit[:7] + '+' * bool(run['environment'].get('dirty')),
+    )
 
 # %% ../nbs/08_evaluate.ipynb #dba7b1a7
-def _paper_rows(t, folder): # a table of paper.json, folder of results -> list of dict
+def _paper_rows(t, folder):  # a table of paper.json, folder of results -> list of dict
     tasks, label = t.get('tasks', []), ' / '.join(t['figures'])
     found = [(kind, run) for kind in ('published', 'ours') for run in _runs(folder, kind)]
+
     def row(r, task, kind=None, run={}):
         where = t.get('where') or [f'{task}/{k}' for k in t['figures']]
         got = _join([w and _points(w, run) for w in where]) if task else None
         first = next((w for w in where if w and _figure(w, run) is not None), '/')
-        return {t.get('of', 'model'): r['name'], 'split': r.get('split'), f"paper's figure ({label})": _join(r.get('paper', [None])), "others' figure": _join(r.get('others', [None])),
-                'published checkpoint in our evaluator': got if kind == 'published' else None, 'ours': got if kind == 'ours' else None, **_origin(first, run if got else {}), 'source': r.get('source')}
-    fits = lambda kind, run, r: kind == 'published' and 'checkpoint' in r and r.get('task') in run['tasks'] and Path(run['model']).name == Path(r['checkpoint']).name
+        return {
+            t.get('of', 'model'): r['name'],
+            'split': r.get('split'),
+            f"paper's figure ({label})": _join(r.get('paper', [None])),
+            "others' figure": _join(r.get('others', [None])),
+            'published checkpoint in our evaluator': got if kind == 'published' else None,
+            'ours': got if kind == 'ours' else None,
+            **_origin(first, run if got else {}),
+            'source': r.get('source'),
+        }
+
+    def fits(kind, run, r):
+        return (
+            kind == 'published'
+            and 'checkpoint' in r
+            and r.get('task') in run['tasks']
+            and Path(run['model']).name == Path(r['checkpoint']).name
+        )
+
     rows = [row(r, r.get('task'), *next((f for f in found if fits(*f, r)), ())) for r in t['rows']]
-    rows += [row(dict(name=run['model'], split=task), task, kind, run) for kind, run in found for task in tasks if task in run['tasks'] and not any(fits(kind, run, r) and r['task'] == task for r in t['rows'])]
+    rows += [
+        row(dict(name=run['model'], split=task), task, kind, run)
+        for kind, run in found
+        for task in tasks
+        if task in run['tasks'] and not any(fits(kind, run, r) and r['task'] == task for r in t['rows'])
+    ]
     empty = [k for k in ('split', "others' figure", 'source') if all(r[k] is None for r in rows)]
     return [{k: v for k, v in r.items() if k not in empty} for r in rows]
 
 # %% ../nbs/08_evaluate.ipynb #39782711
-def _toy_rows(t, folder): # -> list of dict: what the twins of a table reached
+def _toy_rows(t, folder):  # -> list of dict: what the twins of a table reached
     rows, runs = [], _runs(folder, 'toy')
     for task in t.get('toy', []):
         for run in [r for r in runs if task in r['tasks']] or [{}]:
             for k in [k for k in SHOWN[get_task(task).metric] if _figure(f'{task}/{k}', run)] or [None]:
-                rows.append(dict(task=task, model=run.get('model'), figure=k, value=_points(f'{task}/{k}', run), **_origin(f'{task}/{k}', run)))
+                rows.append(
+                    dict(
+                        task=task,
+                        model=run.get('model'),
+                        figure=k,
+                        value=_points(f'{task}/{k}', run),
+                        **_origin(f'{task}/{k}', run),
+                    )
+                )
     return rows
 
-def paper_table(name, toy=False, folder=None): # name of a table in paper.json; its twins in ShapeWorld instead; folder of results, None: results/ of the checkout -> table
+
+def paper_table(
+    name, toy=False, folder=None
+):  # name of a table in paper.json; its twins in ShapeWorld instead; folder of results, None: results/ of the checkout -> table
     "Show a table of the paper beside what was run here; a dash where nothing was."
     folder = Path(folder or data_file().parent / 'results')
-    try: known = json.loads((folder / 'paper.json').read_text()); tables = known['tables']
-    except OSError as e: raise EvaluateError(f"The paper's figures, paper.json, are not in {folder.name} ({e.strerror}): they are part of a checkout, in results/.") from e
-    if name not in tables: raise EvaluateError(f"There is no table {name!r} in paper.json: choose one of {', '.join(tables)}.")
+    try:
+        known = json.loads((folder / 'paper.json').read_text())
+        tables = known['tables']
+    except OSError as e:
+        raise EvaluateError(
+            f"The paper's figures, paper.json, are not in {folder.name} ({e.strerror}): they are part of a checkout, in results/."
+        ) from e
+    if name not in tables:
+        raise EvaluateError(f'There is no table {name!r} in paper.json: choose one of {", ".join(tables)}.')
     rows = (_toy_rows if toy else _paper_rows)(tables[name], folder)
-    if toy: return _same_origin(rows)
+    if toy:
+        return _same_origin(rows)
     named = {k: v for k, v in known.get('sources', {}).items() if any(k in str(r.get('source')) for r in rows)}
-    return table(rows, 'Sources: ' + '; '.join(f'*{k}*: {v}' for k, v in named.items()) + '.' if named else '', ('n', 'command', 'commit'))
+    return table(
+        rows,
+        'Sources: ' + '; '.join(f'*{k}*: {v}' for k, v in named.items()) + '.' if named else '',
+        ('n', 'command', 'commit'),
+    )
 
-def _same_origin(rows): # -> table; a command that made all rows stands below it
+
+def _same_origin(rows):  # -> table; a command that made all rows stands below it
     made = {(r['command'], r['commit']) for r in rows}
-    if len(made) != 1 or None in (only := made.pop()): return table(rows)
-    return table([{k: v for k, v in r.items() if k not in ('command', 'commit')} for r in rows], f'All by `{only[0]}`, commit {only[1]}.')
+    if len(made) != 1 or None in (only := made.pop()):
+        return table(rows)
+    return table(
+        [{k: v for k, v in r.items() if k not in ('command', 'commit')} for r in rows],
+        f'All by `{only[0]}`, commit {only[1]}.',
+    )
 
 # %% ../nbs/08_evaluate.ipynb #885515c9
-def write_questions(task, folder, n=None, root=''): # Task, folder, samples at most -> number of questions
+def write_questions(task, folder, n=None, root=''):  # Task, folder, samples at most -> number of questions
     "Write the questions of a task for a model that lives elsewhere: questions.jsonl, and images as PNG; masks in them are RLE."
-    folder, lines = Path(folder), []; folder.mkdir(parents=True, exist_ok=True)
+    folder, lines = Path(folder), []
+    folder.mkdir(parents=True, exist_ok=True)
     for i, c in enumerate(samples(task, open_task(task, root), n)):
         q, names = ask(task, c), []
         for j, image in enumerate(q.images):
             names.append(str(image) if isinstance(image, (str, Path)) else f'{i}_{j}.png')
-            if not isinstance(image, (str, Path)): Image.fromarray(read_image(image)).save(folder / names[-1])
-        lines.append(json.dumps(dict(id=q.id, messages=q.messages, images=names, masks=[mask_to_rle(mask_array(q, k)) for k in range(len(q))], mask_of=q.of), ensure_ascii=False))
+            if not isinstance(image, (str, Path)):
+                Image.fromarray(read_image(image)).save(folder / names[-1])
+        lines.append(
+            json.dumps(
+                dict(
+                    id=q.id,
+                    messages=q.messages,
+                    images=names,
+                    masks=[mask_to_rle(mask_array(q, k)) for k in range(len(q))],
+                    mask_of=q.of,
+                ),
+                ensure_ascii=False,
+            )
+        )
     (folder / 'questions.jsonl').write_text('\n'.join(lines) + '\n')
     return len(lines)
 
 # %% ../nbs/08_evaluate.ipynb #fc1d3691
-_OPTIONS = dict(task='names with commas, or all (the twins in ShapeWorld); none: list them', model='folder, hub id, "toy" or "ceiling" (the tokenizer with the true codes)', predictions='instead of a model: JSONL with id, and masks (RLE) or reply (words)', questions='write the questions into this folder, ask nobody',
-                tokenizer='of masks: folder, hub id, "toy"; none: the one in the model\'s folder', root='folder of the benchmarks\' files', n='samples of a task at most; 0: all (of twins 200)', out='folder of predictions (default runs/evaluate); with --predictions a JSON file for the score', save='JSON file for the figures of all tasks, with command and environment',
-                policy='how broken replies are read: strict, flat, published_gres, published_gcg or published_single (default: as the task says)', constrained='true or false: only well-formed words (default: as the task says)', threshold='logit above which a pixel is inside (default: the tokenizer\'s)', convention='of the metric, where the task has several', similarity='of phrases: "words" or a text encoder', missing='samples without prediction: skip (default), or zero',
-                judge='JSONL with the answers of a judge', requests='write the requests for a judge into this file', device='cpu or cuda (default: cuda with --gpus, else cpu)', gpus='processes, one for each GPU; 0 or 1: this one', batch='samples in one pass (default 32)', seed='of the bootstrap (default 0)')
+_OPTIONS = dict(
+    task='names with commas, or all (the twins in ShapeWorld); none: list them',
+    model='folder, hub id, "toy" or "ceiling" (the tokenizer with the true codes)',
+    predictions='instead of a model: JSONL with id, and masks (RLE) or reply (words)',
+    questions='write the questions into this folder, ask nobody',
+    tokenizer='of masks: folder, hub id, "toy"; none: the one in the model\'s folder',
+    root="folder of the benchmarks' files",
+    n='samples of a task at most; 0: all (of twins 200)',
+    out='folder of predictions (default runs/evaluate); with --predictions a JSON file for the score',
+    save='JSON file for the figures of all tasks, with command and environment',
+    policy='how broken replies are read: strict, flat, published_gres, published_gcg or published_single (default: as the task says)',
+    constrained='true or false: only well-formed words (default: as the task says)',
+    threshold="logit above which a pixel is inside (default: the tokenizer's)",
+    convention='of the metric, where the task has several',
+    similarity='of phrases: "words" or a text encoder',
+    missing='samples without prediction: skip (default), or zero',
+    judge='JSONL with the answers of a judge',
+    requests='write the requests for a judge into this file',
+    device='cpu or cuda (default: cuda with --gpus, else cpu)',
+    gpus='processes, one for each GPU; 0 or 1: this one',
+    batch='samples in one pass (default 32)',
+    seed='of the bootstrap (default 0)',
+)
+
 
 def _arguments(argv):
-    p = argparse.ArgumentParser(prog='samtok-eval', description='Evaluate a model, or score predictions of any model.', allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        prog='samtok-eval', description='Evaluate a model, or score predictions of any model.', allow_abbrev=False
+    )
+
     def yes(v):
-        if v.lower() not in ('true', 'false'): raise argparse.ArgumentTypeError('give true or false')
+        if v.lower() not in ('true', 'false'):
+            raise argparse.ArgumentTypeError('give true or false')
         return v.lower() == 'true'
-    kinds = dict(tokenizer=dict(default=''), root=dict(default=''), n=dict(type=int, default=0), constrained=dict(type=yes), threshold=dict(type=float), missing=dict(default='skip'), device=dict(default=''), **{k: dict(type=int, default=v) for k, v in dict(gpus=0, batch=32, seed=0).items()})
-    for name, text in _OPTIONS.items(): p.add_argument(f'--{name}', *(['--samples'] if name == 'n' else []), help=text, **kinds.get(name, {}))
-    p.add_argument('--data', action='append', default=[], metavar='NAME=VALUE', help='another file or option of the data; may be given several times')
+
+    kinds = dict(
+        tokenizer=dict(default=''),
+        root=dict(default=''),
+        n=dict(type=int, default=0),
+        constrained=dict(type=yes),
+        threshold=dict(type=float),
+        missing=dict(default='skip'),
+        device=dict(default=''),
+        **{k: dict(type=int, default=v) for k, v in dict(gpus=0, batch=32, seed=0).items()},
+    )
+    for name, text in _OPTIONS.items():
+        p.add_argument(f'--{name}', *(['--samples'] if name == 'n' else []), help=text, **kinds.get(name, {}))
+    p.add_argument(
+        '--data',
+        action='append',
+        default=[],
+        metavar='NAME=VALUE',
+        help='another file or option of the data; may be given several times',
+    )
     a = p.parse_args(argv)
     a.device = a.device or ('cuda' if a.gpus else 'cpu')
     return a
 
-def _score_file(a, task): # arguments, Task -> Score
+
+def _score_file(a, task):  # arguments, Task -> Score
     tokenizer = MaskTokenizer.from_pretrained(a.tokenizer) if a.tokenizer else None
-    found = score(task, a.predictions, n=a.n or None, root=a.root, seed=a.seed, tokenizer=tokenizer, policy=a.policy, threshold=a.threshold, judge=a.judge, missing=a.missing, **{k: v for k, v in dict(convention=a.convention, similarity=a.similarity).items() if v})
-    if a.requests: write_rows(a.requests, found.scorer.requests)
-    if a.out: Path(a.out).write_text(json.dumps(found.to_dict(), indent=1, default=str) + '\n')
+    found = score(
+        task,
+        a.predictions,
+        n=a.n or None,
+        root=a.root,
+        seed=a.seed,
+        tokenizer=tokenizer,
+        policy=a.policy,
+        threshold=a.threshold,
+        judge=a.judge,
+        missing=a.missing,
+        **{k: v for k, v in dict(convention=a.convention, similarity=a.similarity).items() if v},
+    )
+    if a.requests:
+        write_rows(a.requests, found.scorer.requests)
+    if a.out:
+        Path(a.out).write_text(json.dumps(found.to_dict(), indent=1, default=str) + '\n')
     return found
 
 # %% ../nbs/08_evaluate.ipynb #bd4eb0f6
-def _tasks(a): # arguments -> list of Task
-    if wrong := [d for d in a.data if '=' not in d]: raise EvaluateError(f'{wrong[0]!r} is no argument of the data: write --data name=value.')
+def _tasks(a):  # arguments -> list of Task
+    if wrong := [d for d in a.data if '=' not in d]:
+        raise EvaluateError(f'{wrong[0]!r} is no argument of the data: write --data name=value.')
     return find_tasks(a.task, **dict(d.split('=', 1) for d in a.data))
 
-def main(argv=None): # -> exit code: 0, 1 where nothing could be counted, 2 for an error
+
+def main(argv=None):  # -> exit code: 0, 1 where nothing could be counted, 2 for an error
     "Evaluate from the command line."
     a, start = _arguments(argv), time.perf_counter()
-    if not a.task: print(*[f"{t.name:16} {t.metric:15} {' '.join(t.splits)}" for t in TASKS.values()], sep='\n'); return 0
+    if not a.task:
+        print(*[f'{t.name:16} {t.metric:15} {" ".join(t.splits)}' for t in TASKS.values()], sep='\n')
+        return 0
     try:
         tasks = _tasks(a)
-        if any(t.drawn for t in tasks) and not a.n: a.n = 200                       # scenes have no end of their own
-        if a.questions: print(*[f"{write_questions(t, Path(a.questions) / t.name.replace(':', '_'), a.n or None, a.root)} questions of {t.name}" for t in tasks], sep='\n'); return 0
-        if a.predictions and len(tasks) > 1: raise EvaluateError('A file of predictions belongs to one task: name one.')
-        if not a.predictions and not a.model: raise EvaluateError('There is nothing to score: give --predictions FILE, or --model NAME to ask one, or --questions FOLDER.')
-        if a.predictions: scores = [_score_file(a, tasks[0])]
-        else: found = evaluate(a.model, tasks, a.n or None, a.out or 'runs/evaluate', a.tokenizer, a.root, a.policy, a.constrained, a.threshold, a.device, a.batch, a.gpus, seed=a.seed, judge=a.judge, missing=a.missing, similarity=a.similarity); scores = list(found.scores.values())
-        if a.save and a.model and scores: found.save(a.save, a.model, shlex.join(['samtok-eval', *(sys.argv[1:] if argv is None else argv)]), time.perf_counter() - start)
+        if any(t.drawn for t in tasks) and not a.n:
+            a.n = 200  # scenes have no end of their own
+        if a.questions:
+            print(
+                *[
+                    f'{write_questions(t, Path(a.questions) / t.name.replace(":", "_"), a.n or None, a.root)} questions of {t.name}'
+                    for t in tasks
+                ],
+                sep='\n',
+            )
+            return 0
+        if a.predictions and len(tasks) > 1:
+            raise EvaluateError('A file of predictions belongs to one task: name one.')
+        if not a.predictions and not a.model:
+            raise EvaluateError(
+                'There is nothing to score: give --predictions FILE, or --model NAME to ask one, or --questions FOLDER.'
+            )
+        if a.predictions:
+            scores = [_score_file(a, tasks[0])]
+        else:
+            found = evaluate(
+                a.model,
+                tasks,
+                a.n or None,
+                a.out or 'runs/evaluate',
+                a.tokenizer,
+                a.root,
+                a.policy,
+                a.constrained,
+                a.threshold,
+                a.device,
+                a.batch,
+                a.gpus,
+                seed=a.seed,
+                judge=a.judge,
+                missing=a.missing,
+                similarity=a.similarity,
+            )
+            scores = list(found.scores.values())
+        if a.save and a.model and scores:
+            found.save(
+                a.save,
+                a.model,
+                shlex.join(['samtok-eval', *(sys.argv[1:] if argv is None else argv)]),
+                time.perf_counter() - start,
+            )
         print(table([r for s in scores for r in s.rows()])._repr_markdown_())
-        for s in scores: print(*[f'{s.task.name}: {k}: {v}. {s.report.examples.get(k, "")}' for k, v in s.report.items()], sep='\n') if s.report else None
-    except (ValueError, OSError) as e: print(f'samtok-eval: {e}', file=sys.stderr); return 2
+        for s in scores:
+            print(
+                *[f'{s.task.name}: {k}: {v}. {s.report.examples.get(k, "")}' for k, v in s.report.items()], sep='\n'
+            ) if s.report else None
+    except (ValueError, OSError) as e:
+        print(f'samtok-eval: {e}', file=sys.stderr)
+        return 2
     return int(any(not s.n for s in scores) and 'RANK' not in os.environ)
 
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
+
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())

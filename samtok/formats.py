@@ -15,377 +15,634 @@ import os
 from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
+
 import numpy as np
+
 from .data import IMAGE_SUFFIXES, DataError, MaskDataset, MaskFolder, read_ids, read_image, walk_files
 from .masks import MaskError, polygons_to_mask, rle_area
 
 # %% ../nbs/00e_formats.ipynb #0dabd456
-def _read_json(path, *keys): # -> dict with these keys; raises DataError
+def _read_json(path, *keys):  # -> dict with these keys; raises DataError
     name = os.path.basename(path)
-    try: data = Path(path).read_bytes()
-    except OSError as e: raise DataError(f"The file {name} cannot be opened: {e.strerror}.") from e
-    try: text = data.decode("utf-8-sig")
-    except UnicodeDecodeError: text = data.decode("latin-1")
-    try: found = json.loads(text)
-    except (ValueError, RecursionError) as e: raise DataError(f"The file {name} is not JSON: {e}.") from e
+    try:
+        data = Path(path).read_bytes()
+    except OSError as e:
+        raise DataError(f'The file {name} cannot be opened: {e.strerror}.') from e
+    try:
+        text = data.decode('utf-8-sig')
+    except UnicodeDecodeError:
+        text = data.decode('latin-1')
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise DataError(f'The file {name} is not JSON: {e}.') from e
     missing = [k for k in keys if not isinstance(found, dict) or k not in found]
-    if missing: raise DataError(f"The file {name} has no {missing[0]!r}; it is of another format.")
+    if missing:
+        raise DataError(f'The file {name} has no {missing[0]!r}; it is of another format.')
     return found
 
-def _find_image(folder, name): # -> path; the file with this name, with another suffix, or without its folders
+
+def _find_image(folder, name):  # -> path; the file with this name, with another suffix, or without its folders
     for path in (os.path.join(folder, n) for n in (name, os.path.basename(name))):
         for choice in (path, *(os.path.splitext(path)[0] + s for s in IMAGE_SUFFIXES)):
-            if os.path.isfile(choice): return choice
-    return os.path.join(folder, name)                                           # read_image says what is missing
+            if os.path.isfile(choice):
+                return choice
+    return os.path.join(folder, name)  # read_image says what is missing
 
-def _check_folder(path): # -> str; raises DataError
-    if not os.path.isdir(path): raise DataError(f"The folder {os.path.basename(path) or path} does not exist.")
+
+def _check_folder(path):  # -> str; raises DataError
+    if not os.path.isdir(path):
+        raise DataError(f'The folder {os.path.basename(path) or path} does not exist.')
     return os.fspath(path)
 
 # %% ../nbs/00e_formats.ipynb #b16d85e1
 class CocoInstances(MaskDataset):
     "Read a COCO instances JSON and its image folder."
-    name = "coco"
-    image_keys = ()                                                             # what to keep of an image in meta
-    region_keys = ("id", "category_id", "iscrowd", "score")                     # and of an annotation in meta["regions"]
-    def __init__(self, json, images, crowd=False, max_masks=None): # file, folder, keep crowds?, see MaskDataset
-        super().__init__(max_masks)
-        data, self.folder = _read_json(json, "images", "annotations"), _check_folder(images)
-        self.images, self.regions = data["images"], defaultdict(list)
-        self.labels = {c["id"]: c.get("name") for c in data.get("categories", [])}
-        known = {row["id"] for row in self.images}
-        for a in data["annotations"]:
-            if a.get("image_id") not in known: self.report.add("orphan: annotation skipped", f"{self.name}: annotation {a.get('id')} is of image {a.get('image_id')}, which the file does not have.")
-            elif crowd or not a.get("iscrowd"): self.regions[a["image_id"]].append(a)
 
-    def records(self): return iter(range(len(self.images)))
+    name = 'coco'
+    image_keys = ()  # what to keep of an image in meta
+    region_keys = ('id', 'category_id', 'iscrowd', 'score')  # and of an annotation in meta["regions"]
+
+    def __init__(self, json, images, crowd=False, max_masks=None):  # file, folder, keep crowds?, see MaskDataset
+        super().__init__(max_masks)
+        data, self.folder = _read_json(json, 'images', 'annotations'), _check_folder(images)
+        self.images, self.regions = data['images'], defaultdict(list)
+        self.labels = {c['id']: c.get('name') for c in data.get('categories', [])}
+        known = {row['id'] for row in self.images}
+        for a in data['annotations']:
+            if a.get('image_id') not in known:
+                self.report.add(
+                    'orphan: annotation skipped',
+                    f'{self.name}: annotation {a.get("id")} is of image {a.get("image_id")}, which the file does not have.',
+                )
+            elif crowd or not a.get('iscrowd'):
+                self.regions[a['image_id']].append(a)
+
+    def records(self):
+        return iter(range(len(self.images)))
+
     def load(self, i):
         row = self.images[i]
-        regions = [dict(mask=a.get("segmentation"), label=self.labels.get(a.get("category_id")), **{k: a[k] for k in self.region_keys if k in a}) for a in self.regions[row["id"]]]
+        regions = [
+            dict(
+                mask=a.get('segmentation'),
+                label=self.labels.get(a.get('category_id')),
+                **{k: a[k] for k in self.region_keys if k in a},
+            )
+            for a in self.regions[row['id']]
+        ]
         kept = {k: tuple(row[k]) if isinstance(row[k], list) else row[k] for k in self.image_keys if k in row}
-        return self.build(_find_image(self.folder, self.file_name(row)), regions, row["id"], (row["height"], row["width"]) if "height" in row else None, **kept)
-    def file_name(self, row): return row["file_name"]
+        return self.build(
+            _find_image(self.folder, self.file_name(row)),
+            regions,
+            row['id'],
+            (row['height'], row['width']) if 'height' in row else None,
+            **kept,
+        )
+
+    def file_name(self, row):
+        return row['file_name']
 
 # %% ../nbs/00e_formats.ipynb #76ae3e01
 class Lvis(CocoInstances):
     "Read LVIS: COCO instances with 1203 categories; meta tells which of them are known to be absent."
-    name, image_keys = "lvis", ("neg_category_ids", "not_exhaustive_category_ids")
-    def file_name(self, row): return "/".join(row["coco_url"].split("/")[-2:]) if "coco_url" in row else row["file_name"]
+
+    name, image_keys = 'lvis', ('neg_category_ids', 'not_exhaustive_category_ids')
+
+    def file_name(self, row):
+        return '/'.join(row['coco_url'].split('/')[-2:]) if 'coco_url' in row else row['file_name']
+
 
 class EntitySeg(CocoInstances):
     "Read EntitySeg: every entity of an image, things and stuff."
-    name = "entityseg"
+
+    name = 'entityseg'
+
 
 class PixelWeb(CocoInstances):
     "Read PixelWeb: the elements of web pages."
-    name = "pixelweb"
+
+    name = 'pixelweb'
 
 # %% ../nbs/00e_formats.ipynb #93d7a1b6
-def _id_regions(ids, ignore=()): # yields (id, function that makes the mask (H,W) bool)
+def _id_regions(ids, ignore=()):  # yields (id, function that makes the mask (H,W) bool)
     for i in np.unique(ids).tolist():
-        if i not in ignore: yield i, lambda i=i: ids == i
+        if i not in ignore:
+            yield i, lambda i=i: ids == i
 
 # %% ../nbs/00e_formats.ipynb #05c965b1
 class CocoPanoptic(MaskDataset):
     "Read a COCO panoptic JSON, its folder of PNGs, and the image folder."
-    name = "coco_panoptic"
-    def __init__(self, json, masks, images, crowd=False, max_masks=None): # file, folder of PNGs, folder of images, keep crowds?
-        super().__init__(max_masks)
-        data = _read_json(json, "annotations", "categories")
-        self.folder, self.masks, self.crowd, self.rows = _check_folder(images), _check_folder(masks), crowd, data["annotations"]
-        self.files = {row["id"]: row["file_name"] for row in data.get("images", [])}
-        self.categories = {c["id"]: c for c in data["categories"]}
 
-    def records(self): return iter(range(len(self.rows)))
+    name = 'coco_panoptic'
+
+    def __init__(
+        self, json, masks, images, crowd=False, max_masks=None
+    ):  # file, folder of PNGs, folder of images, keep crowds?
+        super().__init__(max_masks)
+        data = _read_json(json, 'annotations', 'categories')
+        self.folder, self.masks, self.crowd, self.rows = (
+            _check_folder(images),
+            _check_folder(masks),
+            crowd,
+            data['annotations'],
+        )
+        self.files = {row['id']: row['file_name'] for row in data.get('images', [])}
+        self.categories = {c['id']: c for c in data['categories']}
+
+    def records(self):
+        return iter(range(len(self.rows)))
+
     def load(self, i):
         row = self.rows[i]
-        ids = read_ids(os.path.join(self.masks, row["file_name"]))
-        regions = [self._region(s, ids) for s in row["segments_info"] if self.crowd or not s.get("iscrowd")]
-        return self.build(_find_image(self.folder, self.files.get(row["image_id"], row["file_name"])), regions, row["image_id"], ids.shape)
+        ids = read_ids(os.path.join(self.masks, row['file_name']))
+        regions = [self._region(s, ids) for s in row['segments_info'] if self.crowd or not s.get('iscrowd')]
+        return self.build(
+            _find_image(self.folder, self.files.get(row['image_id'], row['file_name'])),
+            regions,
+            row['image_id'],
+            ids.shape,
+        )
 
     def _region(self, s, ids):
-        category = self.categories.get(s["category_id"], {})
-        return dict(mask=lambda: ids == s["id"], label=category.get("name"), id=s["id"], isthing=category.get("isthing", 1), iscrowd=s.get("iscrowd", 0))
+        category = self.categories.get(s['category_id'], {})
+        return dict(
+            mask=lambda: ids == s['id'],
+            label=category.get('name'),
+            id=s['id'],
+            isthing=category.get('isthing', 1),
+            iscrowd=s.get('iscrowd', 0),
+        )
+
 
 class Coconut(CocoPanoptic):
     "Read COCONut, which has COCO's panoptic form."
-    name = "coconut"
+
+    name = 'coconut'
 
 # %% ../nbs/00e_formats.ipynb #bf8e8590
 class Sa1b(MaskDataset):
     "Read SA-1B: folders of sa_x.json beside sa_x.jpg."
-    name = "sa1b"
-    def __init__(self, root, max_masks=None): # folder of folders, see MaskDataset
+
+    name = 'sa1b'
+
+    def __init__(self, root, max_masks=None):  # folder of folders, see MaskDataset
         super().__init__(max_masks)
         self.root = _check_folder(root)
 
-    def records(self): return walk_files(self.root, ".json")
+    def records(self):
+        return walk_files(self.root, '.json')
+
     def load(self, path):
-        data = _read_json(path, "image", "annotations")
-        row = data["image"]
-        regions = [dict(mask=a["segmentation"], **{k: a[k] for k in ("id", "predicted_iou", "stability_score") if k in a}) for a in data["annotations"]]
-        return self.build(_find_image(os.path.dirname(path), row["file_name"]), regions, row["image_id"], (row["height"], row["width"]))
+        data = _read_json(path, 'image', 'annotations')
+        row = data['image']
+        regions = [
+            dict(mask=a['segmentation'], **{k: a[k] for k in ('id', 'predicted_iou', 'stability_score') if k in a})
+            for a in data['annotations']
+        ]
+        return self.build(
+            _find_image(os.path.dirname(path), row['file_name']),
+            regions,
+            row['image_id'],
+            (row['height'], row['width']),
+        )
 
 # %% ../nbs/00e_formats.ipynb #28c90422
-def _shape_mask(shape, size): # labelme shape -> (H,W) bool; raises MaskError
-    kind, points = shape.get("shape_type") or "polygon", np.asarray(shape["points"], dtype=float)
-    if kind == "polygon": return polygons_to_mask([points.ravel().tolist()], size)
-    if kind == "rectangle" and len(points) == 2:
+def _shape_mask(shape, size):  # labelme shape -> (H,W) bool; raises MaskError
+    kind, points = shape.get('shape_type') or 'polygon', np.asarray(shape['points'], dtype=float)
+    if kind == 'polygon':
+        return polygons_to_mask([points.ravel().tolist()], size)
+    if kind == 'rectangle' and len(points) == 2:
         (x0, y0), (x1, y1) = points
         return polygons_to_mask([[x0, y0, x1, y0, x1, y1, x0, y1]], size)
-    if kind == "circle":
-        y, x = np.mgrid[:size[0], :size[1]] + .5
+    if kind == 'circle':
+        y, x = np.mgrid[: size[0], : size[1]] + 0.5
         return np.hypot(x - points[0, 0], y - points[0, 1]) <= np.hypot(*(points[1] - points[0]))
-    if kind == "mask":
-        piece, mask = read_ids(base64.b64decode(shape["mask"])) > 0, np.zeros(size, bool)
+    if kind == 'mask':
+        piece, mask = read_ids(base64.b64decode(shape['mask'])) > 0, np.zeros(size, bool)
         x, y = points[0].astype(int)
-        mask[y:y + piece.shape[0], x:x + piece.shape[1]] = piece
+        mask[y : y + piece.shape[0], x : x + piece.shape[1]] = piece
         return mask
-    raise MaskError(f"The shape {shape.get('label')!r} is a {kind}, which has no area.")
+    raise MaskError(f'The shape {shape.get("label")!r} is a {kind}, which has no area.')
 
 # %% ../nbs/00e_formats.ipynb #8881a8cc
 class Labelme(MaskDataset):
     "Read labelme: one JSON for each image, the image inside or beside it."
-    name, void, skip = "labelme", ("__ignore__",), ()
-    def __init__(self, root, max_masks=None): # folder, see MaskDataset
+
+    name, void, skip = 'labelme', ('__ignore__',), ()
+
+    def __init__(self, root, max_masks=None):  # folder, see MaskDataset
         super().__init__(max_masks)
         self.root = _check_folder(root)
 
-    def records(self): return walk_files(self.root, ".json")
+    def records(self):
+        return walk_files(self.root, '.json')
+
     def load(self, path):
-        data = _read_json(path, "shapes")
-        size = (data["imageHeight"], data["imageWidth"]) if data.get("imageHeight") else None
-        image = base64.b64decode(data["imageData"]) if data.get("imageData") else self._beside(path, data)
-        if size is None: image = read_image(image); size = image.shape[:2]
+        data = _read_json(path, 'shapes')
+        size = (data['imageHeight'], data['imageWidth']) if data.get('imageHeight') else None
+        image = base64.b64decode(data['imageData']) if data.get('imageData') else self._beside(path, data)
+        if size is None:
+            image = read_image(image)
+            size = image.shape[:2]
         objects = defaultdict(list)
-        for i, shape in enumerate(data["shapes"]): shape["label"] in self.skip or objects[self.group(shape, i)].append(shape)
-        void = [s for shapes in objects.values() for s in shapes if s["label"] in self.void]
-        regions = [dict(mask=lambda shapes=shapes: _union(shapes, size), label=shapes[0]["label"]) for shapes in objects.values() if shapes[0] not in void]
-        more = {"void": _union(void, size)} if void else {}
+        for i, shape in enumerate(data['shapes']):
+            shape['label'] in self.skip or objects[self.group(shape, i)].append(shape)
+        void = [s for shapes in objects.values() for s in shapes if s['label'] in self.void]
+        regions = [
+            dict(mask=lambda shapes=shapes: _union(shapes, size), label=shapes[0]['label'])
+            for shapes in objects.values()
+            if shapes[0] not in void
+        ]
+        more = {'void': _union(void, size)} if void else {}
         return self.build(image, regions, os.path.relpath(path, self.root)[:-5], size, **more, **self.extra(data))
 
-    def group(self, shape, i): return i if shape.get("group_id") is None else (shape["label"], shape["group_id"]) # which object a shape is a piece of
-    def extra(self, data): return {"flags": data["flags"]} if data.get("flags") else {}
-    def _beside(self, path, data): return _find_image(os.path.dirname(path), (data.get("imagePath") or os.path.basename(path)).replace("\\", "/"))
+    def group(self, shape, i):
+        return (
+            i if shape.get('group_id') is None else (shape['label'], shape['group_id'])
+        )  # which object a shape is a piece of
 
-def _union(shapes, size): return np.any([_shape_mask(s, size) for s in shapes], 0)
+    def extra(self, data):
+        return {'flags': data['flags']} if data.get('flags') else {}
+
+    def _beside(self, path, data):
+        return _find_image(os.path.dirname(path), (data.get('imagePath') or os.path.basename(path)).replace('\\', '/'))
+
+
+def _union(shapes, size):
+    return np.any([_shape_mask(s, size) for s in shapes], 0)
 
 # %% ../nbs/00e_formats.ipynb #3cd7eddc
 class ReasonSeg(Labelme):
     "Read ReasonSeg: one target for each image; the questions are in meta."
-    name, void, skip = "reasonseg", ("ignore",), ("flag",)
-    def group(self, shape, i): return shape["label"]
-    def extra(self, data): return {"texts": tuple([data["text"]] if isinstance(data["text"], str) else data["text"]), "is_sentence": bool(data.get("is_sentence"))}
-    def _beside(self, path, data): return _find_image(os.path.dirname(path), os.path.basename(path)[:-5] + ".jpg")
+
+    name, void, skip = 'reasonseg', ('ignore',), ('flag',)
+
+    def group(self, shape, i):
+        return shape['label']
+
+    def extra(self, data):
+        return {
+            'texts': tuple([data['text']] if isinstance(data['text'], str) else data['text']),
+            'is_sentence': bool(data.get('is_sentence')),
+        }
+
+    def _beside(self, path, data):
+        return _find_image(os.path.dirname(path), os.path.basename(path)[:-5] + '.jpg')
 
 # %% ../nbs/00e_formats.ipynb #51285942
 class IdMaps(MaskDataset):
     "Read a folder of images and a folder of PNGs whose pixels are the numbers of regions or classes."
-    name, ending, ignore = "id_maps", ".png", (0,)                              # ending of the map files; numbers that are no region
-    def __init__(self, images, masks, names=None, max_masks=None): # folders, {number: label} or list of labels, see MaskDataset
+
+    name, ending, ignore = 'id_maps', '.png', (0,)  # ending of the map files; numbers that are no region
+
+    def __init__(
+        self, images, masks, names=None, max_masks=None
+    ):  # folders, {number: label} or list of labels, see MaskDataset
         super().__init__(max_masks)
         self.images, self.masks = _check_folder(images), _check_folder(masks)
         self.names = dict(enumerate(names)) if isinstance(names, (list, tuple)) else dict(names or {})
 
-    def records(self): return walk_files(self.masks, self.ending.lower())
+    def records(self):
+        return walk_files(self.masks, self.ending.lower())
+
     def load(self, path):
-        key, ids = os.path.relpath(path, self.masks)[:-len(self.ending)], read_ids(path)
+        key, ids = os.path.relpath(path, self.masks)[: -len(self.ending)], read_ids(path)
         regions = [dict(mask=mask, **self.region(i)) for i, mask in _id_regions(ids, self.ignore)]
         return self.build(_find_image(self.images, self.image_name(key)), regions, key, ids.shape)
-    def image_name(self, key): return key + ".jpg"
-    def region(self, i): return dict(label=self.names.get(i, str(i)), id=i)
+
+    def image_name(self, key):
+        return key + '.jpg'
+
+    def region(self, i):
+        return dict(label=self.names.get(i, str(i)), id=i)
+
 
 class AdeChallenge(IdMaps):
     "Read the ADE20K challenge (150 classes): images/ and annotations/, 0 is everything else."
-    name = "ade20k_challenge"
+
+    name = 'ade20k_challenge'
 
 # %% ../nbs/00e_formats.ipynb #b4a1857a
-VOC_NAMES = "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep sofa train tvmonitor".split()
+VOC_NAMES = 'background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep sofa train tvmonitor'.split()
+
 
 class Voc(IdMaps):
     "Read Pascal VOC: JPEGImages, SegmentationObject and SegmentationClass of one root folder."
-    name, ignore = "voc", (0, 255)
-    def __init__(self, root, max_masks=None): # folder, see MaskDataset
-        super().__init__(os.path.join(root, "JPEGImages"), os.path.join(root, "SegmentationObject"), VOC_NAMES, max_masks)
-        self.classes = _check_folder(os.path.join(root, "SegmentationClass"))
+
+    name, ignore = 'voc', (0, 255)
+
+    def __init__(self, root, max_masks=None):  # folder, see MaskDataset
+        super().__init__(
+            os.path.join(root, 'JPEGImages'), os.path.join(root, 'SegmentationObject'), VOC_NAMES, max_masks
+        )
+        self.classes = _check_folder(os.path.join(root, 'SegmentationClass'))
 
     def load(self, path):
         key = Path(path).stem
-        objects, classes = read_ids(path), read_ids(os.path.join(self.classes, key + ".png"))
-        if objects.shape != classes.shape: raise MaskError(f"The two maps of {key} have the shapes {objects.shape} and {classes.shape}.")
-        regions = [dict(mask=mask, **self.region(int(np.bincount(classes[mask()]).argmax()))) for _, mask in _id_regions(objects, self.ignore)]
+        objects, classes = read_ids(path), read_ids(os.path.join(self.classes, key + '.png'))
+        if objects.shape != classes.shape:
+            raise MaskError(f'The two maps of {key} have the shapes {objects.shape} and {classes.shape}.')
+        regions = [
+            dict(mask=mask, **self.region(int(np.bincount(classes[mask()]).argmax())))
+            for _, mask in _id_regions(objects, self.ignore)
+        ]
         return self.build(_find_image(self.images, key), regions, key, objects.shape)
 
 # %% ../nbs/00e_formats.ipynb #8bb29a86
-CITY_NAMES = ("unlabeled,ego vehicle,rectification border,out of roi,static,dynamic,ground,road,sidewalk,parking,rail track,building,wall,fence,guard rail,bridge,tunnel,"
-              "pole,polegroup,traffic light,traffic sign,vegetation,terrain,sky,person,rider,car,truck,bus,caravan,trailer,train,motorcycle,bicycle").split(",")
+CITY_NAMES = (
+    'unlabeled,ego vehicle,rectification border,out of roi,static,dynamic,ground,road,sidewalk,parking,rail track,building,wall,fence,guard rail,bridge,tunnel,'
+    'pole,polegroup,traffic light,traffic sign,vegetation,terrain,sky,person,rider,car,truck,bus,caravan,trailer,train,motorcycle,bicycle'
+).split(',')
+
 
 class Cityscapes(IdMaps):
     "Read Cityscapes: leftImg8bit and gtFine/*_instanceIds.png."
-    name, ending, ignore = "cityscapes", "_gtFine_instanceIds.png", range(7)
-    def __init__(self, images, masks, max_masks=None): super().__init__(images, masks, CITY_NAMES, max_masks) # folders of one split
-    def image_name(self, key): return key + "_leftImg8bit.png"
-    def region(self, i): return dict(label=self.names.get(i // 1000 if i >= 1000 else i, str(i)), id=i)
+
+    name, ending, ignore = 'cityscapes', '_gtFine_instanceIds.png', range(7)
+
+    def __init__(self, images, masks, max_masks=None):
+        super().__init__(images, masks, CITY_NAMES, max_masks)  # folders of one split
+
+    def image_name(self, key):
+        return key + '_leftImg8bit.png'
+
+    def region(self, i):
+        return dict(label=self.names.get(i // 1000 if i >= 1000 else i, str(i)), id=i)
+
 
 class CityscapesPolygons(Cityscapes):
     "Read Cityscapes from gtFine/*_polygons.json, painted in the order of the file."
-    name, ending = "cityscapes_polygons", "_gtFine_polygons.json"
+
+    name, ending = 'cityscapes_polygons', '_gtFine_polygons.json'
+
     def load(self, path):
-        data, key = _read_json(path, "imgHeight", "imgWidth", "objects"), os.path.relpath(path, self.masks)[:-len(self.ending)]
-        size, labels, void = (data["imgHeight"], data["imgWidth"]), dict(enumerate((o["label"] for o in data["objects"]), 1)), set(CITY_NAMES[:7])
+        data, key = (
+            _read_json(path, 'imgHeight', 'imgWidth', 'objects'),
+            os.path.relpath(path, self.masks)[: -len(self.ending)],
+        )
+        size, labels, void = (
+            (data['imgHeight'], data['imgWidth']),
+            dict(enumerate((o['label'] for o in data['objects']), 1)),
+            set(CITY_NAMES[:7]),
+        )
         painted = np.zeros(size, np.int32)
-        for i, o in enumerate(data["objects"], 1):
-            try: painted[polygons_to_mask([np.ravel(o["polygon"]).tolist()], size)] = i
-            except MaskError as e: self.report.add("MaskError: mask dropped", f"{self.name}, sample {key}, object {i}: {e}")
+        for i, o in enumerate(data['objects'], 1):
+            try:
+                painted[polygons_to_mask([np.ravel(o['polygon']).tolist()], size)] = i
+            except MaskError as e:
+                self.report.add('MaskError: mask dropped', f'{self.name}, sample {key}, object {i}: {e}')
         regions = [dict(mask=mask, label=labels[i]) for i, mask in _id_regions(painted, (0,)) if labels[i] not in void]
         return self.build(_find_image(self.images, self.image_name(key)), regions, key, size)
 
 # %% ../nbs/00e_formats.ipynb #cb4e02f5
-def _ade_map(path): # -> classes (H,W), instances (H,W)
+def _ade_map(path):  # -> classes (H,W), instances (H,W)
     ids = read_ids(path)
     return ids % 256 // 10 * 256 + ids // 256 % 256, ids // 65536
 
-def _ade_instance(o, classes, instances): # object of the JSON, its map -> (H,W) bool in sight; raises MaskError
-    polygon = np.stack([o["polygon"]["x"], o["polygon"]["y"]], 1).ravel().tolist()
-    same = classes == o["name_ndx"]
+
+def _ade_instance(o, classes, instances):  # object of the JSON, its map -> (H,W) bool in sight; raises MaskError
+    polygon = np.stack([o['polygon']['x'], o['polygon']['y']], 1).ravel().tolist()
+    same = classes == o['name_ndx']
     votes = instances[same & polygons_to_mask([polygon], classes.shape)]
-    if not len(votes): raise MaskError(f"Object {o['id']} ({o['raw_name']}) is not in the map of its class.")
+    if not len(votes):
+        raise MaskError(f'Object {o["id"]} ({o["raw_name"]}) is not in the map of its class.')
     return same & (instances == np.bincount(votes).argmax())
 
 # %% ../nbs/00e_formats.ipynb #18cbc52c
 class Ade20k(MaskDataset):
     "Read ADE20K 2021: objects and parts, from their PNGs or from the colour maps."
-    name = "ade20k"
-    def __init__(self, root, hidden=False, parts=True, max_masks=None): # folder, masks with what is covered?, parts of objects?
+
+    name = 'ade20k'
+
+    def __init__(
+        self, root, hidden=False, parts=True, max_masks=None
+    ):  # folder, masks with what is covered?, parts of objects?
         super().__init__(max_masks)
         self.root, self.hidden, self.parts = _check_folder(root), hidden, parts
 
-    def records(self): return walk_files(self.root, ".json")
+    def records(self):
+        return walk_files(self.root, '.json')
+
     def load(self, path):
-        data, folder = _read_json(path, "annotation")["annotation"], os.path.dirname(path)
-        levels = [int(o["parts"]["part_level"]) for o in data["object"]]
-        maps = lru_cache(None)(lambda level: _ade_map(path[:-5] + (f"_parts_{level}.png" if level else "_seg.png")))
-        regions = [dict(mask=lambda o=o, level=level: self._mask(o, folder, maps, level), label=o["raw_name"], id=o["id"], name=o["name"], part_level=level)
-                   for o, level in zip(data["object"], levels) if self.parts or not level]
-        return self.build(_find_image(folder, data["filename"]), regions, os.path.relpath(path, self.root)[:-5], data["imsize"][:2])
+        data, folder = _read_json(path, 'annotation')['annotation'], os.path.dirname(path)
+        levels = [int(o['parts']['part_level']) for o in data['object']]
+        maps = lru_cache(None)(lambda level: _ade_map(path[:-5] + (f'_parts_{level}.png' if level else '_seg.png')))
+        regions = [
+            dict(
+                mask=lambda o=o, level=level: self._mask(o, folder, maps, level),
+                label=o['raw_name'],
+                id=o['id'],
+                name=o['name'],
+                part_level=level,
+            )
+            for o, level in zip(data['object'], levels)
+            if self.parts or not level
+        ]
+        return self.build(
+            _find_image(folder, data['filename']), regions, os.path.relpath(path, self.root)[:-5], data['imsize'][:2]
+        )
 
     def _mask(self, o, folder, maps, level):
-        own = os.path.join(folder, o["instance_mask"])
-        if os.path.isfile(own): return read_ids(own) > (0 if self.hidden else 128)
-        if self.hidden: raise MaskError(f"Object {o['id']} has no PNG of its own, and the maps do not show what is covered.")
+        own = os.path.join(folder, o['instance_mask'])
+        if os.path.isfile(own):
+            return read_ids(own) > (0 if self.hidden else 128)
+        if self.hidden:
+            raise MaskError(f'Object {o["id"]} has no PNG of its own, and the maps do not show what is covered.')
         return _ade_instance(o, *maps(level))
 
 # %% ../nbs/00e_formats.ipynb #960ca050
 class YoloSeg(MaskDataset):
     "Read YOLO segmentation: images/x.jpg and labels/x.txt."
-    name = "yolo_seg"
-    def __init__(self, images, labels, names=None, max_masks=None): # folders, {class: label} or list, see MaskDataset
+
+    name = 'yolo_seg'
+
+    def __init__(self, images, labels, names=None, max_masks=None):  # folders, {class: label} or list, see MaskDataset
         super().__init__(max_masks)
         self.images, self.texts = _check_folder(images), _check_folder(labels)
         self.names = dict(enumerate(names)) if isinstance(names, (list, tuple)) else dict(names or {})
 
-    def records(self): return walk_files(self.images, IMAGE_SUFFIXES)
+    def records(self):
+        return walk_files(self.images, IMAGE_SUFFIXES)
+
     def load(self, path):
         key = os.path.splitext(os.path.relpath(path, self.images))[0]
-        text = os.path.join(self.texts, key + ".txt")
+        text = os.path.join(self.texts, key + '.txt')
         lines = [l.split() for l in Path(text).read_text().splitlines() if l.strip()] if os.path.isfile(text) else []
         image = read_image(path)
-        regions = [dict(mask=lambda l=l: self._mask(l, image.shape[:2]), label=self.names.get(int(l[0]), l[0])) for l in lines]
+        regions = [
+            dict(mask=lambda l=l: self._mask(l, image.shape[:2]), label=self.names.get(int(l[0]), l[0])) for l in lines
+        ]
         return self.build(image, regions, key)
 
     def _mask(self, line, size):
-        if len(line) == 5: raise MaskError("The line has five numbers: a box, not a polygon.")
+        if len(line) == 5:
+            raise MaskError('The line has five numbers: a box, not a polygon.')
         return polygons_to_mask([[float(v) * size[1 - i % 2] for i, v in enumerate(line[1:])]], size)
 
 # %% ../nbs/00e_formats.ipynb #05cf5b94
-def _seen(rle): # keep what has pixels, and what is broken, so that build counts it
-    try: return rle is not None and rle_area(rle) > 0
-    except MaskError: return True
+def _seen(rle):  # keep what has pixels, and what is broken, so that build counts it
+    try:
+        return rle is not None and rle_area(rle) > 0
+    except MaskError:
+        return True
 
-@lru_cache(4)                                                                   # frames of one video come together
-def _read_masklets(path): return _read_json(path, "masklet", "video_id")
+
+@lru_cache(4)  # frames of one video come together
+def _read_masklets(path):
+    return _read_json(path, 'masklet', 'video_id')
 
 # %% ../nbs/00e_formats.ipynb #4d3f9c3c
 class SaV(MaskDataset):
     "Read SA-V: sav_x_manual.json and sav_x_auto.json with extracted frames; a sample is an annotated frame."
-    name = "sav"
-    def __init__(self, root, frames, step=4, frame_name="{:05d}.jpg", max_masks=None): # folders, frames from one annotated frame to the next, file names of frames
-        super().__init__(max_masks)
-        self.root, self.frames, self.step, self.frame_name = _check_folder(root), _check_folder(frames), step, frame_name
 
-    def records(self): # (path, index of the annotated frame)
-        for path in walk_files(self.root, (".json",)):
-            try: count = len(_read_masklets(path)["masklet"])
-            except DataError as e: self.report.add("DataError: video skipped", f"{self.name}: {e}")
-            else: yield from ((path, i) for i in range(count))
+    name = 'sav'
+
+    def __init__(
+        self, root, frames, step=4, frame_name='{:05d}.jpg', max_masks=None
+    ):  # folders, frames from one annotated frame to the next, file names of frames
+        super().__init__(max_masks)
+        self.root, self.frames, self.step, self.frame_name = (
+            _check_folder(root),
+            _check_folder(frames),
+            step,
+            frame_name,
+        )
+
+    def records(self):  # (path, index of the annotated frame)
+        for path in walk_files(self.root, ('.json',)):
+            try:
+                count = len(_read_masklets(path)['masklet'])
+            except DataError as e:
+                self.report.add('DataError: video skipped', f'{self.name}: {e}')
+            else:
+                yield from ((path, i) for i in range(count))
 
     def load(self, record):
         path, i = record
         data = _read_masklets(path)
-        ids = data.get("masklet_id") or range(len(data["masklet"][i]))
-        regions = [dict(mask=rle, id=k) for k, rle in zip(ids, data["masklet"][i]) if _seen(rle)]
+        ids = data.get('masklet_id') or range(len(data['masklet'][i]))
+        regions = [dict(mask=rle, id=k) for k, rle in zip(ids, data['masklet'][i]) if _seen(rle)]
         frame = self.frame_name.format(i * self.step)
-        return self.build(os.path.join(self.frames, data["video_id"], frame), regions, f"{Path(path).stem}/{i * self.step}")
+        return self.build(
+            os.path.join(self.frames, data['video_id'], frame), regions, f'{Path(path).stem}/{i * self.step}'
+        )
 
 # %% ../nbs/00e_formats.ipynb #db99ceda
 class VideoRles(MaskDataset):
     "Read videos as frames with mask_dict.json and meta_expressions.json."
-    name = "video_rles"
-    def __init__(self, expressions, masks, frames, every=1, max_masks=None): # two files, folder of frames, take every n-th frame
+
+    name = 'video_rles'
+
+    def __init__(
+        self, expressions, masks, frames, every=1, max_masks=None
+    ):  # two files, folder of frames, take every n-th frame
         super().__init__(max_masks)
-        self.videos, self.frames, self.every = _read_json(expressions, "videos")["videos"], _check_folder(frames), every
+        self.videos, self.frames, self.every = _read_json(expressions, 'videos')['videos'], _check_folder(frames), every
         self.rles = _read_json(masks)
 
-    def records(self): return ((video, i) for video, row in self.videos.items() for i in range(0, len(row["frames"]), self.every))
+    def records(self):
+        return ((video, i) for video, row in self.videos.items() for i in range(0, len(row['frames']), self.every))
+
     def load(self, record):
         (video, i), row = record, self.videos[record[0]]
-        texts = [(e["exp"], tuple(str(a) for a in e["anno_id"])) for e in row["expressions"].values()]
+        texts = [(e['exp'], tuple(str(a) for a in e['anno_id'])) for e in row['expressions'].values()]
         known = dict.fromkeys(a for _, objects in texts for a in objects)
         regions = [dict(mask=self.rles[a][i], id=a) for a in known if _seen(self.rles[a][i])]
-        return self.build(_find_image(os.path.join(self.frames, video), row["frames"][i] + ".jpg"), regions, f"{video}/{row['frames'][i]}", expressions=tuple(texts))
+        return self.build(
+            _find_image(os.path.join(self.frames, video), row['frames'][i] + '.jpg'),
+            regions,
+            f'{video}/{row["frames"][i]}',
+            expressions=tuple(texts),
+        )
+
 
 class Mevis(VideoRles):
     "Read MeViS."
-    name = "mevis"
+
+    name = 'mevis'
+
 
 class Revos(VideoRles):
     "Read ReVOS."
-    name = "revos"
+
+    name = 'revos'
 
 # %% ../nbs/00e_formats.ipynb #90c56b55
 class VideoPngs(IdMaps):
     "Read videos as frames with palette PNGs, Annotations/video/00000.png, and expressions where a file has them."
-    name, ignore = "video_pngs", (0, 255)
-    def __init__(self, frames, masks, expressions=None, max_masks=None): # two folders, meta_expressions.json or None
+
+    name, ignore = 'video_pngs', (0, 255)
+
+    def __init__(self, frames, masks, expressions=None, max_masks=None):  # two folders, meta_expressions.json or None
         super().__init__(frames, masks, None, max_masks)
-        self.videos = _read_json(expressions, "videos")["videos"] if expressions else {}
+        self.videos = _read_json(expressions, 'videos')['videos'] if expressions else {}
 
     def load(self, path):
         sample, video = super().load(path), os.path.basename(os.path.dirname(path))
-        rows = self.videos.get(video, {}).get("expressions", {}).values()
-        sample.meta["expressions"] = tuple((e["exp"], (str(e["obj_id"]),)) for e in rows)
+        rows = self.videos.get(video, {}).get('expressions', {}).values()
+        sample.meta['expressions'] = tuple((e['exp'], (str(e['obj_id']),)) for e in rows)
         return sample
-    def region(self, i): return dict(id=str(i))
+
+    def region(self, i):
+        return dict(id=str(i))
+
 
 class RefYtvos(VideoPngs):
     "Read Ref-YouTube-VOS."
-    name = "ref_ytvos"
+
+    name = 'ref_ytvos'
+
 
 class Davis(VideoPngs):
     "Read DAVIS."
-    name = "davis"
+
+    name = 'davis'
 
 # %% ../nbs/00e_formats.ipynb #b8768cb2
-REGISTRY = {cls.name: cls for cls in (MaskFolder, CocoInstances, Lvis, EntitySeg, PixelWeb, CocoPanoptic, Coconut, Sa1b, Labelme, ReasonSeg, IdMaps, AdeChallenge, Voc,
-                                      Cityscapes, CityscapesPolygons, Ade20k, YoloSeg, SaV, VideoRles, Mevis, Revos, VideoPngs, RefYtvos, Davis)}
+REGISTRY = {
+    cls.name: cls
+    for cls in (
+        MaskFolder,
+        CocoInstances,
+        Lvis,
+        EntitySeg,
+        PixelWeb,
+        CocoPanoptic,
+        Coconut,
+        Sa1b,
+        Labelme,
+        ReasonSeg,
+        IdMaps,
+        AdeChallenge,
+        Voc,
+        Cityscapes,
+        CityscapesPolygons,
+        Ade20k,
+        YoloSeg,
+        SaV,
+        VideoRles,
+        Mevis,
+        Revos,
+        VideoPngs,
+        RefYtvos,
+        Davis,
+    )
+}
+
 
 def open_dataset(
-    name, # one of REGISTRY
-    **paths, # the arguments of its class: files, folders, options
-): # MaskDataset; raises DataError
+    name,  # one of REGISTRY
+    **paths,  # the arguments of its class: files, folders, options
+):  # MaskDataset; raises DataError
     "Open a data set by the name of its format."
-    if name not in REGISTRY: raise DataError(f"There is no format {name!r}; choose one of {', '.join(REGISTRY)}.")
-    try: inspect.signature(REGISTRY[name]).bind(**paths)
-    except TypeError as e: raise DataError(f"The format {name} takes {inspect.signature(REGISTRY[name])}: {e}.") from e
-    try: return REGISTRY[name](**paths)
-    except (KeyError, TypeError, AttributeError) as e: raise DataError(f"The files are not in the form of {name} ({type(e).__name__}: {e}).") from e
+    if name not in REGISTRY:
+        raise DataError(f'There is no format {name!r}; choose one of {", ".join(REGISTRY)}.')
+    try:
+        inspect.signature(REGISTRY[name]).bind(**paths)
+    except TypeError as e:
+        raise DataError(f'The format {name} takes {inspect.signature(REGISTRY[name])}: {e}.') from e
+    try:
+        return REGISTRY[name](**paths)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise DataError(f'The files are not in the form of {name} ({type(e).__name__}: {e}).') from e

@@ -7,232 +7,410 @@ __all__ = ['ANSWER', 'VLMError', 'count_mask_words', 'mask_word_ids', 'word_stat
            'AnswerGrammar', 'GrammarRows', 'vllm_grammar', 'mask_pattern']
 
 # %% ../nbs/03a_grammar.ipynb #04032f59
-import copy, re
+import copy
+import re
+
 import numpy as np
 import torch
 from transformers import LogitsProcessor
+
 from .words import MaskVocab
 
 # %% ../nbs/03a_grammar.ipynb #a3d58942
 class VLMError(ValueError):
     "A vision-language model that cannot be used as asked, and what to do."
 
-def count_mask_words(tokenizer): # of a language model -> int, 0 if it has none
+
+def count_mask_words(tokenizer):  # of a language model -> int, 0 if it has none
     "Count the code words that a tokenizer knows."
     return sum(bool(re.fullmatch(r'<\|mt_\d{4,}\|>', w)) for w in tokenizer.get_vocab())
 
-def mask_word_ids(tokenizer, vocab): # -> (len(vocab),) int64, the ids of vocab.words; raises VLMError
+
+def mask_word_ids(tokenizer, vocab):  # -> (len(vocab),) int64, the ids of vocab.words; raises VLMError
     "Look up the ids of the mask words."
     have, known = count_mask_words(tokenizer), tokenizer.get_vocab()
-    if not have: raise VLMError('This model has no mask words: call add_mask_words(model, processor, vocab) once, train, and save both.')
-    if have != len(vocab) - 2: raise VLMError(f'This model knows {have} code words, the mask tokenizer speaks {len(vocab) - 2} ({vocab.depth} x {vocab.codebook_size}): use the mask tokenizer that the model was trained with.')
-    if lost := [w for w in vocab.words if w not in known]: raise VLMError(f'This model knows {have} code words, but not {lost[0]}: its tokenizer was changed after the words were added.')
+    if not have:
+        raise VLMError(
+            'This model has no mask words: call add_mask_words(model, processor, vocab) once, train, and save both.'
+        )
+    if have != len(vocab) - 2:
+        raise VLMError(
+            f'This model knows {have} code words, the mask tokenizer speaks {len(vocab) - 2} ({vocab.depth} x {vocab.codebook_size}): use the mask tokenizer that the model was trained with.'
+        )
+    if lost := [w for w in vocab.words if w not in known]:
+        raise VLMError(
+            f'This model knows {have} code words, but not {lost[0]}: its tokenizer was changed after the words were added.'
+        )
     return np.array([known[w] for w in vocab.words])
 
 # %% ../nbs/03a_grammar.ipynb #208eb1b0
-def word_states(ids,   # ids of vocab.words: start, codes of level 0, of level 1, ..., end
-                vocab, # MaskVocab
-                size   # rows of the model's output; raises VLMError if mask words are beyond
-               ): # state after each token (size,) int64, tokens allowed in each state (depth+2, size) bool
+def word_states(
+    ids,  # ids of vocab.words: start, codes of level 0, of level 1, ..., end
+    vocab,  # MaskVocab
+    size,  # rows of the model's output; raises VLMError if mask words are beyond
+):  # state after each token (size,) int64, tokens allowed in each state (depth+2, size) bool
     "Write the grammar of mask words as a table: state 0 is text, state l expects a code of level l-1, the last state the end."
     ids = torch.as_tensor(ids)
-    if int(ids.max()) >= size: raise VLMError(f'The model has {size} output rows, but mask words have ids up to {int(ids.max())}: call add_mask_words(model, processor, vocab), which makes room.')
+    if int(ids.max()) >= size:
+        raise VLMError(
+            f'The model has {size} output rows, but mask words have ids up to {int(ids.max())}: call add_mask_words(model, processor, vocab), which makes room.'
+        )
     state, allowed = torch.zeros(size, dtype=torch.long), torch.zeros(vocab.depth + 2, size, dtype=torch.bool)
-    allowed[0] = True; allowed[0, ids[1:]] = False                               # in a text a group may begin, nothing else of it
+    allowed[0] = True
+    allowed[0, ids[1:]] = False  # in a text a group may begin, nothing else of it
     state[ids[0]] = 1
-    for l, row in enumerate(ids[1:-1].view(vocab.depth, vocab.codebook_size)): allowed[l + 1, row] = True; state[row] = l + 2
+    for l, row in enumerate(ids[1:-1].view(vocab.depth, vocab.codebook_size)):
+        allowed[l + 1, row] = True
+        state[row] = l + 2
     allowed[-1, ids[-1]] = True
     return state, allowed
 
 # %% ../nbs/03a_grammar.ipynb #89d8acac
-_NEVER = 32767                                                                   # the price of a forbidden token
+_NEVER = 32767  # the price of a forbidden token
+
 
 class _Grammar(LogitsProcessor):
     supports_continuous_batching = False
     start, end = 0, None
-    def starting_at(self, prompt, most=None): # tokens of the prompt, padding counted; tokens of a reply at most -> a grammar for these replies
+
+    def starting_at(
+        self, prompt, most=None
+    ):  # tokens of the prompt, padding counted; tokens of a reply at most -> a grammar for these replies
         "Say where replies begin, and how long they may get: what cannot be finished is then not begun."
         new = copy.copy(self)
         new.start, new.end, new._seen = prompt, None if most is None else prompt + most, None
         return new
-    def tables(self, size, device): # rows of the model's output -> price (S,size) int16, and what the state is read from
+
+    def tables(
+        self, size, device
+    ):  # rows of the model's output -> price (S,size) int16, and what the state is read from
         key = size, torch.device(device)
-        if key not in self._cache: self._cache[key] = tuple(t.to(device) for t in self._build(size))
+        if key not in self._cache:
+            self._cache[key] = tuple(t.to(device) for t in self._build(size))
         return self._cache[key]
-    def _open(self, state, left, size, device): # states (...), tokens left (...) or None -> (...,size) bool
+
+    def _open(self, state, left, size, device):  # states (...), tokens left (...) or None -> (...,size) bool
         price = self.tables(size, device)[0][state]
-        if left is None: return price < _NEVER
+        if left is None:
+            return price < _NEVER
         ok = price <= torch.as_tensor(left, device=price.device)[..., None]
-        return ok | (~ok.any(-1, keepdim=True) & (price < _NEVER))               # too late to finish: keep the order at least
-    def allowed(self, input_ids, size): # (B,L), prompt and reply so far -> (B,size) bool
+        return ok | (~ok.any(-1, keepdim=True) & (price < _NEVER))  # too late to finish: keep the order at least
+
+    def allowed(self, input_ids, size):  # (B,L), prompt and reply so far -> (B,size) bool
         "Tell which tokens may come next."
-        return self._open(self.states(input_ids, size)[:, -1], None if self.end is None else self.end - input_ids.shape[1], size, input_ids.device)
-    def __call__(self, input_ids, scores): return scores.masked_fill(~self.allowed(input_ids, scores.shape[-1]), float('-inf'))
+        return self._open(
+            self.states(input_ids, size)[:, -1],
+            None if self.end is None else self.end - input_ids.shape[1],
+            size,
+            input_ids.device,
+        )
+
+    def __call__(self, input_ids, scores):
+        return scores.masked_fill(~self.allowed(input_ids, scores.shape[-1]), float('-inf'))
 
 # %% ../nbs/03a_grammar.ipynb #3d218dca
 class MaskGrammar(_Grammar):
     "Let a model write well-formed mask groups only: start, one code of each codebook in order, end."
-    def __init__(self, tokenizer, vocab): # of the language model; MaskVocab; raises VLMError
-        self.ids, self.vocab, self._cache = mask_word_ids(tokenizer, vocab), vocab, {} # tables are shared by all that start here
+
+    def __init__(self, tokenizer, vocab):  # of the language model; MaskVocab; raises VLMError
+        self.ids, self.vocab, self._cache = (
+            mask_word_ids(tokenizer, vocab),
+            vocab,
+            {},
+        )  # tables are shared by all that start here
+
     def _build(self, size):
         state, allowed = word_states(self.ids, self.vocab, size)
-        need = torch.tensor([0, *range(self.vocab.depth + 1, 0, -1)])            # tokens that must still come in each state
+        need = torch.tensor([0, *range(self.vocab.depth + 1, 0, -1)])  # tokens that must still come in each state
         return torch.where(allowed, 1 + need[state], _NEVER).short(), state
-    def states(self, input_ids, size): # (B,L) -> (B,L) state after each token
+
+    def states(self, input_ids, size):  # (B,L) -> (B,L) state after each token
         return self.tables(size, input_ids.device)[1][input_ids]
 
 # %% ../nbs/03a_grammar.ipynb #6ef3243d
-def _constrained_logits(self, logits, # (B,L,V) of one forward pass: position i scores token i+1
-                        input_ids):   # (B,L) prompts, padded on the left, and replies; starting_at tells where replies begin -> (B,L,V), forbidden tokens at -inf
+def _constrained_logits(
+    self,
+    logits,  # (B,L,V) of one forward pass: position i scores token i+1
+    input_ids,
+):  # (B,L) prompts, padded on the left, and replies; starting_at tells where replies begin -> (B,L,V), forbidden tokens at -inf
     "Mask the logits of whole sequences as generation masked them, position by position; those of the prompt stay."
     first = max(self.start - 1, 0)
-    states = self.states(input_ids, logits.shape[-1])[:, -(input_ids.shape[1] - first):]
-    left = None if self.end is None else self.end - torch.arange(first + 1, input_ids.shape[1] + 1, device=logits.device)
-    tail = torch.stack([row.masked_fill(~self._open(s, left, logits.shape[-1], logits.device), float('-inf')) for row, s in zip(logits[:, first:], states)])
+    states = self.states(input_ids, logits.shape[-1])[:, -(input_ids.shape[1] - first) :]
+    left = (
+        None if self.end is None else self.end - torch.arange(first + 1, input_ids.shape[1] + 1, device=logits.device)
+    )
+    tail = torch.stack(
+        [
+            row.masked_fill(~self._open(s, left, logits.shape[-1], logits.device), float('-inf'))
+            for row, s in zip(logits[:, first:], states)
+        ]
+    )
     return torch.cat([logits[:, :first], tail], 1)
+
 
 _Grammar.constrained_logits = _constrained_logits
 
 # %% ../nbs/03a_grammar.ipynb #11d87f7a
-ANSWER = dict(nothing='No target.', opening='```json\n[{"mask_2d": "', middle='", "label": "', more='"}, {"mask_2d": "', closing='"}]\n```') # the fixed parts of the published answer
+ANSWER = dict(
+    nothing='No target.',
+    opening='```json\n[{"mask_2d": "',
+    middle='", "label": "',
+    more='"}, {"mask_2d": "',
+    closing='"}]\n```',
+)  # the fixed parts of the published answer
 
-def label_tokens(tokenizer, size): # -> (size,) bool: tokens a JSON string may hold as they are
+
+def label_tokens(tokenizer, size):  # -> (size,) bool: tokens a JSON string may hold as they are
     "Find the tokens that labels may be made of: no quotes, backslashes, line ends, special or mask words."
     n = min(size, len(tokenizer))
     texts = tokenizer.batch_decode([[i] for i in range(n)])
     special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
-    ok = [bool(t) and i not in special and not t.startswith('<|mt_') and not any(c in '"\\' or ord(c) < 32 for c in t) for i, t in enumerate(texts)]
+    ok = [
+        bool(t) and i not in special and not t.startswith('<|mt_') and not any(c in '"\\' or ord(c) < 32 for c in t)
+        for i, t in enumerate(texts)
+    ]
     return torch.tensor(ok + [False] * (size - n))
 
 # %% ../nbs/03a_grammar.ipynb #4983a278
-class _Machine: # states with edges {token: next state}; label edges, which are many, are kept by name
-    def __init__(self): self.edges, self.labels, self.inner = [], {}, set()
-    def new(self, **labels): self.edges.append({}); self.labels |= {len(self.edges) - 1: v for v in labels.values()}; return len(self.edges) - 1
-    def path(self, at, tokens, to): # from state `at` over tokens to state `to`, along edges that are there
+class _Machine:  # states with edges {token: next state}; label edges, which are many, are kept by name
+    def __init__(self):
+        self.edges, self.labels, self.inner = [], {}, set()
+
+    def new(self, **labels):
+        self.edges.append({})
+        self.labels |= {len(self.edges) - 1: v for v in labels.values()}
+        return len(self.edges) - 1
+
+    def path(self, at, tokens, to):  # from state `at` over tokens to state `to`, along edges that are there
         for i, t in enumerate(tokens, 1):
             last = i == len(tokens)
             if t not in self.edges[at]:
                 self.edges[at][t] = to if last else self.new()
-                if not last: self.inner.add(self.edges[at][t])
+                if not last:
+                    self.inner.add(self.edges[at][t])
             at = self.edges[at][t]
-            if at != to if last else at not in self.inner: raise VLMError('Two fixed parts of the answer begin alike and one ends where the other goes on: change one of them.')
-    def need(self, done): # -> (S,) fewest tokens from each state to `done`
-        need = [_NEVER - 2] * len(self.edges); need[done] = 0
+            if at != to if last else at not in self.inner:
+                raise VLMError(
+                    'Two fixed parts of the answer begin alike and one ends where the other goes on: change one of them.'
+                )
+
+    def need(self, done):  # -> (S,) fewest tokens from each state to `done`
+        need = [_NEVER - 2] * len(self.edges)
+        need[done] = 0
         for _ in need:
-            for s, edges in enumerate(self.edges): need[s] = min([need[s], *(1 + need[n] for n in [*edges.values(), *([self.labels[s]] if s in self.labels else [])])])
+            for s, edges in enumerate(self.edges):
+                need[s] = min(
+                    [
+                        need[s],
+                        *(1 + need[n] for n in [*edges.values(), *([self.labels[s]] if s in self.labels else [])]),
+                    ]
+                )
         return torch.tensor(need)
 
 # %% ../nbs/03a_grammar.ipynb #b4f9d0c8
 class AnswerGrammar(_Grammar):
     "Let a model write answers of the published form only: `No target.`, or a fenced list of masks with labels."
+
     _seen = None
-    def __init__(self, tokenizer, vocab, # of the language model; MaskVocab; raises VLMError
-                 most_label=24, **parts): # tokens of a label at most; other fixed texts by name, see ANSWER
-        if unknown := set(parts) - set(ANSWER): raise VLMError(f'There is no fixed part {sorted(unknown)[0]!r}: the parts are {", ".join(ANSWER)}.')
-        self.ids, self.vocab, self.tokenizer, self.most_label, self._cache = mask_word_ids(tokenizer, vocab), vocab, tokenizer, most_label, {}
+
+    def __init__(
+        self,
+        tokenizer,
+        vocab,  # of the language model; MaskVocab; raises VLMError
+        most_label=24,
+        **parts,
+    ):  # tokens of a label at most; other fixed texts by name, see ANSWER
+        if unknown := set(parts) - set(ANSWER):
+            raise VLMError(f'There is no fixed part {sorted(unknown)[0]!r}: the parts are {", ".join(ANSWER)}.')
+        self.ids, self.vocab, self.tokenizer, self.most_label, self._cache = (
+            mask_word_ids(tokenizer, vocab),
+            vocab,
+            tokenizer,
+            most_label,
+            {},
+        )
         self.parts = {k: tokenizer(v, add_special_tokens=False).input_ids for k, v in {**ANSWER, **parts}.items()}
+
     def _machine(self):
         m, p, (first, *codes, last) = _Machine(), self.parts, self.ids.tolist()
         start, group, over, done, closer = (m.new() for _ in range(5))
-        m.path(start, p['nothing'], over); m.path(start, p['opening'], group); m.path(closer, p['more'], group); m.path(closer, p['closing'], over)
+        m.path(start, p['nothing'], over)
+        m.path(start, p['opening'], group)
+        m.path(closer, p['more'], group)
+        m.path(closer, p['closing'], over)
         labels = [m.new() for _ in range(self.most_label + 1)]
         for k, s in enumerate(labels):
-            if k: m.edges[s] |= m.edges[closer]
-            if k < self.most_label: m.labels[s] = labels[k + 1]
+            if k:
+                m.edges[s] |= m.edges[closer]
+            if k < self.most_label:
+                m.labels[s] = labels[k + 1]
         states = [m.new() for _ in range(self.vocab.depth + 1)]
         m.path(group, [first], states[0])
-        for l in range(self.vocab.depth): m.edges[states[l]] |= dict.fromkeys(codes[l * self.vocab.codebook_size:(l + 1) * self.vocab.codebook_size], states[l + 1])
+        for l in range(self.vocab.depth):
+            m.edges[states[l]] |= dict.fromkeys(
+                codes[l * self.vocab.codebook_size : (l + 1) * self.vocab.codebook_size], states[l + 1]
+            )
         m.path(states[-1], [last, *p['middle']], labels[0])
-        m.edges[over] = {self.tokenizer.eos_token_id: done}; m.edges[done] = {t: done for t in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id) if t is not None}
+        m.edges[over] = {self.tokenizer.eos_token_id: done}
+        m.edges[done] = {t: done for t in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id) if t is not None}
         return m, done
 
 # %% ../nbs/03a_grammar.ipynb #0dc26f85
-def _build(self, size): # -> price (S+1,size) int16, next state (S+1,size) int16; the last state is "lost": a reply that left the grammar, in which everything is open
-    if int(self.ids.max()) >= size: word_states(self.ids, self.vocab, size)
+def _build(
+    self, size
+):  # -> price (S+1,size) int16, next state (S+1,size) int16; the last state is "lost": a reply that left the grammar, in which everything is open
+    if int(self.ids.max()) >= size:
+        word_states(self.ids, self.vocab, size)
     m, done = self._machine()
     lost, label = len(m.edges), label_tokens(self.tokenizer, size).nonzero().flatten()
     goto = torch.full((lost + 1, size), lost, dtype=torch.int16)
     for s, edges in enumerate(m.edges):
-        if s in m.labels: goto[s, label] = m.labels[s]
-        if edges: goto[s, torch.tensor(list(edges))] = torch.tensor(list(edges.values()), dtype=torch.int16)
+        if s in m.labels:
+            goto[s, label] = m.labels[s]
+        if edges:
+            goto[s, torch.tensor(list(edges))] = torch.tensor(list(edges.values()), dtype=torch.int16)
     price = (1 + torch.cat([m.need(done), torch.tensor([_NEVER - 1])]))[goto.long()].short()
     price[lost] = 1
     return price, goto
 
-def _states(self, input_ids, size): # (B,L) -> (B,L-start+1): the state before the first token of the reply, then after each
+
+def _states(
+    self, input_ids, size
+):  # (B,L) -> (B,L-start+1): the state before the first token of the reply, then after each
     goto, begin = self.tables(size, input_ids.device)[1], min(self.start, input_ids.shape[1])
-    if self._seen is not None and self._seen[0].shape == input_ids[:, :-1].shape and torch.equal(self._seen[0], input_ids[:, :-1]): walk = self._seen[1]  # one token more than last time
-    else: walk = torch.zeros(len(input_ids), 1, dtype=torch.int16, device=input_ids.device)
-    for i in range(begin + walk.shape[1] - 1, input_ids.shape[1]): walk = torch.cat([walk, goto[walk[:, -1].long(), input_ids[:, i]][:, None]], 1)
+    if (
+        self._seen is not None
+        and self._seen[0].shape == input_ids[:, :-1].shape
+        and torch.equal(self._seen[0], input_ids[:, :-1])
+    ):
+        walk = self._seen[1]  # one token more than last time
+    else:
+        walk = torch.zeros(len(input_ids), 1, dtype=torch.int16, device=input_ids.device)
+    for i in range(begin + walk.shape[1] - 1, input_ids.shape[1]):
+        walk = torch.cat([walk, goto[walk[:, -1].long(), input_ids[:, i]][:, None]], 1)
     self._seen = (input_ids, walk)
     return walk.long()
+
 
 AnswerGrammar._build, AnswerGrammar.states = _build, _states
 
 # %% ../nbs/03a_grammar.ipynb #fb2f8367
 class GrammarRows:
     "Hold the grammar of each row of a batch whose rows come, go and move; then mask their logits."
-    def __init__(self, tokenizer): self.tokenizer, self.rows, self.made = tokenizer, {}, {}
-    def grammar(self, spec): # {"codebook_size", "depth", "answer": bool}, each may be left out -> grammar, one for each spec; raises VLMError
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.rows, self.made = tokenizer, {}, {}
+
+    def grammar(
+        self, spec
+    ):  # {"codebook_size", "depth", "answer": bool}, each may be left out -> grammar, one for each spec; raises VLMError
         key = (spec.get('codebook_size', 256), spec.get('depth', 2), bool(spec.get('answer', False)))
-        if unknown := set(spec) - {'codebook_size', 'depth', 'answer'}: raise VLMError(f'There is no setting {sorted(unknown)[0]!r} of mask words: use codebook_size, depth, answer.')
-        if key not in self.made: self.made[key] = (AnswerGrammar if key[2] else MaskGrammar)(self.tokenizer, MaskVocab(*key[:2]))
+        if unknown := set(spec) - {'codebook_size', 'depth', 'answer'}:
+            raise VLMError(
+                f'There is no setting {sorted(unknown)[0]!r} of mask words: use codebook_size, depth, answer.'
+            )
+        if key not in self.made:
+            self.made[key] = (AnswerGrammar if key[2] else MaskGrammar)(self.tokenizer, MaskVocab(*key[:2]))
         return self.made[key]
-    def add(self, row, spec, written, most=None): # row in the batch; dict or None: not constrained; list of tokens that grows while writing; tokens at most
+
+    def add(
+        self, row, spec, written, most=None
+    ):  # row in the batch; dict or None: not constrained; list of tokens that grows while writing; tokens at most
         self.rows.pop(row, None)
-        if spec is not None: self.rows[row] = [self.grammar(spec), written, most, 0, 0]                  # ..., tokens walked, state
-    def remove(self, row): self.rows.pop(row, None)
-    def move(self, a, b, swap=False): # row a becomes row b
+        if spec is not None:
+            self.rows[row] = [self.grammar(spec), written, most, 0, 0]  # ..., tokens walked, state
+
+    def remove(self, row):
+        self.rows.pop(row, None)
+
+    def move(self, a, b, swap=False):  # row a becomes row b
         x, y = self.rows.pop(a, None), self.rows.pop(b, None)
         self.rows |= ({b: x} if x else {}) | ({a: y} if swap and y else {})
-    def apply(self, logits): # (rows,V) -> the same, forbidden tokens at -inf
+
+    def apply(self, logits):  # (rows,V) -> the same, forbidden tokens at -inf
         for row, at in self.rows.items():
             grammar, written, most, walked, state = at
-            goto = grammar.tables(logits.shape[-1], 'cpu')[1]                            # walked on the CPU: no waiting for the device
-            for t in written[walked:]: state = int(goto[t] if goto.dim() == 1 else goto[state, t])
+            goto = grammar.tables(logits.shape[-1], 'cpu')[1]  # walked on the CPU: no waiting for the device
+            for t in written[walked:]:
+                state = int(goto[t] if goto.dim() == 1 else goto[state, t])
             at[3:] = len(written), state
-            logits[row].masked_fill_(~grammar._open(torch.tensor(state), None if most is None else most - len(written), logits.shape[-1], logits.device), float('-inf'))
+            logits[row].masked_fill_(
+                ~grammar._open(
+                    torch.tensor(state), None if most is None else most - len(written), logits.shape[-1], logits.device
+                ),
+                float('-inf'),
+            )
         return logits
 
 # %% ../nbs/03a_grammar.ipynb #edac4424
-def vllm_grammar(): # -> class for LLM(logits_processors=[...]); raises VLMError
+def vllm_grammar():  # -> class for LLM(logits_processors=[...]); raises VLMError
     "Make the class that puts the grammar into vLLM; requests ask for it by `SamplingParams(extra_args={'mask_words': {...}})`."
-    try: from vllm.v1.sample.logits_processor import LogitsProcessor as Base, MoveDirectionality
-    except ImportError as e: raise VLMError('vLLM with its v1 logits processors is not installed (pip install "vllm<0.32"): install it, or write with transformers and MaskGrammar.') from e
+    try:
+        from vllm.v1.sample.logits_processor import LogitsProcessor as Base
+        from vllm.v1.sample.logits_processor import MoveDirectionality
+    except ImportError as e:
+        raise VLMError(
+            'vLLM with its v1 logits processors is not installed (pip install "vllm<0.32"): install it, or write with transformers and MaskGrammar.'
+        ) from e
+
     class VLLMGrammar(Base):
         def __init__(self, vllm_config, device, is_pin_memory):
             from transformers import AutoTokenizer
+
             self.rows = GrammarRows(AutoTokenizer.from_pretrained(vllm_config.model_config.tokenizer))
+
         @classmethod
         def validate_params(cls, params):
-            if not isinstance((params.extra_args or {}).get('mask_words', {}), dict): raise VLMError('extra_args["mask_words"] must be a dict, such as {"codebook_size": 256, "depth": 2}.')
-        def is_argmax_invariant(self): return False
+            if not isinstance((params.extra_args or {}).get('mask_words', {}), dict):
+                raise VLMError('extra_args["mask_words"] must be a dict, such as {"codebook_size": 256, "depth": 2}.')
+
+        def is_argmax_invariant(self):
+            return False
+
         def update_state(self, update):
-            if update is None: return
-            for row in update.removed: self.rows.remove(row)
-            for row, params, _, written in update.added: self.rows.add(row, (params.extra_args or {}).get('mask_words'), written, params.max_tokens)
-            for a, b, way in update.moved: self.rows.move(a, b, way == MoveDirectionality.SWAP)
-        def apply(self, logits): return self.rows.apply(logits)
+            if update is None:
+                return
+            for row in update.removed:
+                self.rows.remove(row)
+            for row, params, _, written in update.added:
+                self.rows.add(row, (params.extra_args or {}).get('mask_words'), written, params.max_tokens)
+            for a, b, way in update.moved:
+                self.rows.move(a, b, way == MoveDirectionality.SWAP)
+
+        def apply(self, logits):
+            return self.rows.apply(logits)
+
     VLLMGrammar.__module__, VLLMGrammar.__qualname__ = 'samtok.grammar', 'VLLMGrammar'
     return VLLMGrammar
 
-def __getattr__(name): # so that `--logits-processors samtok.grammar:VLLMGrammar` and other processes find it
-    if name != 'VLLMGrammar': raise AttributeError(f'module samtok.grammar has no attribute {name!r}')
+
+def __getattr__(name):  # so that `--logits-processors samtok.grammar:VLLMGrammar` and other processes find it
+    if name != 'VLLMGrammar':
+        raise AttributeError(f'module samtok.grammar has no attribute {name!r}')
     globals()[name] = vllm_grammar()
     return globals()[name]
 
 # %% ../nbs/03a_grammar.ipynb #0b0e8657
-def _numbers(low, high): # -> regular expression of the numbers low..high-1, four digits or more
+def _numbers(low, high):  # -> regular expression of the numbers low..high-1, four digits or more
     tens = {}
-    for k in range(low, high): tens.setdefault(f'{k:04d}'[:-1], []).append(f'{k:04d}'[-1])
+    for k in range(low, high):
+        tens.setdefault(f'{k:04d}'[:-1], []).append(f'{k:04d}'[-1])
     return '(?:' + '|'.join(t + (f'[{d[0]}-{d[-1]}]' if len(d) > 1 else d[0]) for t, d in tens.items()) + ')'
 
-def mask_pattern(vocab,        # MaskVocab
-                 answer=False, # only answers of the published form, as AnswerGrammar
-                 **parts):     # other fixed texts by name, see ANSWER -> regular expression (str) that a whole reply matches
+
+def mask_pattern(
+    vocab,  # MaskVocab
+    answer=False,  # only answers of the published form, as AnswerGrammar
+    **parts,
+):  # other fixed texts by name, see ANSWER -> regular expression (str) that a whole reply matches
     "Write the grammar as a regular expression, for an engine's structured output."
     size, p = vocab.codebook_size, {k: re.escape(v) for k, v in {**ANSWER, **parts}.items()}
-    group = re.escape(vocab.start) + ''.join(r'<\|mt_' + _numbers(l * size, (l + 1) * size) + r'\|>' for l in range(vocab.depth)) + re.escape(vocab.end)
-    if not answer: return f'(?:[^<]|<[^|]|{group})*'
+    group = (
+        re.escape(vocab.start)
+        + ''.join(r'<\|mt_' + _numbers(l * size, (l + 1) * size) + r'\|>' for l in range(vocab.depth))
+        + re.escape(vocab.end)
+    )
+    if not answer:
+        return f'(?:[^<]|<[^|]|{group})*'
     row = group + p['middle'] + r'[^"\\\x00-\x1f]+'
-    return f"(?:{p['nothing']}|{p['opening']}{row}(?:{p['more']}{row})*{p['closing']})"
+    return f'(?:{p["nothing"]}|{p["opening"]}{row}(?:{p["more"]}{row})*{p["closing"]})'

@@ -8,108 +8,214 @@ __all__ = ['load_params', 'scene_prompts', 'shard_prompts', 'mask_rewards', 'Mas
            'run_grpo', 'main']
 
 # %% ../nbs/06_grpo.ipynb #b23ec738
-import json, os, time
+import json
+import os
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+
 import numpy as np
 import torch
 from PIL import Image
 from transformers import LogitsProcessorList, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from .chat import PROMPTS, THINK, Conversation, answer_masks, fill, reading_order, to_messages
+
+from .chat import PROMPTS, THINK, Conversation, answer_masks, fill, reading_order
 from .data import read_image
 from .grammar import mask_pattern
 from .masks import masks_to_boxes
-from .rewards import DecodedMaskReward, FormatReward, MaskReward, NoTargetReward, NonRepeatReward, find_reward, reward_report, safe
-from .runs import Run, RunError, data_file, launch, load_scale, mean_ci, run_command, run_main, seed_everything, watch
-from .toy.scenes import refer
-from .sft import StepBar, check_params, checkpointing, evaluate_refer, heldout_refer, last_checkpoint, lora_config, processes, ready_adapters, tower
-from .toy.shapeworld import ShapeWorld, render
+from samtok.rewards import (
+    DecodedMaskReward,
+    FormatReward,
+    MaskReward,
+    NonRepeatReward,
+    NoTargetReward,
+    find_reward,
+    reward_report,
+    safe,
+)
+from samtok.runs import (
+    Run,
+    RunError,
+    data_file,
+    launch,
+    load_scale,
+    mean_ci,
+    run_command,
+    run_main,
+    seed_everything,
+    watch,
+)
+from samtok.sft import (
+    StepBar,
+    check_params,
+    checkpointing,
+    evaluate_refer,
+    heldout_refer,
+    last_checkpoint,
+    lora_config,
+    processes,
+    ready_adapters,
+    tower,
+)
 from .shards import data_stamp
-from .tokenizer import MaskTokenizer
+from .toy.scenes import refer
+from .toy.shapeworld import ShapeWorld, render
 from .vlm import MaskVLM
 
 # %% ../nbs/06_grpo.ipynb #fc3b04bd
-def load_params(scale='auto', gpus=0, **overrides): # -> dict; see data/params/grpo_*.json
+def load_params(scale='auto', gpus=0, **overrides):  # -> dict; see data/params/grpo_*.json
     "Read the parameters of a scale; overrides that are not None win; unknown names raise RunError."
     return load_scale('grpo', scale, gpus, **overrides)
 
 # %% ../nbs/06_grpo.ipynb #0288c403
-def scene_prompts(n,         # prompts, one for each scene
-                  tokenizer, # MaskTokenizer, which writes the reference answers
-                  share=.25, think=False, seed=0 # of prompts without a target; ask for reasoning in tags; seed
-                 ): # list of dict: prompt (messages), image, answer (str), sample_id, kind
+def scene_prompts(
+    n,  # prompts, one for each scene
+    tokenizer,  # MaskTokenizer, which writes the reference answers
+    share=0.25,
+    think=False,
+    seed=0,  # of prompts without a target; ask for reasoning in tags; seed
+):  # list of dict: prompt (messages), image, answer (str), sample_id, kind
     "Draw referring expressions on training scenes, each with the answer that would be right."
     world, out = ShapeWorld(3 * n, 'train', 1000 + seed), []
     for i in range(len(world)):
         scene, rng = world.scene(i), np.random.default_rng([seed, i, 9])
         big = {k for k, m in enumerate(scene.visible) if m.sum() >= world.min_area}
-        text, ids, kind = refer(rng, scene.graph(), 'nothing' if rng.random() < share else str(rng.choice(['attributes', 'relation', 'order', 'place'], p=[.55, .17, .12, .16])))
-        if not set(ids) <= big: continue
+        text, ids, kind = refer(
+            rng,
+            scene.graph(),
+            'nothing'
+            if rng.random() < share
+            else str(rng.choice(['attributes', 'relation', 'order', 'place'], p=[0.55, 0.17, 0.12, 0.16])),
+        )
+        if not set(ids) <= big:
+            continue
         image, question = render(scene), PROMPTS['refer'].format(phrase=text)
         masks = [scene.visible[k] for k in ids]
         order = reading_order(masks_to_boxes(np.stack(masks))) if masks else np.zeros(0, int)
         words = [tokenizer.vocab.format(c) for c in tokenizer.encode(image, np.stack(masks))] if masks else []
         answer = fill(answer_masks([scene.objects[ids[k]].shape for k in order], order.tolist()), words)
-        out.append(dict(prompt=[dict(role='user', content=THINK.format(question=question) if think else question)], image=Image.fromarray(image), answer=answer, sample_id=f'{seed}-{i}', kind=kind))
-        if len(out) == n: return out
+        out.append(
+            dict(
+                prompt=[dict(role='user', content=THINK.format(question=question) if think else question)],
+                image=Image.fromarray(image),
+                answer=answer,
+                sample_id=f'{seed}-{i}',
+                kind=kind,
+            )
+        )
+        if len(out) == n:
+            return out
 
 # %% ../nbs/06_grpo.ipynb #db7a514b
-def shard_prompts(path, think=False): # folder of shards (samtok-tokenize), one question and answer each -> datasets.Dataset with prompt, image, answer, sample_id, kind
+def shard_prompts(
+    path, think=False
+):  # folder of shards (samtok-tokenize), one question and answer each -> datasets.Dataset with prompt, image, answer, sample_id, kind
     "Read prompts from tokenised shards; conversations of several rounds give their first."
     from datasets import load_dataset
+
     rows = load_dataset('parquet', data_files=str(Path(path) / '*.parquet'), split='train')
+
     def one(r):
         messages = json.loads(r['messages'])
-        ask, said = ([m['content'] for m in messages if m['role'] == role][0].replace('<image:0>', '').strip() for role in ('user', 'assistant'))
-        return dict(prompt=[dict(role='user', content=THINK.format(question=ask) if think else ask)], image=Image.fromarray(read_image(r['images'][0])), answer=said, sample_id=r['id'], kind=r['task'])
+        ask, said = (
+            [m['content'] for m in messages if m['role'] == role][0].replace('<image:0>', '').strip()
+            for role in ('user', 'assistant')
+        )
+        return dict(
+            prompt=[dict(role='user', content=THINK.format(question=ask) if think else ask)],
+            image=Image.fromarray(read_image(r['images'][0])),
+            answer=said,
+            sample_id=r['id'],
+            kind=r['task'],
+        )
+
     return rows.map(one, remove_columns=rows.column_names)
 
 # %% ../nbs/06_grpo.ipynb #9c847051
-def mask_rewards(params, tokenizer): # -> list of rewards, list of weights
+def mask_rewards(params, tokenizer):  # -> list of rewards, list of weights
     "Choose the rewards of a run: one mask term, and those of replies without a target, of format and of repetition."
-    own, v, part = find_reward(params['reward']), dict(vocab=tokenizer.vocab), dict(answer_part='required' if params['think'] else True)
-    mask = (DecodedMaskReward(tokenizer.decode, tokenizer.embed_image, tokenizer.vocab, answer_part=part['answer_part'], images=max(8, params['batch'])) if params['reward'] == 'decoded'
-            else own if own is not None else MaskReward(params['reward'], params['alpha'], **v, **part))
-    terms = [(mask, 1.), (NoTargetReward(**v, **part), params['no_target_weight']), (NonRepeatReward('answer' if params['think'] else 'reply', **v), params['non_repeat_weight'])]
-    if params['think']: terms += [(FormatReward(), 1.), (NonRepeatReward('think', **v), params['non_repeat_weight'])]
+    own, v, part = (
+        find_reward(params['reward']),
+        dict(vocab=tokenizer.vocab),
+        dict(answer_part='required' if params['think'] else True),
+    )
+    mask = (
+        DecodedMaskReward(
+            tokenizer.decode,
+            tokenizer.embed_image,
+            tokenizer.vocab,
+            answer_part=part['answer_part'],
+            images=max(8, params['batch']),
+        )
+        if params['reward'] == 'decoded'
+        else own
+        if own is not None
+        else MaskReward(params['reward'], params['alpha'], **v, **part)
+    )
+    terms = [
+        (mask, 1.0),
+        (NoTargetReward(**v, **part), params['no_target_weight']),
+        (NonRepeatReward('answer' if params['think'] else 'reply', **v), params['non_repeat_weight']),
+    ]
+    if params['think']:
+        terms += [(FormatReward(), 1.0), (NonRepeatReward('think', **v), params['non_repeat_weight'])]
     return [safe(r) for r, w in terms if w], [w for _, w in terms if w]
 
 # %% ../nbs/06_grpo.ipynb #e2db57fa
-class _Scored: # a model whose log-probabilities are those of sampling under a grammar; what TRL asks of its fused head
-    def __init__(self, model, grammar, temperature): self.model, self.grammar, self.temperature = model, grammar, temperature
+class _Scored:  # a model whose log-probabilities are those of sampling under a grammar; what TRL asks of its fused head
+    def __init__(self, model, grammar, temperature):
+        self.model, self.grammar, self.temperature = model, grammar, temperature
+
     def __call__(self, labels, fused_lm_head=True, **inputs):
         logits = self.model(**inputs, use_cache=False).logits
         logits = self.grammar.constrained_logits(logits, inputs['input_ids'])[:, :-1].float() / self.temperature
         y = labels[:, 1:]
         logp = torch.log_softmax(logits, -1)
         chosen = logp.gather(-1, y.clamp(min=0)[..., None])[..., 0]
-        dead = (y < 0) | ~torch.isfinite(chosen)                                 # padding, and what the grammar forbids
-        entropy = -(logp.exp() * logp.masked_fill(~torch.isfinite(logp), 0.)).sum(-1)
-        return SimpleNamespace(log_probs=chosen.masked_fill(dead, 0.), entropy=entropy.masked_fill(dead, 0.))
+        dead = (y < 0) | ~torch.isfinite(chosen)  # padding, and what the grammar forbids
+        entropy = -(logp.exp() * logp.masked_fill(~torch.isfinite(logp), 0.0)).sum(-1)
+        return SimpleNamespace(log_probs=chosen.masked_fill(dead, 0.0), entropy=entropy.masked_fill(dead, 0.0))
 
 # %% ../nbs/06_grpo.ipynb #5b09245a
 class MaskGRPOTrainer(GRPOTrainer):
     "TRL's trainer, with rollouts under a grammar and log-probabilities under the same."
-    grammar = None # of samtok.grammar; None: the model writes as it likes
+
+    grammar = None  # of samtok.grammar; None: the model writes as it likes
+
     def _generate_single_turn(self, *args, **kwargs):
-        if self.grammar is None or self.use_vllm: return super()._generate_single_turn(*args, **kwargs)
+        if self.grammar is None or self.use_vllm:
+            return super()._generate_single_turn(*args, **kwargs)
         model = self.accelerator.unwrap_model(self.model_wrapped)
         plain = model.generate
+
         def generate(**inputs):
             grammar = self.grammar.starting_at(inputs['input_ids'].shape[1], self.max_completion_length)
             return plain(**inputs, logits_processor=LogitsProcessorList([grammar]))
+
         model.generate = generate
-        try: return super()._generate_single_turn(*args, **kwargs)
-        finally: del model.generate
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            del model.generate
+
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if self.grammar is not None: model = _Scored(model, self.grammar.starting_at(input_ids.shape[1] - logits_to_keep, self.max_completion_length), self.temperature)
-        return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        if self.grammar is not None:
+            model = _Scored(
+                model,
+                self.grammar.starting_at(input_ids.shape[1] - logits_to_keep, self.max_completion_length),
+                self.temperature,
+            )
+        return super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
 
 # %% ../nbs/06_grpo.ipynb #c0bf517a
-class _Whole: # a reward that reads what was written, special tokens included
-    def __init__(self, reward, tokenizer): self.reward, self.tokenizer, self.__name__ = reward, tokenizer, reward.__name__
+class _Whole:  # a reward that reads what was written, special tokens included
+    def __init__(self, reward, tokenizer):
+        self.reward, self.tokenizer, self.__name__ = reward, tokenizer, reward.__name__
+
     def __call__(self, completions, completion_ids=None, **columns):
         if completion_ids is not None:
             stop = {self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
@@ -117,137 +223,296 @@ class _Whole: # a reward that reads what was written, special tokens included
         return self.reward(completions=completions, **columns)
 
 # %% ../nbs/06_grpo.ipynb #5ba7554a
-def grpo_config(params, path, vocab=None): # MaskVocab, for rollouts by vLLM under the grammar -> trl.GRPOConfig
+def grpo_config(params, path, vocab=None):  # MaskVocab, for rollouts by vLLM under the grammar -> trl.GRPOConfig
     "Translate the run's parameters into TRL's."
     p, cuda = params, params['gpus'] > 0 and params['device'] != 'cpu'
     vllm = dict(use_vllm=True, vllm_mode=p['vllm']) if p['vllm'] else {}
-    if vllm and p['constrained']: vllm['vllm_structured_outputs_regex'] = mask_pattern(vocab, p['constrained'] == 'answer')
-    return GRPOConfig(output_dir=str(Path(path) / 'checkpoints'), per_device_train_batch_size=p['batch'], gradient_accumulation_steps=p['accumulate'], max_steps=p['steps'], num_generations=p['replies'],
-                      max_completion_length=p['max_new_tokens'], temperature=p['temperature'], beta=p['kl'], epsilon=p['epsilon'], loss_type=p['loss'], scale_rewards=p['scale_rewards'], num_iterations=p['iterations'],
-                      learning_rate=p['lr'], lr_scheduler_type='constant_with_warmup', warmup_steps=p['warmup'], weight_decay=p['weight_decay'], max_grad_norm=p['clip'], steps_per_generation=p['rollout'] or None, logging_steps=p['log_every'],
-                      save_steps=p['checkpoint_every'], save_total_limit=1, seed=p['seed'], bf16=bool(p['bf16']), use_cpu=not cuda, report_to='none', disable_tqdm=True, **checkpointing(GRPOConfig, p),
-                      remove_unused_columns=False, mask_truncated_completions=False, deepspeed=p['deepspeed'] or None, fsdp=p['fsdp'] or None, **vllm)
+    if vllm and p['constrained']:
+        vllm['vllm_structured_outputs_regex'] = mask_pattern(vocab, p['constrained'] == 'answer')
+    return GRPOConfig(
+        output_dir=str(Path(path) / 'checkpoints'),
+        per_device_train_batch_size=p['batch'],
+        gradient_accumulation_steps=p['accumulate'],
+        max_steps=p['steps'],
+        num_generations=p['replies'],
+        max_completion_length=p['max_new_tokens'],
+        temperature=p['temperature'],
+        beta=p['kl'],
+        epsilon=p['epsilon'],
+        loss_type=p['loss'],
+        scale_rewards=p['scale_rewards'],
+        num_iterations=p['iterations'],
+        learning_rate=p['lr'],
+        lr_scheduler_type='constant_with_warmup',
+        warmup_steps=p['warmup'],
+        weight_decay=p['weight_decay'],
+        max_grad_norm=p['clip'],
+        steps_per_generation=p['rollout'] or None,
+        logging_steps=p['log_every'],
+        save_steps=p['checkpoint_every'],
+        save_total_limit=1,
+        seed=p['seed'],
+        bf16=bool(p['bf16']),
+        use_cpu=not cuda,
+        report_to='none',
+        disable_tqdm=True,
+        **checkpointing(GRPOConfig, p),
+        remove_unused_columns=False,
+        mask_truncated_completions=False,
+        deepspeed=p['deepspeed'] or None,
+        fsdp=p['fsdp'] or None,
+        **vllm,
+    )
 
 # %% ../nbs/06_grpo.ipynb #80007c87
-_NAMES = {'reward': 'reward', 'reward_std': 'reward_std', 'kl': 'kl', 'entropy': 'entropy', 'length': 'completions/mean_length', 'cut_off': 'completions/clipped_ratio', 'silent': 'frac_reward_zero_std', 'grad_norm': 'grad_norm', 'lr': 'learning_rate', 'mismatch': 'sampling/sampling_logp_difference/mean'}
+_NAMES = {
+    'reward': 'reward',
+    'reward_std': 'reward_std',
+    'kl': 'kl',
+    'entropy': 'entropy',
+    'length': 'completions/mean_length',
+    'cut_off': 'completions/clipped_ratio',
+    'silent': 'frac_reward_zero_std',
+    'grad_norm': 'grad_norm',
+    'lr': 'learning_rate',
+    'mismatch': 'sampling/sampling_logp_difference/mean',
+}
 
-class _Log(TrainerCallback): # the trainer's log, and held-out scenes now and then, into the run's metrics
-    def __init__(self, run, tell, vlm, asked): self.run, self.tell, self.vlm, self.asked, self.started, self.terms = run, tell, vlm, asked, time.time(), [r.__name__ for r in mask_rewards(run.params, vlm.tokenizer)[0]]
+
+class _Log(TrainerCallback):  # the trainer's log, and held-out scenes now and then, into the run's metrics
+    def __init__(self, run, tell, vlm, asked):
+        self.run, self.tell, self.vlm, self.asked, self.started, self.terms = (
+            run,
+            tell,
+            vlm,
+            asked,
+            time.time(),
+            [r.__name__ for r in mask_rewards(run.params, vlm.tokenizer)[0]],
+        )
+
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not self.run.main or 'reward' not in (logs or {}): return
-        terms = {t: logs.get(f'rewards/{t}/mean') for t in self.terms}           # None where no reply of the step has the term
-        row = {a: float(logs[b]) for a, b in _NAMES.items() if logs.get(b) is not None} | {t: None if v is None else float(v) for t, v in terms.items()}
+        if not self.run.main or 'reward' not in (logs or {}):
+            return
+        terms = {t: logs.get(f'rewards/{t}/mean') for t in self.terms}  # None where no reply of the step has the term
+        row = {a: float(logs[b]) for a, b in _NAMES.items() if logs.get(b) is not None} | {
+            t: None if v is None else float(v) for t, v in terms.items()
+        }
         every = self.run.params['eval_every']
-        if every and state.global_step % every < args.logging_steps: row |= {f'heldout_{k}': v for k, v in summary(evaluate_refer(self.vlm, self.asked)).items()}
+        if every and state.global_step % every < args.logging_steps:
+            row |= {f'heldout_{k}': v for k, v in summary(evaluate_refer(self.vlm, self.asked)).items()}
         self.run.log(state.global_step, **row, seconds=round(time.time() - self.started, 1))
-        if self.tell: self.tell(self.run.rows())
+        if self.tell:
+            self.tell(self.run.rows())
 
-def summary(r): # of evaluate_refer -> dict: gIoU over all expressions, no-target accuracy, exact pairs
+
+def summary(r):  # of evaluate_refer -> dict: gIoU over all expressions, no-target accuracy, exact pairs
     "Condense held-out replies into three figures."
-    return dict(giou=float(np.mean(r['score'])), no_target=float(np.mean(r['no_target'])) if r['no_target'] else float('nan'), pair=float(np.mean(r['pair'])))
+    return dict(
+        giou=float(np.mean(r['score'])),
+        no_target=float(np.mean(r['no_target'])) if r['no_target'] else float('nan'),
+        pair=float(np.mean(r['pair'])),
+    )
 
 # %% ../nbs/06_grpo.ipynb #f30ca6a2
-def make_trainer(params, path, vlm, rows, callbacks=()): # -> MaskGRPOTrainer
+def make_trainer(params, path, vlm, rows, callbacks=()):  # -> MaskGRPOTrainer
     "Set TRL's trainer up for a MaskVLM and rows of prompts."
     from datasets import Dataset
+
     rewards, weights = mask_rewards(params, vlm.tokenizer)
     if params['freeze_vision']:
-        for w in tower(vlm.model, merger=True): w.requires_grad_(False)
-    config = grpo_config(params, path, vlm.vocab); config.reward_weights = weights
-    vlm.processor.tokenizer.padding_side = 'left'                                # fine-tuning saves it with 'right'
-    trainer = MaskGRPOTrainer(model=vlm.model, reward_funcs=[_Whole(r, vlm.processor.tokenizer) for r in rewards], args=config, train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(rows),
-                              processing_class=vlm.processor, peft_config=lora_config(params, vlm.model, vlm.ids), callbacks=[*callbacks, StepBar()])
-    if params['learn'] != 'full': ready_adapters(trainer.model, params['learn'])
-    trainer.remove_callback(PrinterCallback)                                     # the log goes into metrics.jsonl
-    if params['constrained']: trainer.grammar = vlm.grammars[True if params['constrained'] is True else 'answer']
+        for w in tower(vlm.model, merger=True):
+            w.requires_grad_(False)
+    config = grpo_config(params, path, vlm.vocab)
+    config.reward_weights = weights
+    vlm.processor.tokenizer.padding_side = 'left'  # fine-tuning saves it with 'right'
+    trainer = MaskGRPOTrainer(
+        model=vlm.model,
+        reward_funcs=[_Whole(r, vlm.processor.tokenizer) for r in rewards],
+        args=config,
+        train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(rows),
+        processing_class=vlm.processor,
+        peft_config=lora_config(params, vlm.model, vlm.ids),
+        callbacks=[*callbacks, StepBar()],
+    )
+    if params['learn'] != 'full':
+        ready_adapters(trainer.model, params['learn'])
+    trainer.remove_callback(PrinterCallback)  # the log goes into metrics.jsonl
+    if params['constrained']:
+        trainer.grammar = vlm.grammars[True if params['constrained'] is True else 'answer']
     return trainer
 
 # %% ../nbs/06_grpo.ipynb #f5473f7f
-def load_policy(params): # -> MaskVLM
+def load_policy(params):  # -> MaskVLM
     "Load the model to start from."
     return MaskVLM.from_pretrained(params['model'], params['tokenizer'] or None, dtype=getattr(torch, params['dtype']))
 
-def train(params, path, on_log=None): # dict of load_params; run folder; called with all rows -> result dict, None on other ranks
+
+def train(
+    params, path, on_log=None
+):  # dict of load_params; run folder; called with all rows -> result dict, None on other ranks
     "Run GRPO; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
-    find_reward(params['reward'])                                                # a misspelt name ends here, before anything is loaded or written
-    if params['vllm'] and not find_spec('vllm'): raise RunError('Rollouts by vLLM need the package vllm, which is not installed: install it, or leave vllm empty for rollouts by transformers.')
+    find_reward(params['reward'])  # a misspelt name ends here, before anything is loaded or written
+    if params['vllm'] and not find_spec('vllm'):
+        raise RunError(
+            'Rollouts by vLLM need the package vllm, which is not installed: install it, or leave vllm empty for rollouts by transformers.'
+        )
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
-    if stamp := data_stamp(params['data']): run.keep(data=stamp)
-    if run.skip(): return run.result
-    torch.set_flush_denormal(True); seed_everything(params['seed'])
+    if stamp := data_stamp(params['data']):
+        run.keep(data=stamp)
+    if run.skip():
+        return run.result
+    torch.set_flush_denormal(True)
+    seed_everything(params['seed'])
     vlm, asked = load_policy(params), heldout_refer(params['eval_n']) if params['eval_n'] else []
-    rows = scene_prompts(params['prompts'], vlm.tokenizer, params['share_nothing'], params['think'], params['seed']) if params['data'] == 'shapeworld' else shard_prompts(params['data'], params['think'])
-    trainer = make_trainer(params, path, vlm, rows, [_Log(run, on_log, vlm, asked[:params['eval_n'] // 4])])
-    if (n := trainer.accelerator.num_processes) != processes(params): raise RunError(f"{n} processes run, {processes(params)} were asked for: start with torchrun or through run_grpo().")
+    rows = (
+        scene_prompts(params['prompts'], vlm.tokenizer, params['share_nothing'], params['think'], params['seed'])
+        if params['data'] == 'shapeworld'
+        else shard_prompts(params['data'], params['think'])
+    )
+    trainer = make_trainer(params, path, vlm, rows, [_Log(run, on_log, vlm, asked[: params['eval_n'] // 4])])
+    if (n := trainer.accelerator.num_processes) != processes(params):
+        raise RunError(
+            f'{n} processes run, {processes(params)} were asked for: start with torchrun or through run_grpo().'
+        )
     last = last_checkpoint(Path(path) / 'checkpoints')
     run.truncate(int(last.name.split('-')[1]) if last else 0)
     started = time.time()
-    try: trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except torch.OutOfMemoryError as e: raise RunError(f"The GPU's memory is full with {params['batch']} replies of up to {params['max_new_tokens']} tokens at a time: lower batch (and raise accumulate {params['accumulate']} as much) or max_new_tokens, set gradient_checkpointing, or share the weights among the GPUs with fsdp or deepspeed.") from e
-    if not run.main: return None
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except torch.OutOfMemoryError as e:
+        raise RunError(
+            f"The GPU's memory is full with {params['batch']} replies of up to {params['max_new_tokens']} tokens at a time: lower batch (and raise accumulate {params['accumulate']} as much) or max_new_tokens, set gradient_checkpointing, or share the weights among the GPUs with fsdp or deepspeed."
+        ) from e
+    if not run.main:
+        return None
     model = trainer.accelerator.unwrap_model(trainer.model)
     vlm.model = (model.merge_and_unload() if hasattr(model, 'merge_and_unload') else model).eval()
     return finish(run, vlm, asked, [r.reward for r in trainer.reward_funcs], time.time() - started)
 
 # %% ../nbs/06_grpo.ipynb #a6629dec
-def final_replies(vlm, params, rows, seed=99): # MaskVLM, parameters, rows of scene_prompts -> list of str, `replies` to each row
+def final_replies(
+    vlm, params, rows, seed=99
+):  # MaskVLM, parameters, rows of scene_prompts -> list of str, `replies` to each row
     "Sample groups of replies from a policy, as training does."
-    chats = [Conversation([dict(role='user', content='<image:0>\n' + r['prompt'][0]['content'])], [np.asarray(r['image'])]) for r in rows for _ in range(params['replies'])]
+    chats = [
+        Conversation([dict(role='user', content='<image:0>\n' + r['prompt'][0]['content'])], [np.asarray(r['image'])])
+        for r in rows
+        for _ in range(params['replies'])
+    ]
     torch.manual_seed(seed)
-    return vlm.generate(chats, params['max_new_tokens'], constrained=params['constrained'], do_sample=True, temperature=params['temperature'], chunk=32)
+    return vlm.generate(
+        chats,
+        params['max_new_tokens'],
+        constrained=params['constrained'],
+        do_sample=True,
+        temperature=params['temperature'],
+        chunk=32,
+    )
 
 # %% ../nbs/06_grpo.ipynb #72b50954
-def exploits(before, after): # RewardReport of the start and of the policy, on the same prompts -> list of dict, one for each pattern that was found
+def exploits(
+    before, after
+):  # RewardReport of the start and of the policy, on the same prompts -> list of dict, one for each pattern that was found
     "Compare what looks like cheating; an exploit has become more frequent, or earns more than the other replies of its group (intervals over groups above zero)."
     rows = []
     for kind in dict.fromkeys(k for r in (before, after) for e in r.exploits for k in e):
         at = [np.array([kind in e for e in r.exploits]).reshape(-1, r.group_size) for r in (before, after)]
-        more, earned = mean_ci(at[1].mean(1) - at[0].mean(1)), mean_ci((at[1] * after.advantages.reshape(at[1].shape)).mean(1))
-        rows.append(dict(found=kind.replace('_', ' '), replies_before=int(at[0].sum()), replies_after=int(at[1].sum()), more=more, earned=earned, exploit=more['low'] > 0 or earned['low'] > 0))
+        more, earned = (
+            mean_ci(at[1].mean(1) - at[0].mean(1)),
+            mean_ci((at[1] * after.advantages.reshape(at[1].shape)).mean(1)),
+        )
+        rows.append(
+            dict(
+                found=kind.replace('_', ' '),
+                replies_before=int(at[0].sum()),
+                replies_after=int(at[1].sum()),
+                more=more,
+                earned=earned,
+                exploit=more['low'] > 0 or earned['low'] > 0,
+            )
+        )
     return rows
 
-def searched(vlm, params, rows): # MaskVLM, parameters, rows of scene_prompts -> RewardReport of sampled replies
+
+def searched(vlm, params, rows):  # MaskVLM, parameters, rows of scene_prompts -> RewardReport of sampled replies
     "Let a policy write as in training and score what it wrote with the paper's reward."
     wanted = [r['answer'] for r in rows for _ in range(params['replies'])]
-    return reward_report(final_replies(vlm, params, rows), wanted, [MaskReward('paper', vocab=vlm.vocab), NoTargetReward(vocab=vlm.vocab)], params['replies'])
+    return reward_report(
+        final_replies(vlm, params, rows),
+        wanted,
+        [MaskReward('paper', vocab=vlm.vocab), NoTargetReward(vocab=vlm.vocab)],
+        params['replies'],
+    )
 
 # %% ../nbs/06_grpo.ipynb #f7a2e584
-def _broken(vlm, replies): return sum(not s.ok for t in replies for s in vlm.vocab.parse(t)) # -> groups that cannot be decoded
+def _broken(vlm, replies):
+    return sum(not s.ok for t in replies for s in vlm.vocab.parse(t))  # -> groups that cannot be decoded
 
-def finish(run, vlm, asked, rewards, seconds): # Run, MaskVLM, held-out expressions, rewards of the run -> result dict
+
+def finish(run, vlm, asked, rewards, seconds):  # Run, MaskVLM, held-out expressions, rewards of the run -> result dict
     "Save the policy, compare it with where it started, look for exploits, write the result."
     p = run.params
     vlm.save_pretrained(run.path / 'vlm')
     seen = [r['reward'] for r in run.rows() if 'reward' in r]
     quarter = max(1, len(seen) // 4)
-    metrics = dict(reward_first_quarter=float(np.mean(seen[:quarter])) if seen else None, reward_last_quarter=float(np.mean(seen[-quarter:])) if seen else None, failed=sum(r.failed for r in rewards), failures=[f for r in rewards for f in r.failures][:5])
+    metrics = dict(
+        reward_first_quarter=float(np.mean(seen[:quarter])) if seen else None,
+        reward_last_quarter=float(np.mean(seen[-quarter:])) if seen else None,
+        failed=sum(r.failed for r in rewards),
+        failures=[f for r in rewards for f in r.failures][:5],
+    )
     if asked:
-        start, rows = load_policy(p), scene_prompts(min(48, p['eval_n']), vlm.tokenizer, p['share_nothing'], p['think'], 99)   # scenes that training did not see
+        start, rows = (
+            load_policy(p),
+            scene_prompts(min(48, p['eval_n']), vlm.tokenizer, p['share_nothing'], p['think'], 99),
+        )  # scenes that training did not see
         metrics |= compare(evaluate_refer(start, asked), evaluate_refer(vlm, asked))
         before, after = (searched(v, p, rows) for v in (start, vlm))
         free = final_replies(vlm, {**p, 'constrained': False}, rows) if p['constrained'] else after.replies
         patterns = exploits(before, after)
-        metrics |= dict(exploits=[r['found'] for r in patterns if r['exploit']], patterns=patterns, silent_before=before.silent(), silent=after.silent(), malformed=_broken(vlm, after.replies), malformed_unconstrained=_broken(vlm, free), sampled=len(free))
-    run.save_result(metrics, n=p['eval_n'], seconds=round(seconds, 1), command=run_command('06_grpo', p, load_params(p['scale'], p['gpus'])))
+        metrics |= dict(
+            exploits=[r['found'] for r in patterns if r['exploit']],
+            patterns=patterns,
+            silent_before=before.silent(),
+            silent=after.silent(),
+            malformed=_broken(vlm, after.replies),
+            malformed_unconstrained=_broken(vlm, free),
+            sampled=len(free),
+        )
+    run.save_result(
+        metrics,
+        n=p['eval_n'],
+        seconds=round(seconds, 1),
+        command=run_command('06_grpo', p, load_params(p['scale'], p['gpus'])),
+    )
     return run.result
 
-def compare(before, after): # of evaluate_refer, on the same expressions -> dict of figures with intervals
+
+def compare(before, after):  # of evaluate_refer, on the same expressions -> dict of figures with intervals
     "Compare two policies expression by expression."
     out = {}
     for k in ('score', 'no_target', 'iou', 'pair'):
-        if before[k]: out |= {f'{k}_before': mean_ci(before[k]), f'{k}_after': mean_ci(after[k]), f'{k}_difference': mean_ci(np.array(after[k]) - np.array(before[k]))}
+        if before[k]:
+            out |= {
+                f'{k}_before': mean_ci(before[k]),
+                f'{k}_after': mean_ci(after[k]),
+                f'{k}_difference': mean_ci(np.array(after[k]) - np.array(before[k])),
+            }
     return out
 
 # %% ../nbs/06_grpo.ipynb #156dba92
-def run_grpo(params, path, on_log=None): # -> result dict
+def run_grpo(params, path, on_log=None):  # -> result dict
     "Run GRPO in this process, or in one process for each GPU, watched."
-    if check_params(params) == 1: return train(params, path, on_log)
+    if check_params(params) == 1:
+        return train(params, path, on_log)
     watch(path, launch('samtok.grpo', dict(out=str(path), **params), gpus=params['gpus'], run_dir=path), on_log)
     return Run(path, params).result
+
 
 def main(argv=None):
     "Run GRPO from the command line; every parameter of the scale's file is an option."
     run_main('grpo', load_params, train, run_grpo, argv)
 
 # %% ../nbs/06_grpo.ipynb #05c01741
-if __name__ == '__main__' and '__file__' in globals(): main()
+if __name__ == '__main__' and '__file__' in globals():
+    main()

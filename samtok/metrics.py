@@ -11,8 +11,10 @@ import math
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+
 import numpy as np
 from pycocotools import mask as _coco
+
 from .masks import MaskError, _coco_rle, box_iou, check_mask, mask_to_box, rle_to_mask
 from .runs import _interval, _replicates
 from .show import outline
@@ -21,129 +23,190 @@ from .show import outline
 class MetricError(ValueError):
     "A sample or an accumulator that cannot be counted, and what to do about it."
 
+
 @dataclass(frozen=True)
 class Convention:
     "What the script of a benchmark does where others do something else."
-    empty: float = 0.       # IoU of a sample whose union is empty
-    pair_eps: float = 0.    # is added to the union of each sample
-    sum_eps: float = 0.     # is added to the sum of unions
-    count_eps: float = 0.   # is added to the number of samples
-    missing: str = 'zero'   # no prediction: 'zero' it is an empty mask, 'half' IoU 0 and no union, 'skip' it is not counted
-    mean: str = 'mIoU'      # how the mean of the IoUs is called
-    box: str = 'given'      # where boxes come from: 'given', or 'mask' (of the masks, maximum inclusive)
-    strict: bool = False    # a figure without samples is an error (True) or 0.0 and named in `undefined`
+
+    empty: float = 0.0  # IoU of a sample whose union is empty
+    pair_eps: float = 0.0  # is added to the union of each sample
+    sum_eps: float = 0.0  # is added to the sum of unions
+    count_eps: float = 0.0  # is added to the number of samples
+    missing: str = (
+        'zero'  # no prediction: 'zero' it is an empty mask, 'half' IoU 0 and no union, 'skip' it is not counted
+    )
+    mean: str = 'mIoU'  # how the mean of the IoUs is called
+    box: str = 'given'  # where boxes come from: 'given', or 'mask' (of the masks, maximum inclusive)
+    strict: bool = False  # a figure without samples is an error (True) or 0.0 and named in `undefined`
 
 # %% ../nbs/07_metrics.ipynb #04c85bec
-def _mask(mask, name, size=None): # one mask, or several of one image that are joined -> (H,W) bool
-    if isinstance(mask, dict): return rle_to_mask(mask, size)
-    several = isinstance(mask, (list, tuple)) and (not mask or isinstance(mask[0], dict) or np.ndim(mask[0]) == 2) or np.ndim(mask) == 3
-    if not several: return check_mask(mask, size, name)
-    if not len(mask) and size is None: raise MetricError(f'The {name} is an empty list, which has no size: give an empty mask.')
+def _mask(mask, name, size=None):  # one mask, or several of one image that are joined -> (H,W) bool
+    if isinstance(mask, dict):
+        return rle_to_mask(mask, size)
+    several = (
+        isinstance(mask, (list, tuple))
+        and (not mask or isinstance(mask[0], dict) or np.ndim(mask[0]) == 2)
+        or np.ndim(mask) == 3
+    )
+    if not several:
+        return check_mask(mask, size, name)
+    if not len(mask) and size is None:
+        raise MetricError(f'The {name} is an empty list, which has no size: give an empty mask.')
     masks = [_mask(m, name, size) for m in mask] or [np.zeros(size, bool)]
     return np.logical_or.reduce([check_mask(m, masks[0].shape, name) for m in masks])
 
-def _runs(mask, name, size=None): # RLE, or several that are joined -> COCO's RLE; None: this is no RLE
+
+def _runs(mask, name, size=None):  # RLE, or several that are joined -> COCO's RLE; None: this is no RLE
     several = [mask] if isinstance(mask, dict) else mask if isinstance(mask, (list, tuple)) else ()
-    if not several or not all(isinstance(m, dict) for m in several): return None
+    if not several or not all(isinstance(m, dict) for m in several):
+        return None
     several = [_coco_rle(m, size, name) for m in several]
     return several[0] if len(several) == 1 else _coco.merge([_coco_rle(m, several[0]['size'], name) for m in several])
 
-def _counts(pred, gt, ignore=None): # masks -> pixels of the intersection, of the prediction, of the truth
+
+def _counts(pred, gt, ignore=None):  # masks -> pixels of the intersection, of the prediction, of the truth
     pred = [] if pred is None else pred
     g = _runs(gt, 'truth') if ignore is None else None
     p = _runs(pred, 'prediction', g['size']) if g else None
-    if p: return tuple(int(_coco.area(m)) for m in (_coco.merge([p, g], intersect=True), p, g))
-    if g and isinstance(pred, (list, tuple)) and not pred: return 0, 0, int(_coco.area(g))
-    gt = _mask(gt, 'truth'); pred = _mask(pred, 'prediction', gt.shape)
-    if ignore is not None: pred, gt = (m & ~_mask(ignore, 'mask of ignored pixels', gt.shape) for m in (pred, gt))
+    if p:
+        return tuple(int(_coco.area(m)) for m in (_coco.merge([p, g], intersect=True), p, g))
+    if g and isinstance(pred, (list, tuple)) and not pred:
+        return 0, 0, int(_coco.area(g))
+    gt = _mask(gt, 'truth')
+    pred = _mask(pred, 'prediction', gt.shape)
+    if ignore is not None:
+        pred, gt = (m & ~_mask(ignore, 'mask of ignored pixels', gt.shape) for m in (pred, gt))
     return int((pred & gt).sum()), int(pred.sum()), int(gt.sum())
 
 # %% ../nbs/07_metrics.ipynb #7aca8702
-def _overlap(pred, gt, ignore, rule): # masks, a mask or None, Convention -> row
-    if pred is None and rule.missing != 'zero': return dict(I=0, U=0, IoU=0., n=int(rule.missing == 'half'))
+def _overlap(pred, gt, ignore, rule):  # masks, a mask or None, Convention -> row
+    if pred is None and rule.missing != 'zero':
+        return dict(I=0, U=0, IoU=0.0, n=int(rule.missing == 'half'))
     return _counted(*_counts(pred, gt, ignore), rule)
 
-def _counted(i, p, g, rule): # pixels of the intersection, of the prediction, of the truth -> row
+
+def _counted(i, p, g, rule):  # pixels of the intersection, of the prediction, of the truth -> row
     u = p + g - i
     return dict(I=i, U=u, IoU=i / (u + rule.pair_eps) if u else rule.empty, n=1)
 
 # %% ../nbs/07_metrics.ipynb #8f43c0d0
 class Metric:
     "Collect a row of numbers for each sample; every figure is made of sums over the rows."
+
     conventions = {'plain': Convention()}
-    def __init__(self, convention=None, # name in `conventions`, or a Convention; None: the first
-                 **options):            # what else changes the rows; merge compares them
+
+    def __init__(
+        self,
+        convention=None,  # name in `conventions`, or a Convention; None: the first
+        **options,
+    ):  # what else changes the rows; merge compares them
         name = next(iter(self.conventions)) if convention is None else convention
         if not isinstance(name, Convention) and name not in self.conventions:
-            raise MetricError(f"{type(self).__name__} has no convention {name!r}. It has: {', '.join(self.conventions)}.")
+            raise MetricError(
+                f'{type(self).__name__} has no convention {name!r}. It has: {", ".join(self.conventions)}.'
+            )
         self.rule = name if isinstance(name, Convention) else self.conventions[name]
         self.convention, self.options, self.rows, self._ids, self.group = name, options, [], set(), None
 
     @contextmanager
-    def _sample(self, id, group=None): # the row is kept only if nothing went wrong
+    def _sample(self, id, group=None):  # the row is kept only if nothing went wrong
         who = f'{type(self).__name__}, sample {len(self.rows) if id is None else id!r}'
-        if id is not None and id in self._ids: raise MetricError(f'{who} was counted before: a sampler that pads its last batch repeats samples, drop the repeats.')
+        if id is not None and id in self._ids:
+            raise MetricError(
+                f'{who} was counted before: a sampler that pads its last batch repeats samples, drop the repeats.'
+            )
         row = dict(id=id, group=group)
-        try: yield row
-        except (MaskError, MetricError) as e: raise MetricError(f'{who}: {e}') from e
-        self.rows.append(row); self._ids |= {id} - {None}
+        try:
+            yield row
+        except (MaskError, MetricError) as e:
+            raise MetricError(f'{who}: {e}') from e
+        self.rows.append(row)
+        self._ids |= {id} - {None}
 
-    def __len__(self): return len(self.rows)
-    def __repr__(self): return f'{type(self).__name__}({self.convention!r}, {len(self)} samples)'
+    def __len__(self):
+        return len(self.rows)
+
+    def __repr__(self):
+        return f'{type(self).__name__}({self.convention!r}, {len(self)} samples)'
 
 # %% ../nbs/07_metrics.ipynb #94ec2529
-def _differ(a, b): # two Metric -> names of what they count differently
+def _differ(a, b):  # two Metric -> names of what they count differently
     a, b = (dict(kind=type(m).__name__, convention=m.convention, **m.options) for m in (a, b))
     return [k for k in a if a[k] != b.get(k)]
 
-def _merge(self, other): # Metric of the same kind; returns self
+
+def _merge(self, other):  # Metric of the same kind; returns self
     "Add the samples of another accumulator."
     if differ := _differ(self, other):
-        raise MetricError(f'{self!r} and {other!r} cannot be merged: {", ".join(differ)} differ{"s" * (len(differ) == 1)}.')
+        raise MetricError(
+            f'{self!r} and {other!r} cannot be merged: {", ".join(differ)} differ{"s" * (len(differ) == 1)}.'
+        )
     if twice := self._ids & other._ids:
-        raise MetricError(f'{len(twice)} samples are in both accumulators, for example {min(twice, key=str)!r}: drop the repeats before they are counted.')
+        raise MetricError(
+            f'{len(twice)} samples are in both accumulators, for example {min(twice, key=str)!r}: drop the repeats before they are counted.'
+        )
     self.rows, self._ids = self.rows + other.rows, self._ids | other._ids
     return self
 
-def _only(self, group): # value given as `group` to update -> Metric with its samples
+
+def _only(self, group):  # value given as `group` to update -> Metric with its samples
     "Select the samples of one group."
-    part = copy(self); part.group = group
+    part = copy(self)
+    part.group = group
     part.rows = [{**r, 'group': None} for r in self.rows if r['group'] == group]
     part._ids = {r['id'] for r in part.rows} - {None}
     return part
 
-def _table(self): # -> list of N ids, dict of columns (N,...) float64; raises MetricError
+
+def _table(self):  # -> list of N ids, dict of columns (N,...) float64; raises MetricError
     "Turn rows into columns."
-    if not self.rows: raise MetricError(f'{type(self).__name__} has no samples: call update before.')
+    if not self.rows:
+        raise MetricError(f'{type(self).__name__} has no samples: call update before.')
     keys = [k for k in self.rows[0] if k not in ('id', 'group') and k[0] != '_']
     return [r['id'] for r in self.rows], {k: np.array([r[k] for r in self.rows], np.float64) for k in keys}
+
 
 Metric.merge, Metric.only, Metric.table = _merge, _only, _table
 
 # %% ../nbs/07_metrics.ipynb #3976d9bb
-def _ratio(num, den): # arrays or floats -> the same, NaN where the denominator is 0
+def _ratio(num, den):  # arrays or floats -> the same, NaN where the denominator is 0
     num, den = np.broadcast_arrays(np.asarray(num, np.float64), np.asarray(den, np.float64))
     return np.divide(num, den, out=np.full(num.shape, np.nan), where=den > 0)
 
-def _fsum(v): # (N,...) -> (...) exact sums, whatever the order of rows
+
+def _fsum(v):  # (N,...) -> (...) exact sums, whatever the order of rows
     return np.array([math.fsum(c) for c in v.reshape(len(v), -1).T]).reshape(v.shape[1:])
 
-def _sums(self, columns, weights=None): # (B,N) how often each row counts in B resamples; None: once -> dict of (...) or (B,...)
+
+def _sums(
+    self, columns, weights=None
+):  # (B,N) how often each row counts in B resamples; None: once -> dict of (...) or (B,...)
     return {k: _fsum(v) if weights is None else np.tensordot(weights, v, 1) for k, v in columns.items()}
 
-def _from_sums(self, s): # sums of columns -> dict of figures; classes with other figures have their own
+
+def _from_sums(self, s):  # sums of columns -> dict of figures; classes with other figures have their own
     return {k: _ratio(s[num], s[den] + eps) for k, (num, den, eps) in self._ratios().items()}
 
-def _compute(self): # -> dict; n counted and skipped samples, names of undefined figures, `groups` if there are any
+
+def _compute(self):  # -> dict; n counted and skipped samples, names of undefined figures, `groups` if there are any
     "Compute all figures."
     columns = self.table()[1]
     values = {k: float(v) for k, v in self._figures(columns).items()}
     undefined = [k for k, v in values.items() if not math.isfinite(v)]
-    if undefined and self.rule.strict: raise MetricError(f"{self!r} has no samples for {', '.join(undefined)}, and the script of this convention divides by zero there: use another convention.")
+    if undefined and self.rule.strict:
+        raise MetricError(
+            f'{self!r} has no samples for {", ".join(undefined)}, and the script of this convention divides by zero there: use another convention.'
+        )
     n = int(columns['n'].sum())
     groups = sorted({r['group'] for r in self.rows} - {None}, key=lambda g: (isinstance(g, str), g))
-    return {**{k: 0. if k in undefined else v for k, v in values.items()}, 'n': n, 'skipped': len(columns['n']) - n, 'undefined': undefined,
-            **({'groups': {g: self.only(g).compute() for g in groups}} if groups else {})}
+    return {
+        **{k: 0.0 if k in undefined else v for k, v in values.items()},
+        'n': n,
+        'skipped': len(columns['n']) - n,
+        'undefined': undefined,
+        **({'groups': {g: self.only(g).compute() for g in groups}} if groups else {}),
+    }
+
 
 Metric._sums, Metric._from_sums, Metric.compute = _sums, _from_sums, _compute
 Metric._figures = lambda self, columns, weights=None: self._from_sums(self._sums(columns, weights))
@@ -151,114 +214,227 @@ Metric._figures = lambda self, columns, weights=None: self._from_sums(self._sums
 # %% ../nbs/07_metrics.ipynb #c20a9c3b
 class RES(Metric):
     "Compare one predicted mask with one true mask: mean IoU, cumulative IoU, precision at thresholds, box accuracy."
-    conventions = dict(classic=Convention(), lisa=Convention(empty=1., pair_eps=1e-5, sum_eps=1e-10, count_eps=1e-5, mean='gIoU'),
-                       rounds_samtok=Convention(empty=1., pair_eps=1e-5, sum_eps=1e-10, missing='half', mean='gIoU'),
-                       rounds_segllm=Convention(pair_eps=1e-4, sum_eps=1e-10), groundingsuite=Convention(missing='skip', mean='gIoU'))
-    def __init__(self, convention=None, thresholds=(.5, .6, .7, .8, .9), # of Pr@t: IoU >= t
-                 boxes=False): # count boxes, too
+
+    conventions = dict(
+        classic=Convention(),
+        lisa=Convention(empty=1.0, pair_eps=1e-5, sum_eps=1e-10, count_eps=1e-5, mean='gIoU'),
+        rounds_samtok=Convention(empty=1.0, pair_eps=1e-5, sum_eps=1e-10, missing='half', mean='gIoU'),
+        rounds_segllm=Convention(pair_eps=1e-4, sum_eps=1e-10),
+        groundingsuite=Convention(missing='skip', mean='gIoU'),
+    )
+
+    def __init__(
+        self,
+        convention=None,
+        thresholds=(0.5, 0.6, 0.7, 0.8, 0.9),  # of Pr@t: IoU >= t
+        boxes=False,
+    ):  # count boxes, too
         super().__init__(convention, thresholds=tuple(thresholds), boxes=boxes)
 
-    def update(self, pred, gt, # (H,W) bool, RLE, or lists of them; pred may be None
-               id=None, group=None, ignore=None, # sample; round or class; mask of pixels that do not count
-               pred_box=None, gt_box=None): # (4,) xyxy pixels
+    def update(
+        self,
+        pred,
+        gt,  # (H,W) bool, RLE, or lists of them; pred may be None
+        id=None,
+        group=None,
+        ignore=None,  # sample; round or class; mask of pixels that do not count
+        pred_box=None,
+        gt_box=None,
+    ):  # (4,) xyxy pixels
         "Count one sample."
-        with self._sample(id, group) as row: row.update(self._numbers(_overlap(pred, gt, ignore, self.rule), pred_box, gt_box))
+        with self._sample(id, group) as row:
+            row.update(self._numbers(_overlap(pred, gt, ignore, self.rule), pred_box, gt_box))
 
     def _numbers(self, row, pred_box=None, gt_box=None):
-        if self.options['boxes'] and gt_box is None: raise MetricError('The true box is missing: give gt_box, or make the accumulator with boxes=False.')
+        if self.options['boxes'] and gt_box is None:
+            raise MetricError('The true box is missing: give gt_box, or make the accumulator with boxes=False.')
         iou = box_iou(pred_box, gt_box)[0, 0] if self.options['boxes'] and pred_box is not None else 0
-        hit = iou > .5 if self.convention == 'rounds_segllm' else iou >= .5      # SegLLM wants more than a half
-        exact = row['I'] / row['U'] if row['U'] else row['IoU']                 # without eps: 70 of 100 pixels are .7
-        return {**row, 'asked': 1, 'box': int(hit) * row['n'], **{f'Pr@{t:g}': int(exact >= t) * row['n'] for t in self.options['thresholds']}}
+        hit = iou > 0.5 if self.convention == 'rounds_segllm' else iou >= 0.5  # SegLLM wants more than a half
+        exact = row['I'] / row['U'] if row['U'] else row['IoU']  # without eps: 70 of 100 pixels are .7
+        return {
+            **row,
+            'asked': 1,
+            'box': int(hit) * row['n'],
+            **{f'Pr@{t:g}': int(exact >= t) * row['n'] for t in self.options['thresholds']},
+        }
 
-    def _ratios(self): # figure: numerator, denominator, eps
-        boxes = 'asked' if self.convention == 'groundingsuite' and self.group is not None else 'n'      # its script: missing ones count for a class, not over all
-        return {'cIoU': ('I', 'U', self.rule.sum_eps), self.rule.mean: ('IoU', 'n', self.rule.count_eps),
-                **{f'Pr@{t:g}': (f'Pr@{t:g}', 'n', 0) for t in self.options['thresholds']}, **({'box_acc': ('box', boxes, 0)} if self.options['boxes'] else {})}
+    def _ratios(self):  # figure: numerator, denominator, eps
+        boxes = (
+            'asked' if self.convention == 'groundingsuite' and self.group is not None else 'n'
+        )  # its script: missing ones count for a class, not over all
+        return {
+            'cIoU': ('I', 'U', self.rule.sum_eps),
+            self.rule.mean: ('IoU', 'n', self.rule.count_eps),
+            **{f'Pr@{t:g}': (f'Pr@{t:g}', 'n', 0) for t in self.options['thresholds']},
+            **({'box_acc': ('box', boxes, 0)} if self.options['boxes'] else {}),
+        }
 
 # %% ../nbs/07_metrics.ipynb #488bde05
-def _inclusive_box(mask): # (H,W) bool -> (4,) xyxy as torchvision's masks_to_boxes: the maximum is the last pixel; no pixel: zeros
+def _inclusive_box(
+    mask,
+):  # (H,W) bool -> (4,) xyxy as torchvision's masks_to_boxes: the maximum is the last pixel; no pixel: zeros
     return mask_to_box(mask) - [0, 0, 1, 1] if mask.any() else np.zeros(4)
+
 
 class KeyedRES(RES):
     "Count the best mask of each key: the mean IoU over keys, and box accuracy."
+
     conventions = dict(samtok=Convention(box='mask'), padt=Convention(box='given'))
-    def __init__(self, convention=None, keys=None): # list of keys to average over; None: those that were counted
+
+    def __init__(self, convention=None, keys=None):  # list of keys to average over; None: those that were counted
         Metric.__init__(self, convention, keys=keys and [tuple(k) for k in keys], boxes=True)
 
-    def update(self, pred, gt, key, # masks; (image id, expression)
-               id=None, pred_box=None, gt_box=None): # file name; (4,) xyxy pixels, for the convention padt
+    def update(
+        self,
+        pred,
+        gt,
+        key,  # masks; (image id, expression)
+        id=None,
+        pred_box=None,
+        gt_box=None,
+    ):  # file name; (4,) xyxy pixels, for the convention padt
         "Count one sample."
         with self._sample(id) as row:
-            if self.rule.box == 'mask': pred_box, gt_box = (_inclusive_box(_mask([] if m is None else m, 'mask', _mask(gt, 'truth').shape)) for m in (pred, gt))
-            hit = int(gt_box is not None and pred_box is not None and box_iou(pred_box, gt_box)[0, 0] >= .5)
+            if self.rule.box == 'mask':
+                pred_box, gt_box = (
+                    _inclusive_box(_mask([] if m is None else m, 'mask', _mask(gt, 'truth').shape)) for m in (pred, gt)
+                )
+            hit = int(gt_box is not None and pred_box is not None and box_iou(pred_box, gt_box)[0, 0] >= 0.5)
             row.update(_overlap(pred, gt, None, self.rule), key=tuple(key), box=hit)
 
-    def table(self): # -> list of N keys, columns
+    def table(self):  # -> list of N keys, columns
         "Make a row for each key."
-        if not self.rows: raise MetricError('KeyedRES has no samples: call update before.')
+        if not self.rows:
+            raise MetricError('KeyedRES has no samples: call update before.')
         of = {}
-        for r in self.rows: of.setdefault(r['key'], []).append(r)
-        last = lambda rows: max(rows, key=lambda r: (str(r['id']), r['box']))['box']
-        best = {k: (max(r['IoU'] for r in rows), last(rows) if self.rule.box == 'mask' else max(r['box'] for r in rows)) for k, rows in of.items()}
-        keys = self.options['keys'] or sorted(best, key=str)
-        return keys, {k: np.array(v, np.float64) for k, v in zip(('IoU', 'box', 'n'), zip(*[(*best.get(k, (0., 0)), 1) for k in keys]))}
+        for r in self.rows:
+            of.setdefault(r['key'], []).append(r)
 
-    def _ratios(self): return dict(mIoU=('IoU', 'n', 0), box_acc=('box', 'n', 0))
+        def last(rows):
+            return max(rows, key=lambda r: (str(r['id']), r['box']))['box']
+
+        best = {
+            k: (max(r['IoU'] for r in rows), last(rows) if self.rule.box == 'mask' else max(r['box'] for r in rows))
+            for k, rows in of.items()
+        }
+        keys = self.options['keys'] or sorted(best, key=str)
+        return keys, {
+            k: np.array(v, np.float64)
+            for k, v in zip(('IoU', 'box', 'n'), zip(*[(*best.get(k, (0.0, 0)), 1) for k in keys]))
+        }
+
+    def _ratios(self):
+        return dict(mIoU=('IoU', 'n', 0), box_acc=('box', 'n', 0))
 
 # %% ../nbs/07_metrics.ipynb #213ace9f
 class GRES(RES):
     "Compare joined masks of any number of targets: gIoU, cIoU, N_acc, T_acc, precision over samples with a target."
-    conventions = dict(plain=Convention(mean='gIoU'), rela=Convention(mean='gIoU'), samtok=Convention(mean='gIoU', pair_eps=1e-8, sum_eps=1e-10, strict=True))
-    def __init__(self, convention=None, thresholds=(.7, .8, .9)): super().__init__(convention, thresholds)
 
-    def update(self, pred, gt, # (H,W) bool, RLE, or lists of them, which are joined
-               id=None, group=None, no_target=None): # no_target: bool, what the model says; None: whether the mask is empty
+    conventions = dict(
+        plain=Convention(mean='gIoU'),
+        rela=Convention(mean='gIoU'),
+        samtok=Convention(mean='gIoU', pair_eps=1e-8, sum_eps=1e-10, strict=True),
+    )
+
+    def __init__(self, convention=None, thresholds=(0.7, 0.8, 0.9)):
+        super().__init__(convention, thresholds)
+
+    def update(
+        self,
+        pred,
+        gt,  # (H,W) bool, RLE, or lists of them, which are joined
+        id=None,
+        group=None,
+        no_target=None,
+    ):  # no_target: bool, what the model says; None: whether the mask is empty
         "Count one sample."
         with self._sample(id, group) as row:
             i, p, g = _counts(pred, gt)
             none, said, found = not g, bool(not p if no_target is None else no_target), _counted(i, p, g, self.rule)
-            if said: found.update(I=0, IoU=float(none), U=0 if none else found['U'])
-            elif none: found['IoU'] = 0.                                           # an empty mask without the flag
-            row.update(self._numbers(found), target=int(not none), none=int(none), TP=int(none and said), TN=int(not none and not said))
+            if said:
+                found.update(I=0, IoU=float(none), U=0 if none else found['U'])
+            elif none:
+                found['IoU'] = 0.0  # an empty mask without the flag
+            row.update(
+                self._numbers(found),
+                target=int(not none),
+                none=int(none),
+                TP=int(none and said),
+                TN=int(not none and not said),
+            )
             row.update({k: v * row['target'] for k, v in row.items() if k.startswith('Pr@')})
 
-    def _ratios(self): return {**{k: (a, 'target' if k.startswith('Pr@') else b, e) for k, (a, b, e) in super()._ratios().items()}, 'N_acc': ('TP', 'none', 0), 'T_acc': ('TN', 'target', 0)}
+    def _ratios(self):
+        return {
+            **{k: (a, 'target' if k.startswith('Pr@') else b, e) for k, (a, b, e) in super()._ratios().items()},
+            'N_acc': ('TP', 'none', 0),
+            'T_acc': ('TN', 'target', 0),
+        }
 
     def _from_sums(self, s):
         figures = super()._from_sums(s)
-        if self.convention == 'rela': figures.update({k: np.where(s['none'] > 0, figures[k], 0.) for k in ('N_acc', 'T_acc')})
+        if self.convention == 'rela':
+            figures.update({k: np.where(s['none'] > 0, figures[k], 0.0) for k in ('N_acc', 'T_acc')})
         return figures
 
 # %% ../nbs/07_metrics.ipynb #7ec80a08
-def _drawn(metric, columns, n_boot, seed): # -> dict figure: (n_boot,) float64
+def _drawn(metric, columns, n_boot, seed):  # -> dict figure: (n_boot,) float64
     n = len(columns['n'])
-    return _replicates(lambda rng, b: metric._figures(columns, rng.multinomial(n, np.full(n, 1 / n), b).astype(np.float64)), n, n_boot, seed)
+    return _replicates(
+        lambda rng, b: metric._figures(columns, rng.multinomial(n, np.full(n, 1 / n), b).astype(np.float64)),
+        n,
+        n_boot,
+        seed,
+    )
 
-def _counted_for(metric, columns, n): # -> function of a figure: the samples behind it, which for N_acc are those without a target
+
+def _counted_for(
+    metric, columns, n
+):  # -> function of a figure: the samples behind it, which for N_acc are those without a target
     ratios = metric._ratios() if hasattr(metric, '_ratios') else {}
     return lambda k: int(columns[ratios[k][1]].sum()) if k in ratios and ratios[k][1] in ('none', 'target') else n
 
-def bootstrap_ci(metric, # Metric
-                 n_boot=1000, seed=0, level=.95): # -> dict figure: dict(mean, low, high, n); mean is the figure itself, n the samples behind it
+
+def bootstrap_ci(
+    metric,  # Metric
+    n_boot=1000,
+    seed=0,
+    level=0.95,
+):  # -> dict figure: dict(mean, low, high, n); mean is the figure itself, n the samples behind it
     "Compute every figure with its bootstrap confidence interval over samples."
     value, columns = metric.compute(), metric.table()[1]
     size = _counted_for(metric, columns, value['n'])
-    return {k: dict(mean=value[k], **_interval(v, level, value[k]), n=size(k)) for k, v in _drawn(metric, columns, n_boot, seed).items()}
+    return {
+        k: dict(mean=value[k], **_interval(v, level, value[k]), n=size(k))
+        for k, v in _drawn(metric, columns, n_boot, seed).items()
+    }
 
 # %% ../nbs/07_metrics.ipynb #0773dab7
-def _paired(a, b): # two Metric -> columns of both, in the same order of samples
+def _paired(a, b):  # two Metric -> columns of both, in the same order of samples
     (ids_a, ca), (ids_b, cb) = a.table(), b.table()
-    if None in ids_a or None in ids_b: raise MetricError('A paired test needs to know which samples belong together: give id= to every update.')
-    if alone := set(ids_a) ^ set(ids_b): raise MetricError(f'{len(alone)} samples were counted for one model only, for example {min(alone, key=str)!r}: evaluate both on the same samples.')
+    if None in ids_a or None in ids_b:
+        raise MetricError('A paired test needs to know which samples belong together: give id= to every update.')
+    if alone := set(ids_a) ^ set(ids_b):
+        raise MetricError(
+            f'{len(alone)} samples were counted for one model only, for example {min(alone, key=str)!r}: evaluate both on the same samples.'
+        )
     at = {k: i for i, k in enumerate(ids_b)}
     order = range(len(ids_b)) if ids_a == ids_b else [at[k] for k in ids_a]
     return ca, {k: v[list(order)] for k, v in cb.items()}
 
-def paired_test(a, b, # Metric of two models on the same samples
-                n_boot=2000, seed=0, level=.95): # -> dict figure: dict(a, b, difference, low, high, p, n)
+
+def paired_test(
+    a,
+    b,  # Metric of two models on the same samples
+    n_boot=2000,
+    seed=0,
+    level=0.95,
+):  # -> dict figure: dict(a, b, difference, low, high, p, n)
     "Test by paired bootstrap whether two models differ; difference = a - b, p is two-sided."
-    if differ := _differ(a, b): raise MetricError(f'{a!r} and {b!r} count differently ({", ".join(differ)}): use the same convention and options for both.')
+    if differ := _differ(a, b):
+        raise MetricError(
+            f'{a!r} and {b!r} count differently ({", ".join(differ)}): use the same convention and options for both.'
+        )
     va, vb, columns, out = a.compute(), b.compute(), _paired(a, b), {}
     ra, rb = (_drawn(m, c, n_boot, seed) for m, c in zip((a, b), columns))
     for k in (k for k in ra if k in rb):
@@ -269,63 +445,90 @@ def paired_test(a, b, # Metric of two models on the same samples
     return out
 
 # %% ../nbs/07_metrics.ipynb #cde1580e
-def _grow(mask, radius): # (H,W) bool, pixels -> (H,W) bool: what is at most `radius` away from a pixel of the mask
+def _grow(mask, radius):  # (H,W) bool, pixels -> (H,W) bool: what is at most `radius` away from a pixel of the mask
     out, h, r = np.zeros_like(mask), len(mask), int(radius)
     for dy in range(-min(r, h - 1), min(r, h - 1) + 1):
         half = math.isqrt(r * r - dy * dy)
         runs = np.cumsum(np.pad(mask, ((0, 0), (half + 1, half))), 1)
-        wide = runs[:, 2 * half + 1:] > runs[:, :mask.shape[1]]                # does any pixel of the row lie within half?
-        out[max(0, dy):h + min(0, dy)] |= wide[max(0, -dy):h + min(0, -dy)]
+        wide = runs[:, 2 * half + 1 :] > runs[:, : mask.shape[1]]  # does any pixel of the row lie within half?
+        out[max(0, dy) : h + min(0, dy)] |= wide[max(0, -dy) : h + min(0, -dy)]
     return out
 
-def boundary_f(pred, gt, # (H,W) bool or RLE
-               tolerance=.008): # share of the image diagonal, rounded up to pixels -> float in [0,1]
+
+def boundary_f(
+    pred,
+    gt,  # (H,W) bool or RLE
+    tolerance=0.008,
+):  # share of the image diagonal, rounded up to pixels -> float in [0,1]
     "Compute the F measure of outlines; 1 for two empty masks, 0 for one."
-    gt = _mask(gt, 'truth'); pred = _mask(pred, 'prediction', gt.shape)
+    gt = _mask(gt, 'truth')
+    pred = _mask(pred, 'prediction', gt.shape)
     a, b = outline(pred), outline(gt)
-    if not a.any() or not b.any(): return float(a.any() == b.any())
+    if not a.any() or not b.any():
+        return float(a.any() == b.any())
     rows, cols = (np.flatnonzero((a | b).any(k)) for k in (1, 0))
-    a, b = (m[rows[0]:rows[-1] + 1, cols[0]:cols[-1] + 1] for m in (a, b))
+    a, b = (m[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1] for m in (a, b))
     radius = math.ceil(tolerance * math.hypot(*gt.shape))
     precision, recall = (float(m[_grow(o, radius)].sum() / m.sum()) for m, o in ((a, b), (b, a)))
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 # %% ../nbs/07_metrics.ipynb #4ba6eab0
 class Reconstruction(RES):
     "Compare masks with what came back from their words: IoU, boundary F."
-    conventions = dict(reconstruction=Convention(empty=1.))
-    def __init__(self, convention=None, tolerance=.008, thresholds=(.5, .7, .9)): # tolerance: share of the diagonal
+
+    conventions = dict(reconstruction=Convention(empty=1.0))
+
+    def __init__(
+        self, convention=None, tolerance=0.008, thresholds=(0.5, 0.7, 0.9)
+    ):  # tolerance: share of the diagonal
         Metric.__init__(self, convention, tolerance=tolerance, thresholds=tuple(thresholds), boxes=False)
 
-    def update(self, pred, gt, id=None, group=None): # (H,W) bool or RLE; group: for example the class
+    def update(self, pred, gt, id=None, group=None):  # (H,W) bool or RLE; group: for example the class
         "Count one mask."
         with self._sample(id, group) as row:
-            row.update(self._numbers(_overlap(pred, gt, None, self.rule)), F=boundary_f([] if pred is None else pred, gt, self.options['tolerance']))
+            row.update(
+                self._numbers(_overlap(pred, gt, None, self.rule)),
+                F=boundary_f([] if pred is None else pred, gt, self.options['tolerance']),
+            )
 
-    def _ratios(self): return {**super()._ratios(), 'boundary_F': ('F', 'n', 0)}
+    def _ratios(self):
+        return {**super()._ratios(), 'boundary_F': ('F', 'n', 0)}
 
 # %% ../nbs/07_metrics.ipynb #890e422c
 class Calibration(Metric):
     "Compare predicted scores with the IoU that came true: expected calibration error, reliability bins."
-    def __init__(self, convention=None, bins=10): super().__init__(convention, bins=bins)
 
-    def update(self, score, iou, id=None, group=None): # floats in [0,1]
+    def __init__(self, convention=None, bins=10):
+        super().__init__(convention, bins=bins)
+
+    def update(self, score, iou, id=None, group=None):  # floats in [0,1]
         "Count one mask with its score."
         with self._sample(id, group) as row:
             for name, v in (('score', score), ('IoU', iou)):
-                if not 0 <= v <= 1: raise MetricError(f'The {name} is {v}; it must lie in 0..1 (for a logit use its sigmoid).')
+                if not 0 <= v <= 1:
+                    raise MetricError(f'The {name} is {v}; it must lie in 0..1 (for a logit use its sigmoid).')
             row.update(score=float(score), iou=float(iou), n=1)
 
     def table(self):
         "Make a column for each bin."
         ids, c = super().table()
-        inside = np.minimum(c['score'] * self.options['bins'], self.options['bins'] - 1).astype(int)[:, None] == np.arange(self.options['bins'])
+        inside = np.minimum(c['score'] * self.options['bins'], self.options['bins'] - 1).astype(int)[
+            :, None
+        ] == np.arange(self.options['bins'])
         return ids, {**c, **{f'bin_{k}': inside * c[k][:, None] for k in ('score', 'iou', 'n')}}
 
     def _from_sums(self, s):
-        return dict(ECE=_ratio(np.abs(s['bin_score'] - s['bin_iou']).sum(-1), s['n']), score=_ratio(s['score'], s['n']), mIoU=_ratio(s['iou'], s['n']))
+        return dict(
+            ECE=_ratio(np.abs(s['bin_score'] - s['bin_iou']).sum(-1), s['n']),
+            score=_ratio(s['score'], s['n']),
+            mIoU=_ratio(s['iou'], s['n']),
+        )
 
-    def bins(self): # -> list of dict(low, high, n, score, iou) for bins that hold samples
+    def bins(self):  # -> list of dict(low, high, n, score, iou) for bins that hold samples
         "List the reliability bins."
         s, k = self._sums(self.table()[1]), self.options['bins']
-        return [dict(low=i / k, high=(i + 1) / k, n=int(n), score=float(a / n), iou=float(b / n)) for i, (n, a, b) in enumerate(zip(s['bin_n'], s['bin_score'], s['bin_iou'])) if n]
+        return [
+            dict(low=i / k, high=(i + 1) / k, n=int(n), score=float(a / n), iou=float(b / n))
+            for i, (n, a, b) in enumerate(zip(s['bin_n'], s['bin_score'], s['bin_iou']))
+            if n
+        ]

@@ -7,96 +7,167 @@ __all__ = ['load_cases', 'published_spec', 'fill_array', 'parity_masks', 'parity
            'parity_prompts', 'compare_case']
 
 # %% ../nbs/02b_parity.ipynb #f21e426c
-import json, math, zlib
+import json
+import math
+import zlib
+
 import numpy as np
 import torch
+
 from .runs import data_file
 from .tokenizer import MaskTokenizer
 
 # %% ../nbs/02b_parity.ipynb #851551c6
-def load_cases(): # -> dict name -> array; values of the reference implementation (fp32 on a CPU)
+def load_cases():  # -> dict name -> array; values of the reference implementation (fp32 on a CPU)
     "Read the recorded numbers."
     return dict(np.load(data_file('fixtures', 'parity_cases.npz')))
 
-def published_spec(): # -> dict(shapes: name -> shape of all 992 entries, crc32: name -> CRC-32 of some filled entries)
+
+def published_spec():  # -> dict(shapes: name -> shape of all 992 entries, crc32: name -> CRC-32 of some filled entries)
     "Read names and shapes of a published tokenizer checkpoint."
     return json.loads(data_file('fixtures', 'published_keys.json').read_text())
 
 # %% ../nbs/02b_parity.ipynb #6c9863ae
-_STD = dict([('positional_encoding_gaussian_matrix', 1.), ('pos_embed_window', .2), ('trunk.pos_embed', .2), ('maskmem_tpos_enc', .1), ('no_mem_embed', .1), ('no_mem_pos_enc', .1), ('no_obj_ptr', .1), ('no_obj_embed_spatial', .1),
-             ('mask_tokens.weight', 1.), ('iou_token.weight', 1.), ('obj_score_token.weight', 1.), ('no_mask_embed.weight', .3), ('not_a_point_embed.weight', .7)] + [(f'point_embeddings.{i}.weight', .7) for i in range(4)])
-_GAIN = (('sam_mask_encoder', 'cross_attn_token_to_image.q_proj.weight', 4.), ('sam_mask_encoder', 'final_attn_token_to_image.q_proj.weight', 4.), ('sam_mask_encoder', 'token_to_image.out_proj.weight', 2.),
-         ('trunk.blocks.', '.attn.proj.weight', .5), ('trunk.blocks.', '.mlp.layers.1.weight', .5), ('sam_mask_', '.q_proj.weight', 1.5), ('sam_mask_', '.k_proj.weight', 1.5),
-         ('sam_mask_', 'iou_prediction_head', 1.6), ('sam_prompt_encoder.', 'mask_downscaling.6.weight', 2.))
+_STD = dict(
+    [
+        ('positional_encoding_gaussian_matrix', 1.0),
+        ('pos_embed_window', 0.2),
+        ('trunk.pos_embed', 0.2),
+        ('maskmem_tpos_enc', 0.1),
+        ('no_mem_embed', 0.1),
+        ('no_mem_pos_enc', 0.1),
+        ('no_obj_ptr', 0.1),
+        ('no_obj_embed_spatial', 0.1),
+        ('mask_tokens.weight', 1.0),
+        ('iou_token.weight', 1.0),
+        ('obj_score_token.weight', 1.0),
+        ('no_mask_embed.weight', 0.3),
+        ('not_a_point_embed.weight', 0.7),
+    ]
+    + [(f'point_embeddings.{i}.weight', 0.7) for i in range(4)]
+)
+_GAIN = (
+    ('sam_mask_encoder', 'cross_attn_token_to_image.q_proj.weight', 4.0),
+    ('sam_mask_encoder', 'final_attn_token_to_image.q_proj.weight', 4.0),
+    ('sam_mask_encoder', 'token_to_image.out_proj.weight', 2.0),
+    ('trunk.blocks.', '.attn.proj.weight', 0.5),
+    ('trunk.blocks.', '.mlp.layers.1.weight', 0.5),
+    ('sam_mask_', '.q_proj.weight', 1.5),
+    ('sam_mask_', '.k_proj.weight', 1.5),
+    ('sam_mask_', 'iou_prediction_head', 1.6),
+    ('sam_prompt_encoder.', 'mask_downscaling.6.weight', 2.0),
+)
 
-def _uniform(seed_text, n): # n float64 in [-1, 1), seeded by the CRC-32 of a text
+
+def _uniform(seed_text, n):  # n float64 in [-1, 1), seeded by the CRC-32 of a text
     return np.random.RandomState(zlib.crc32(seed_text.encode())).random_sample(n) * 2 - 1
 
-def _scaled(seed_text, shape, std, mean=0.): # uniform with a standard deviation, rounded once to float32
-    return (_uniform(seed_text, int(np.prod(shape, dtype=np.int64))) * (std * 1.7320508075688772) + mean).astype(np.float32).reshape(shape)
+
+def _scaled(seed_text, shape, std, mean=0.0):  # uniform with a standard deviation, rounded once to float32
+    return (
+        (_uniform(seed_text, int(np.prod(shape, dtype=np.int64))) * (std * 1.7320508075688772) + mean)
+        .astype(np.float32)
+        .reshape(shape)
+    )
 
 # %% ../nbs/02b_parity.ipynb #ab817b92
 def _fill_book(name, shape):
     head, leaf = name.rsplit('.', 1)
-    if leaf == 'cluster_size_ema': return (26 + 24 * _uniform(name, shape[0])).astype(np.float32)
+    if leaf == 'cluster_size_ema':
+        return (26 + 24 * _uniform(name, shape[0])).astype(np.float32)
     rows = shape[0] + (leaf == 'embed_ema')
-    weight = _scaled(f'{head}.weight#1540', (rows, shape[1]), 1. if '.0.' in head + '.' else .5)
+    weight = _scaled(f'{head}.weight#1540', (rows, shape[1]), 1.0 if '.0.' in head + '.' else 0.5)
     weight[-1] = 0
-    if leaf == 'weight': return weight
-    return (weight[:-1].astype(np.float64) * _fill_book(f'{head}.cluster_size_ema', (shape[0],)).astype(np.float64)[:, None]).astype(np.float32)
+    if leaf == 'weight':
+        return weight
+    return (
+        weight[:-1].astype(np.float64) * _fill_book(f'{head}.cluster_size_ema', (shape[0],)).astype(np.float64)[:, None]
+    ).astype(np.float32)
 
-def fill_array(name, # published name of the entry
-               shape # of the entry -> float32 array
-              ):
+
+def fill_array(
+    name,  # published name of the entry
+    shape,  # of the entry -> float32 array
+):
     "Draw the value of one checkpoint entry from its name."
-    if 'quantizer.codebooks.' in name: return _fill_book(name, shape)
+    if 'quantizer.codebooks.' in name:
+        return _fill_book(name, shape)
     std = next((s for tail, s in _STD.items() if name.endswith(tail)), None)
-    if std is not None: return _scaled(name, shape, std)
-    if name.endswith('.bias'): return _scaled(name, shape, .01)
-    if name.endswith('.gamma'): return _scaled(name, shape, .01, .1)
-    if len(shape) == 1: return _scaled(name, shape, .05, 1.)
-    fan_in = shape[0] if name.endswith(('output_upscaling.0.weight', 'output_upscaling.3.weight')) else int(np.prod(shape[1:]))
-    return _scaled(name, shape, next((g for part, tail, g in _GAIN if part in name and tail in name), 1.) / math.sqrt(fan_in))
+    if std is not None:
+        return _scaled(name, shape, std)
+    if name.endswith('.bias'):
+        return _scaled(name, shape, 0.01)
+    if name.endswith('.gamma'):
+        return _scaled(name, shape, 0.01, 0.1)
+    if len(shape) == 1:
+        return _scaled(name, shape, 0.05, 1.0)
+    fan_in = (
+        shape[0]
+        if name.endswith(('output_upscaling.0.weight', 'output_upscaling.3.weight'))
+        else int(np.prod(shape[1:]))
+    )
+    return _scaled(
+        name, shape, next((g for part, tail, g in _GAIN if part in name and tail in name), 1.0) / math.sqrt(fan_in)
+    )
 
 # %% ../nbs/02b_parity.ipynb #8e46af39
 _SIZES = {0: (480, 640), 2: (64, 64)}
 
-def parity_masks(i): # case 0 or 2 -> (N,H,W) bool
+
+def parity_masks(i):  # case 0 or 2 -> (N,H,W) bool
     "Draw the masks of a recorded case."
     h, w = _SIZES[i]
     y, x = np.mgrid[:h, :w]
-    disc = lambda cx, cy, r: (x - cx)**2 + (y - cy)**2 <= r * r
-    rect = lambda x0, y0, x1, y1: (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)   # corners included
-    if i == 2: return np.stack([rect(40, 23, 40, 23), rect(0, 0, 63, 63), rect(0, 0, 30, 63) & ~rect(20, 20, 30, 40)])
-    return np.stack([disc(420, 170, 110) & ~disc(430, 160, 45), rect(0, 300, 150, 479) & ~rect(60, 360, 90, 400), rect(301, 401, 303, 402),
-                     disc(60, 60, 40) | disc(560, 400, 55) | rect(250, 30, 290, 120)])
+
+    def disc(cx, cy, r):
+        return (x - cx) ** 2 + (y - cy) ** 2 <= r * r
+
+    def rect(x0, y0, x1, y1):
+        return (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)  # corners included
+
+    if i == 2:
+        return np.stack([rect(40, 23, 40, 23), rect(0, 0, 63, 63), rect(0, 0, 30, 63) & ~rect(20, 20, 30, 40)])
+    return np.stack(
+        [
+            disc(420, 170, 110) & ~disc(430, 160, 45),
+            rect(0, 300, 150, 479) & ~rect(60, 360, 90, 400),
+            rect(301, 401, 303, 402),
+            disc(60, 60, 40) | disc(560, 400, 55) | rect(250, 30, 290, 120),
+        ]
+    )
 
 # %% ../nbs/02b_parity.ipynb #e939c5bd
-def parity_image(i): # case 0 or 2 -> (H,W,3) uint8 RGB
+def parity_image(i):  # case 0 or 2 -> (H,W,3) uint8 RGB
     "Draw the image of a recorded case: ramps, a checkerboard, noise, and its smaller masks painted in."
     h, w = _SIZES[i]
     y, x = np.mgrid[:h, :w].astype(np.int64)
     noise, cell = ((x * 73856093 ^ y * 19349663 ^ i * 83492791) >> 3) & 31, max(4, w // 16)
-    image = np.stack([255 * x // (w - 1), 255 * y // (h - 1), (x // cell + y // cell + i) % 2 * 150 + 40], -1) * 7 // 8 + noise[..., None]
+    image = (
+        np.stack([255 * x // (w - 1), 255 * y // (h - 1), (x // cell + y // cell + i) % 2 * 150 + 40], -1) * 7 // 8
+        + noise[..., None]
+    )
     shade = (3 * x + 5 * y) // 4 % 24
     for mask, color in zip(parity_masks(i), ((230, 60, 20), (30, 200, 70), (40, 70, 240), (240, 230, 40))):
-        if 2 * mask.sum() <= h * w: image[mask] = (np.array(color) + (noise // 2 - shade)[mask][:, None]).clip(0, 255)
+        if 2 * mask.sum() <= h * w:
+            image[mask] = (np.array(color) + (noise // 2 - shade)[mask][:, None]).clip(0, 255)
     return image.clip(0, 255).astype(np.uint8)
 
 # %% ../nbs/02b_parity.ipynb #54775728
-def published_shapes(): # -> dict name -> tensor without memory, in the published layout
+def published_shapes():  # -> dict name -> tensor without memory, in the published layout
     "Make the published key set as tensors on the meta device."
     return {k: torch.empty(s, device='meta') for k, s in published_spec()['shapes'].items()}
 
 # %% ../nbs/02b_parity.ipynb #322b5168
-def fill_part(model, prefix): # fill the parameters of a part of a tokenizer in place
+def fill_part(model, prefix):  # fill the parameters of a part of a tokenizer in place
     "Fill those entries of a model that begin with a prefix."
     own = model.state_dict()
     for k in own:
-        if k.startswith(prefix): own[k].copy_(torch.from_numpy(fill_array(f'model.sam2_model.{k}', own[k].shape)))
+        if k.startswith(prefix):
+            own[k].copy_(torch.from_numpy(fill_array(f'model.sam2_model.{k}', own[k].shape)))
+
 
 @torch.no_grad()
-def parity_prompts(model, i): # -> dense prompts (N,1,256,256), sparse (N,3,256), embedded masks (N,256,64,64)
+def parity_prompts(model, i):  # -> dense prompts (N,1,256,256), sparse (N,3,256), embedded masks (N,256,64,64)
     "Make the prompts of a recorded case."
     masks = parity_masks(i)
     dense, corners = mask_prompts(masks, masks_to_boxes(masks), 1024, 64)
@@ -104,20 +175,41 @@ def parity_prompts(model, i): # -> dense prompts (N,1,256,256), sparse (N,3,256)
     return dense, sparse, embedded
 
 # %% ../nbs/02b_parity.ipynb #a532cdce
-def _compare_decode(model, e, name, codes, cases): # -> dict of largest distances; masks only where they were recorded
+def _compare_decode(model, e, name, codes, cases):  # -> dict of largest distances; masks only where they were recorded
     codes = np.asarray(codes)
-    (low, scores), = model.decode_vectors(e, model.quantizer.codes_to_vectors(torch.as_tensor(codes).to(model.device))[:, None])
-    row = dict(case=name, masks=len(codes), logits=float(np.abs(low[:, ::8, ::8].cpu().numpy() - cases[f'{name}.low_res_logits']).max()))
-    if f'{name}.mask_bits' not in cases: return row
+    ((low, scores),) = model.decode_vectors(
+        e, model.quantizer.codes_to_vectors(torch.as_tensor(codes).to(model.device))[:, None]
+    )
+    row = dict(
+        case=name,
+        masks=len(codes),
+        logits=float(np.abs(low[:, ::8, ::8].cpu().numpy() - cases[f'{name}.low_res_logits']).max()),
+    )
+    if f'{name}.mask_bits' not in cases:
+        return row
     masks = model.decode(e, codes)
-    truth = np.stack([np.unpackbits(b)[:masks[0].size].reshape(masks[0].shape).astype(bool) for b in cases[f'{name}.mask_bits']])
+    truth = np.stack(
+        [np.unpackbits(b)[: masks[0].size].reshape(masks[0].shape).astype(bool) for b in cases[f'{name}.mask_bits']]
+    )
     iou = (masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2))
-    return row | dict(scores=float(np.abs(scores.cpu().numpy() - cases[f'{name}.iou_scores'].max(1)).max()), iou=float(iou.min()), pixels_differ=int((masks ^ truth).sum()))
+    return row | dict(
+        scores=float(np.abs(scores.cpu().numpy() - cases[f'{name}.iou_scores'].max(1)).max()),
+        iou=float(iou.min()),
+        pixels_differ=int((masks ^ truth).sum()),
+    )
 
 # %% ../nbs/02b_parity.ipynb #229bc6a3
-_EXTRA = {0: dict(img0_extra=[[0, 0], [255, 255], [17, 200]], img0_first_code_only=[[33, -1]], img0_minus_one_published=[[33, 0]]), 2: dict(img2_extra=[[0, 0], [255, 255]])}
+_EXTRA = {
+    0: dict(
+        img0_extra=[[0, 0], [255, 255], [17, 200]], img0_first_code_only=[[33, -1]], img0_minus_one_published=[[33, 0]]
+    ),
+    2: dict(img2_extra=[[0, 0], [255, 255]]),
+}
 
-def compare_case(model, i, cases): # -> list of dict of figures for a table: the masks of case i, then codes that were recorded beside them
+
+def compare_case(
+    model, i, cases
+):  # -> list of dict of figures for a table: the masks of case i, then codes that were recorded beside them
     "Compute a recorded case and measure the distance to the reference."
     e, masks, g = model.embed_image(parity_image(i)), parity_masks(i), lambda k: cases[f'img{i}.{k}']
     z, codes = model.mask_embeddings(e, masks)[:, 0].cpu().numpy(), model.encode(e, masks)

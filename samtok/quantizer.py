@@ -12,17 +12,20 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% ../nbs/01_quantizer.ipynb #b682602e
-def nearest_codes(x,        # (N,D) float vectors
-                  codebook  # (S,D) float rows
-                 ): # (N,) int64 in [0,S)
+def nearest_codes(
+    x,  # (N,D) float vectors
+    codebook,  # (S,D) float rows
+):  # (N,) int64 in [0,S)
     "Find the nearest row of a codebook for each vector."
     return (codebook.pow(2).sum(1) - 2 * x @ codebook.T).argmin(1)
 
 # %% ../nbs/01_quantizer.ipynb #76525808
-def kmeans(x,        # (N,D) float vectors, N >= 1
-           k,        # number of centres
-           steps=20, # Lloyd steps
-           seed=0):  # of the first centres; returns (k,D) float32 centres
+def kmeans(
+    x,  # (N,D) float vectors, N >= 1
+    k,  # number of centres
+    steps=20,  # Lloyd steps
+    seed=0,
+):  # of the first centres; returns (k,D) float32 centres
     "Cluster vectors by k-means++ and Lloyd steps."
     x, g = x.detach().float(), torch.Generator().manual_seed(seed)
     centres = x[torch.randint(len(x), (1,), generator=g)]
@@ -31,8 +34,10 @@ def kmeans(x,        # (N,D) float vectors, N >= 1
         i = torch.multinomial(d.clamp_min(1e-12).cpu(), 1, generator=g)
         centres = torch.cat([centres, x[i]])
         d = torch.minimum(d, (x - x[i]).pow(2).sum(1))
-    for _ in range(steps): centres = _lloyd(x, centres)
+    for _ in range(steps):
+        centres = _lloyd(x, centres)
     return centres
+
 
 def _lloyd(x, centres):
     codes = nearest_codes(x, centres)
@@ -40,44 +45,54 @@ def _lloyd(x, centres):
     centres = torch.where(n > 0, torch.zeros_like(centres).index_add_(0, codes, x) / n.clamp_min(1), centres)
     empty = (n[:, 0] == 0).nonzero()[:, 0]
     far = (x - centres[codes]).pow(2).sum(1).topk(min(len(empty), len(x))).indices
-    centres[empty[:len(far)]] = x[far]
+    centres[empty[: len(far)]] = x[far]
     return centres
 
 # %% ../nbs/01_quantizer.ipynb #d82ebbf5
-def _world(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def _world():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-def gather_rows(x): # (N,...) tensor, N may differ between ranks; returns (sum of N,...)
+
+def gather_rows(x):  # (N,...) tensor, N may differ between ranks; returns (sum of N,...)
     "Concatenate the rows of all ranks in rank order; in a single process return `x`."
-    if _world() == 1: return x
+    if _world() == 1:
+        return x
     sizes = [torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(_world())]
     dist.all_gather(sizes, torch.tensor(len(x), device=x.device))
-    padded = x.new_zeros(int(max(sizes)), *x.shape[1:]); padded[:len(x)] = x
+    padded = x.new_zeros(int(max(sizes)), *x.shape[1:])
+    padded[: len(x)] = x
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
-    return torch.cat([p[:int(n)] for p, n in zip(parts, sizes)])
+    return torch.cat([p[: int(n)] for p, n in zip(parts, sizes)])
 
 # %% ../nbs/01_quantizer.ipynb #25d08229
 class VectorQuantize(nn.Module):
     "A codebook that follows the vectors it quantizes by exponential moving averages."
-    def __init__(self, dim,      # D, width of the vectors
-                 size=256,       # S, number of rows
-                 decay=.99,      # of the moving averages
-                 eps=1e-5,       # smooths the counts
-                 restart=True,   # put dead rows on random vectors of the batch
-                 dead_below=1.): # average count under which a row is dead
+
+    def __init__(
+        self,
+        dim,  # D, width of the vectors
+        size=256,  # S, number of rows
+        decay=0.99,  # of the moving averages
+        eps=1e-5,  # smooths the counts
+        restart=True,  # put dead rows on random vectors of the batch
+        dead_below=1.0,
+    ):  # average count under which a row is dead
         super().__init__()
         self.decay, self.eps, self.restart, self.dead_below = decay, eps, restart, dead_below
-        self.register_buffer('codebook', torch.randn(size, dim) / dim**.5)
+        self.register_buffer('codebook', torch.randn(size, dim) / dim**0.5)
         self.register_buffer('cluster_size', torch.ones(size))
         self.register_buffer('embed_sum', self.codebook.clone())
 
-    def forward(self, x): # (N,D) float -> quantized (N,D), codes (N,) int64, commitment loss ()
+    def forward(self, x):  # (N,D) float -> quantized (N,D), codes (N,) int64, commitment loss ()
         codes = nearest_codes(x.detach(), self.codebook)
         quantized = self.codes_to_vectors(codes)
-        if self.training: self.update(x.detach(), codes)
+        if self.training:
+            self.update(x.detach(), codes)
         return quantized, codes, F.mse_loss(x, quantized)
 
-    def codes_to_vectors(self, codes): return self.codebook[codes]  # (N,) int64 -> (N,D)
+    def codes_to_vectors(self, codes):
+        return self.codebook[codes]  # (N,) int64 -> (N,D)
 
 # %% ../nbs/01_quantizer.ipynb #c48bd5be
 @torch.no_grad()
@@ -87,19 +102,25 @@ def _update(self, x, codes, order=None):
     n = torch.bincount(codes, minlength=len(self.codebook)).to(x)
     self.cluster_size.mul_(self.decay).add_(n, alpha=1 - self.decay)
     self.embed_sum.mul_(self.decay).add_(torch.zeros_like(self.embed_sum).index_add_(0, codes, x), alpha=1 - self.decay)
-    if self.restart and len(x): self._restart(x, order)
+    if self.restart and len(x):
+        self._restart(x, order)
     total = self.cluster_size.sum()
     smooth = total * (self.cluster_size + self.eps) / (total + len(self.codebook) * self.eps)
     self.codebook.copy_(self.embed_sum / smooth[:, None])
 
+
 def _restart(self, x, order=None):
     size = len(self.codebook)
-    if order is None: order = torch.randperm(max(len(x), size), device=x.device)
-    noise = torch.randn(size, x.shape[1], device=x.device) * (.01 / x.shape[1]**.5 if len(x) < size else 0.)
-    if _world() > 1: dist.broadcast(order, 0); dist.broadcast(noise, 0)
+    if order is None:
+        order = torch.randperm(max(len(x), size), device=x.device)
+    noise = torch.randn(size, x.shape[1], device=x.device) * (0.01 / x.shape[1] ** 0.5 if len(x) < size else 0.0)
+    if _world() > 1:
+        dist.broadcast(order, 0)
+        dist.broadcast(noise, 0)
     fresh = x[order[:size] % len(x)] + noise
     dead = self.cluster_size < self.dead_below
-    self.embed_sum[dead], self.cluster_size[dead] = fresh[dead], 1.
+    self.embed_sum[dead], self.cluster_size[dead] = fresh[dead], 1.0
+
 
 VectorQuantize.update, VectorQuantize._restart = _update, _restart
 
@@ -111,10 +132,12 @@ def _start_local(book, x, seed):
     book.cluster_size.copy_((n * len(n) / len(rows)).clamp_min(1))
     book.embed_sum.copy_(book.codebook * book.cluster_size[:, None])
 
+
 @torch.no_grad()
 def _start(self, x, seed=0):
     "Put the rows on the k-means centres of vectors x (N,D), with the clusters' sizes as counts."
     _start_local(self, gather_rows(x.detach().float()), seed)
+
 
 VectorQuantize.start = _start
 
@@ -122,23 +145,29 @@ VectorQuantize.start = _start
 class CodeError(ValueError):
     "A code that no codebook has, or codes of the wrong shape."
 
+
 class ResidualVQ(nn.Module):
     "`depth` codebooks, each quantizing the residual of those before it."
-    def __init__(self, dim,     # D, width of the vectors
-                 size=256,      # S, rows in each codebook
-                 depth=2,       # K, number of codes of a vector
-                 shared=False,  # one codebook at every depth (the published tokenizer does not share)
-                 **kwargs):     # decay, eps, restart, dead_below of `VectorQuantize`
+
+    def __init__(
+        self,
+        dim,  # D, width of the vectors
+        size=256,  # S, rows in each codebook
+        depth=2,  # K, number of codes of a vector
+        shared=False,  # one codebook at every depth (the published tokenizer does not share)
+        **kwargs,
+    ):  # decay, eps, restart, dead_below of `VectorQuantize`
         super().__init__()
         self.depth, self.size = depth, size
         books = [VectorQuantize(dim, size, **kwargs) for _ in range(1 if shared else depth)]
         self.codebooks = nn.ModuleList(books * depth if shared else books)
 
     @torch.no_grad()
-    def start(self, x, seed=0): # x (N,D): place every codebook by k-means on the residuals it will see
+    def start(self, x, seed=0):  # x (N,D): place every codebook by k-means on the residuals it will see
         x = gather_rows(x.detach().float())
         for i, book in enumerate(self.codebooks):
-            if book not in list(self.codebooks)[:i]: _start_local(book, x, seed + i)
+            if book not in list(self.codebooks)[:i]:
+                _start_local(book, x, seed + i)
             x = x - book.codes_to_vectors(nearest_codes(x, book.codebook))
 
 # %% ../nbs/01_quantizer.ipynb #881e691c
@@ -150,42 +179,67 @@ def _rvq_forward(self, x):
         for book in self.codebooks:
             rows, code, _ = book(residual)
             residual, total = residual - rows, total + rows
-            codes.append(code); losses.append(F.mse_loss(flat, total))
+            codes.append(code)
+            losses.append(F.mse_loss(flat, total))
         out = flat + (total - flat).detach()
-        return out.reshape(x.shape), torch.stack(codes, -1).reshape(*x.shape[:-1], len(codes)), torch.stack(losses).mean()
+        return (
+            out.reshape(x.shape),
+            torch.stack(codes, -1).reshape(*x.shape[:-1], len(codes)),
+            torch.stack(losses).mean(),
+        )
+
 
 ResidualVQ.forward = _rvq_forward
 
 # %% ../nbs/01_quantizer.ipynb #67f29484
-def _codes_to_vectors(self, codes): # (...,K') int, K' <= K, values in [0,S) or -1 for a missing later level
+def _codes_to_vectors(self, codes):  # (...,K') int, K' <= K, values in [0,S) or -1 for a missing later level
     "Sum the rows that codes point to: (...,K') -> (...,D); raises CodeError for codes no book has."
     if codes.shape[-1] > self.depth or codes.shape[-1] == 0:
-        raise CodeError(f'Codes of {codes.shape[-1]} levels do not fit a quantizer of depth {self.depth}: give 1 to {self.depth} codes for each mask.')
-    if codes.numel() and (bad := (codes < -1) | (codes >= self.size) | ((codes == -1) & (torch.arange(codes.shape[-1], device=codes.device) == 0))).any():
+        raise CodeError(
+            f'Codes of {codes.shape[-1]} levels do not fit a quantizer of depth {self.depth}: give 1 to {self.depth} codes for each mask.'
+        )
+    if (
+        codes.numel()
+        and (
+            bad := (codes < -1)
+            | (codes >= self.size)
+            | ((codes == -1) & (torch.arange(codes.shape[-1], device=codes.device) == 0))
+        ).any()
+    ):
         where = bad.nonzero()[0].tolist()
-        raise CodeError(f'Code {int(codes[tuple(where)])} at position {where} is outside [0, {self.size}); only a level after the first may be -1 (missing).')
-    parts = [book.codes_to_vectors(c.clamp_min(0)) * (c >= 0)[..., None] for book, c in zip(self.codebooks, codes.unbind(-1))]
+        raise CodeError(
+            f'Code {int(codes[tuple(where)])} at position {where} is outside [0, {self.size}); only a level after the first may be -1 (missing).'
+        )
+    parts = [
+        book.codes_to_vectors(c.clamp_min(0)) * (c >= 0)[..., None] for book, c in zip(self.codebooks, codes.unbind(-1))
+    ]
     return sum(parts[1:], parts[0])
+
 
 ResidualVQ.codes_to_vectors = _codes_to_vectors
 
 # %% ../nbs/01_quantizer.ipynb #ad9630c0
-def code_usage(codes, # (N,K) int64 codes of many masks
-               size   # S, rows in each codebook
-              ): # dict of lists of K floats: usage in [0,1], perplexity in [1,S]
+def code_usage(
+    codes,  # (N,K) int64 codes of many masks
+    size,  # S, rows in each codebook
+):  # dict of lists of K floats: usage in [0,1], perplexity in [1,S]
     "Measure how much of each codebook a set of codes uses."
     counts = [torch.bincount(c[c >= 0], minlength=size).double() for c in codes.unbind(-1)]
     p = [n / n.sum().clamp_min(1) for n in counts]
-    return dict(usage=[round(float((n > 0).double().mean()), 4) for n in counts],
-                perplexity=[round(float(torch.exp(-(q * q.clamp_min(1e-12).log()).sum())), 3) for q in p])
+    return dict(
+        usage=[round(float((n > 0).double().mean()), 4) for n in counts],
+        perplexity=[round(float(torch.exp(-(q * q.clamp_min(1e-12).log()).sum())), 3) for q in p],
+    )
 
 # %% ../nbs/01_quantizer.ipynb #d2d1ffb4
 def _rank_check(rank, world, folder, split):
     dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=world)
     state = torch.load(f'{folder}/start.pt', weights_only=True)
-    book = VectorQuantize(*state['codebook'].shape[::-1]).train(); book.load_state_dict(state)
+    book = VectorQuantize(*state['codebook'].shape[::-1]).train()
+    book.load_state_dict(state)
     x = torch.load(f'{folder}/x.pt', weights_only=True)
-    torch.manual_seed(7 if rank == 0 else 99)   # only the draw of rank 0 counts
-    for part in x: book(part[:split] if rank == 0 else part[split:])
+    torch.manual_seed(7 if rank == 0 else 99)  # only the draw of rank 0 counts
+    for part in x:
+        book(part[:split] if rank == 0 else part[split:])
     torch.save(book.state_dict(), f'{folder}/end{rank}.pt')
     dist.destroy_process_group()

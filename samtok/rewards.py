@@ -9,12 +9,16 @@ __all__ = ['RewardError', 'reply_text', 'split_reply', 'ColumnError', 'MaskRewar
            'safe', 'advantages', 'find_exploits', 'RewardReport', 'reward_report']
 
 # %% ../nbs/05_rewards.ipynb #2a85fce2
-import json, math, re
+import json
+import math
+import re
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from hashlib import sha1
 from importlib import import_module
+
 import numpy as np
+
 from .masks import mask_to_rle, rle_iou
 from .runs import RunError, mean_ci
 from .show import table
@@ -24,50 +28,66 @@ from .words import MaskVocab
 class RewardError(ValueError):
     "Say which reward cannot be computed and what to do."
 
-def reply_text(reply): # str, a message {"role", "content"}, or a list of messages; content: str, None or a list of parts -> str
-    "Get the text that the model wrote; what other roles wrote is left out."
-    if reply is None or isinstance(reply, str): return reply or ""
-    if isinstance(reply, dict): return reply_text(reply.get("content", reply.get("text")))
-    if not isinstance(reply, (list, tuple)): raise RewardError(f"A reply is {type(reply).__name__}; give a str or a list of messages with role and content.")
-    messages = any(isinstance(r, dict) and "role" in r for r in reply)
-    own = [r for r in reply if not isinstance(r, dict) or r.get("role", "assistant") == "assistant"]
-    return ("\n" if messages else "").join(map(reply_text, own))
 
-def _short(reply, most=60): # one line of a reply, [0010 0300] for mask words
-    text = re.sub(r"<\|mt_([0-9]+)\|>", r"\1 ", reply_text(reply)).replace("<|mt_start|>", "[").replace(" <|mt_end|>", "]")
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[:most - 3] + "..."
+def reply_text(
+    reply,
+):  # str, a message {"role", "content"}, or a list of messages; content: str, None or a list of parts -> str
+    "Get the text that the model wrote; what other roles wrote is left out."
+    if reply is None or isinstance(reply, str):
+        return reply or ''
+    if isinstance(reply, dict):
+        return reply_text(reply.get('content', reply.get('text')))
+    if not isinstance(reply, (list, tuple)):
+        raise RewardError(f'A reply is {type(reply).__name__}; give a str or a list of messages with role and content.')
+    messages = any(isinstance(r, dict) and 'role' in r for r in reply)
+    own = [r for r in reply if not isinstance(r, dict) or r.get('role', 'assistant') == 'assistant']
+    return ('\n' if messages else '').join(map(reply_text, own))
+
+
+def _short(reply, most=60):  # one line of a reply, [0010 0300] for mask words
+    text = (
+        re.sub(r'<\|mt_([0-9]+)\|>', r'\1 ', reply_text(reply)).replace('<|mt_start|>', '[').replace(' <|mt_end|>', ']')
+    )
+    text = ' '.join(text.split())
+    return text if len(text) <= most else text[: most - 3] + '...'
 
 # %% ../nbs/05_rewards.ipynb #8b017f2b
-def _inside(text, start, end): # linear, also for a reply that says <think> ten thousand times
+def _inside(text, start, end):  # linear, also for a reply that says <think> ten thousand times
     at = text.find(start) + len(start)
     stop = text.find(end, at)
     return text[at:stop] if start in text and stop >= 0 else None
 
-def split_reply(text): # str -> (think, answer), each a str, or None where there is none
+
+def split_reply(text):  # str -> (think, answer), each a str, or None where there is none
     "Cut a reply into its reasoning and its answer."
-    think, answer = (_inside(text, f"<{tag}>", f"</{tag}>") for tag in ("think", "answer"))
-    cut = next((tag for tag in ("<answer>", "</think>") if tag in text), None)
+    think, answer = (_inside(text, f'<{tag}>', f'</{tag}>') for tag in ('think', 'answer'))
+    cut = next((tag for tag in ('<answer>', '</think>') if tag in text), None)
     if cut and (think is None or answer is None):
         head, tail = text.split(cut, 1)
         return head if think is None else think, tail if answer is None else answer
     return think, answer
 
-def _answer(text, answer_part): # the part that is scored, None where there should be one and is none
-    if not answer_part: return text
-    tagged = answer_part == "required" or re.search("</?(?:think|answer)>", text)
+
+def _answer(text, answer_part):  # the part that is scored, None where there should be one and is none
+    if not answer_part:
+        return text
+    tagged = answer_part == 'required' or re.search('</?(?:think|answer)>', text)
     return split_reply(text)[1] if tagged else text
 
-def _parts(reply, reference, answer_part): # -> the scored part of both; that of a reference is always a text
+
+def _parts(reply, reference, answer_part):  # -> the scored part of both; that of a reference is always a text
     target = _answer(reference, bool(answer_part))
     return _answer(reply, answer_part), reference if target is None else target
 
 # %% ../nbs/05_rewards.ipynb #9d43f43a
-def _paper(found, wanted, alpha): return len(set(found) & set(wanted))
+def _paper(found, wanted, alpha):
+    return len(set(found) & set(wanted))
+
 
 def _released(found, wanted, alpha):
     exact, firsts = set(found) & set(wanted), {q[0] for q in wanted}
     return len(exact) + alpha * sum(p[0] in firsts for p in set(found) - exact)
+
 
 def _graded(found, wanted, alpha):
     found, wanted = Counter(found), Counter(wanted)
@@ -75,78 +95,108 @@ def _graded(found, wanted, alpha):
     first, second = (Counter(g[0] for g in (side - exact).elements()) for side in (found, wanted))
     return exact.total() + alpha * (first & second).total()
 
+
 _MODES = dict(paper=_paper, released=_released, graded=_graded)
 
-def _read(text, vocab, policy): # -> list of (span, group): what counts as a mask under a policy
-    spans = vocab.parse(text, "strict" if policy == "released" else policy)
-    if policy != "released": return [(s, s.codes) for s in spans if s.ok]
-    words = [(s, s.text.replace("|><|", "|> <|").split()) for s in spans]
-    return [(s, tuple(w[1:-1])) for s, w in words if len(w) == vocab.depth + 2 and (w[0], w[-1]) == (vocab.start, vocab.end)]
 
-def _ratio(total, n, m): # sum of grades over max(n, m), with 0/0 defined
+def _read(text, vocab, policy):  # -> list of (span, group): what counts as a mask under a policy
+    spans = vocab.parse(text, 'strict' if policy == 'released' else policy)
+    if policy != 'released':
+        return [(s, s.codes) for s in spans if s.ok]
+    words = [(s, s.text.replace('|><|', '|> <|').split()) for s in spans]
+    return [
+        (s, tuple(w[1:-1])) for s, w in words if len(w) == vocab.depth + 2 and (w[0], w[-1]) == (vocab.start, vocab.end)
+    ]
+
+
+def _ratio(total, n, m):  # sum of grades over max(n, m), with 0/0 defined
     return total / max(n, m) if n and m else float(n == m)
 
 # %% ../nbs/05_rewards.ipynb #7af303c7
 class ColumnError(RewardError):
     "A column of the data set is missing or has the wrong length."
 
-def _column(name, values, n): # -> list of n values
-    if values is None: raise ColumnError(f"The data set has no column `{name}`, which this reward needs: add it, or rename the column that holds it.")
-    if isinstance(values, str) or len(values) != n: raise ColumnError(f"The column `{name}` holds {'a str' if isinstance(values, str) else len(values)} for {n} replies: give one value for each reply.")
+
+def _column(name, values, n):  # -> list of n values
+    if values is None:
+        raise ColumnError(
+            f'The data set has no column `{name}`, which this reward needs: add it, or rename the column that holds it.'
+        )
+    if isinstance(values, str) or len(values) != n:
+        raise ColumnError(
+            f'The column `{name}` holds {"a str" if isinstance(values, str) else len(values)} for {n} replies: give one value for each reply.'
+        )
     return values
+
 
 class _Reward:
     "Score replies one by one; a subclass has `title`, its name in logs, and `score(reply, reference)`."
-    needs_answer = True
-    @property
-    def __name__(self): return self.title
 
-    def __call__(self,
-        completions, # N replies: str or lists of messages
-        answer=None, # N reference texts, a column of the data set; None: this reward is not for that row
-        **columns, # the other columns, and what the trainer adds: not used
-    ): # list of N floats, None where the reward is not for the row
+    needs_answer = True
+
+    @property
+    def __name__(self):
+        return self.title
+
+    def __call__(
+        self,
+        completions,  # N replies: str or lists of messages
+        answer=None,  # N reference texts, a column of the data set; None: this reward is not for that row
+        **columns,  # the other columns, and what the trainer adds: not used
+    ):  # list of N floats, None where the reward is not for the row
         "Score all replies."
-        answer = _column("answer", answer, len(completions)) if self.needs_answer else [""] * len(completions)
+        answer = _column('answer', answer, len(completions)) if self.needs_answer else [''] * len(completions)
         return [None if a is None else self.score(reply_text(c), reply_text(a)) for c, a in zip(completions, answer)]
 
 # %% ../nbs/05_rewards.ipynb #457aa2d5
 @dataclass
 class MaskReward(_Reward):
     "Score the masks of a reply against those of the reference, by their words alone."
-    mode: str = "paper" # "paper", "released" or "graded"
-    alpha: float = .4 # in [0,1]: what the first code alone is worth; `paper` ignores it
-    vocab: MaskVocab = MaskVocab() # codebook size and depth
-    policy: str | None = None # of MaskVocab.parse, or "released"; None: "released" in that mode, else "strict"
-    answer_part: bool | str = True # True: the answer if there are tags, else all; "required": no answer is 0; False: all
+
+    mode: str = 'paper'  # "paper", "released" or "graded"
+    alpha: float = 0.4  # in [0,1]: what the first code alone is worth; `paper` ignores it
+    vocab: MaskVocab = MaskVocab()  # codebook size and depth
+    policy: str | None = None  # of MaskVocab.parse, or "released"; None: "released" in that mode, else "strict"
+    answer_part: bool | str = (
+        True  # True: the answer if there are tags, else all; "required": no answer is 0; False: all
+    )
 
     def __post_init__(self):
-        if self.mode not in _MODES: raise RewardError(f"The mode {self.mode!r} is unknown; choose one of {', '.join(_MODES)}.")
-        if not 0 <= self.alpha <= 1: raise RewardError(f"alpha is {self.alpha}; choose it between 0 and 1, or a first code is worth more than the mask.")
-        self.policy = self.policy or ("released" if self.mode == "released" else "strict")
+        if self.mode not in _MODES:
+            raise RewardError(f'The mode {self.mode!r} is unknown; choose one of {", ".join(_MODES)}.')
+        if not 0 <= self.alpha <= 1:
+            raise RewardError(
+                f'alpha is {self.alpha}; choose it between 0 and 1, or a first code is worth more than the mask.'
+            )
+        self.policy = self.policy or ('released' if self.mode == 'released' else 'strict')
 
     @property
-    def title(self): return f"mask_{self.mode}"
+    def title(self):
+        return f'mask_{self.mode}'
 
-    def groups(self, text): return [g for _, g in _read(text, self.vocab, self.policy)] # the masks in a text, as tuples
+    def groups(self, text):
+        return [g for _, g in _read(text, self.vocab, self.policy)]  # the masks in a text, as tuples
 
-    def score(self, reply, reference): # str, str -> float in [0,1]
+    def score(self, reply, reference):  # str, str -> float in [0,1]
         "Score one reply."
         answer, target = _parts(reply, reference, self.answer_part)
-        if answer is None: return 0.
+        if answer is None:
+            return 0.0
         found, wanted = self.groups(answer), self.groups(target)
         return _ratio(_MODES[self.mode](found, wanted, self.alpha), len(found), len(wanted))
 
 # %% ../nbs/05_rewards.ipynb #b96472ed
 def best_matching(
-    weights, # (N,M) finite numbers
-): # rows (K,), columns (K,) int64, K = min(N,M): pairs with the greatest sum; raises RewardError
+    weights,  # (N,M) finite numbers
+):  # rows (K,), columns (K,) int64, K = min(N,M): pairs with the greatest sum; raises RewardError
     "Match rows with columns, one to one, so that the sum of the weights is greatest (Hungarian method)."
     w = np.asarray(weights, float)
-    if w.ndim != 2 or not np.isfinite(w).all(): raise RewardError(f"The weights have shape {w.shape} or hold NaN; give a finite (N,M) matrix.")
-    if w.shape[0] > w.shape[1]: return best_matching(w.T)[::-1]
+    if w.ndim != 2 or not np.isfinite(w).all():
+        raise RewardError(f'The weights have shape {w.shape} or hold NaN; give a finite (N,M) matrix.')
+    if w.shape[0] > w.shape[1]:
+        return best_matching(w.T)[::-1]
     n, m = w.shape
-    u, v, owner = np.zeros(n + 1), np.zeros(m + 1), np.zeros(m + 1, int)       # column 0 and row 0 are outside: nobody
+    u, v, owner = np.zeros(n + 1), np.zeros(m + 1), np.zeros(m + 1, int)  # column 0 and row 0 are outside: nobody
     for i in range(1, n + 1):
         owner[0], at, slack, way, used = i, 0, np.full(m + 1, np.inf), np.zeros(m + 1, int), np.zeros(m + 1, bool)
         while owner[at] or not used[0]:
@@ -160,82 +210,126 @@ def best_matching(
             v[used] -= step
             slack[~used] -= step
             at = nearest
-        while at: owner[at], at = owner[way[at]], way[at]
+        while at:
+            owner[at], at = owner[way[at]], way[at]
     columns = np.flatnonzero(owner[1:])
     return owner[1:][columns] - 1, columns
 
 # %% ../nbs/05_rewards.ipynb #b9bfb97a
 class _Decoded:
     "Decode codes into run lengths, each image and each code once while they are in the cache."
+
     def __init__(self, decoder, embed, masks, images):
         self.decoder, self.embed, self.most = decoder, embed, dict(masks=masks, images=images)
         self.masks, self.images = OrderedDict(), OrderedDict()
 
     def _keep(self, what, key, value):
         cache = getattr(self, what)
-        cache[key] = value; cache.move_to_end(key)
-        while len(cache) > self.most[what]: cache.popitem(last=False)
+        cache[key] = value
+        cache.move_to_end(key)
+        while len(cache) > self.most[what]:
+            cache.popitem(last=False)
         return value
 
     def _embedding(self, key, image):
-        return self._keep("images", key, self.images[key] if key in self.images else self.embed(image) if self.embed else image)
+        return self._keep(
+            'images', key, self.images[key] if key in self.images else self.embed(image) if self.embed else image
+        )
 
-    def __call__(self, key, image, codes): # key of the image, the image, set of code tuples -> {codes: rle}
+    def __call__(self, key, image, codes):  # key of the image, the image, set of code tuples -> {codes: rle}
         known = {c: self.masks[key, c] for c in codes if (key, c) in self.masks}
         if todo := sorted(codes - known.keys()):
             masks = self.decoder(self._embedding(key, image), np.array(todo))
-            if len(masks) != len(todo): raise RewardError(f"The decoder gave {len(masks)} masks for {len(todo)} codes; it must give one (H,W) mask for each row of codes.")
+            if len(masks) != len(todo):
+                raise RewardError(
+                    f'The decoder gave {len(masks)} masks for {len(todo)} codes; it must give one (H,W) mask for each row of codes.'
+                )
             known.update(zip(todo, map(mask_to_rle, masks)))
-        for c, rle in known.items(): self._keep("masks", (key, c), rle)
+        for c, rle in known.items():
+            self._keep('masks', (key, c), rle)
         return known
 
-    def __getstate__(self): return {**vars(self), "masks": OrderedDict(), "images": OrderedDict()}
+    def __getstate__(self):
+        return {**vars(self), 'masks': OrderedDict(), 'images': OrderedDict()}
 
 # %% ../nbs/05_rewards.ipynb #edd77afd
 def _image_key(sample_id, image):
-    if sample_id is not None or image is None or isinstance(image, (str, bytes, int)): return image if sample_id is None else sample_id
+    if sample_id is not None or image is None or isinstance(image, (str, bytes, int)):
+        return image if sample_id is None else sample_id
     pixels = np.ascontiguousarray(image)
     return pixels.shape, sha1(pixels.tobytes()).hexdigest()
 
-def _as_rles(masks): return [m if isinstance(m, dict) else mask_to_rle(m) for m in masks]
+
+def _as_rles(masks):
+    return [m if isinstance(m, dict) else mask_to_rle(m) for m in masks]
+
 
 class DecodedMaskReward(_Reward):
     "Score decoded masks by their IoU with the true masks, matched one to one."
-    title = "mask_decoded"
-    def __init__(self,
-        decoder, # (embedding or image or sample_id, codes (n,K) int64) -> n masks (H,W) bool; for example MaskTokenizer.decode
-        embed=None, # image -> embedding, for example MaskTokenizer.embed_image; None: the decoder gets the image
-        vocab=MaskVocab(), policy="strict", answer_part=True, # as in MaskReward
-        masks=4096, images=8, # how many decoded masks and embedded images are kept
-    ):
-        self.vocab, self.policy, self.answer_part, self.decoded = vocab, policy, answer_part, _Decoded(decoder, embed, masks, images)
 
-    def _codes(self, text, answer_part): # -> list of code tuples, None: no answer
+    title = 'mask_decoded'
+
+    def __init__(
+        self,
+        decoder,  # (embedding or image or sample_id, codes (n,K) int64) -> n masks (H,W) bool; for example MaskTokenizer.decode
+        embed=None,  # image -> embedding, for example MaskTokenizer.embed_image; None: the decoder gets the image
+        vocab=MaskVocab(),
+        policy='strict',
+        answer_part=True,  # as in MaskReward
+        masks=4096,
+        images=8,  # how many decoded masks and embedded images are kept
+    ):
+        self.vocab, self.policy, self.answer_part, self.decoded = (
+            vocab,
+            policy,
+            answer_part,
+            _Decoded(decoder, embed, masks, images),
+        )
+
+    def _codes(self, text, answer_part):  # -> list of code tuples, None: no answer
         part = _answer(reply_text(text), answer_part)
         return None if part is None else [s.codes for s in self.vocab.parse(part, self.policy) if s.ok]
 
 # %% ../nbs/05_rewards.ipynb #e24c3b8f
-def _score_all(self, completions, answer=None, masks=None, image=None, images=None, sample_id=None, **columns): # -> list of N floats in [0,1], None where there is no truth
+def _score_all(
+    self, completions, answer=None, masks=None, image=None, images=None, sample_id=None, **columns
+):  # -> list of N floats in [0,1], None where there is no truth
     "Score all replies; each image is embedded once and its masks are decoded in one call."
     n = len(completions)
-    if answer is None: _column("answer` or `masks", masks, n)
-    if image is None and images is not None: image = [i[0] if i else None for i in images]
-    answer, masks, image, sample_id = (_column(k, v, n) if v is not None else [None] * n for k, v in dict(answer=answer, masks=masks, image=image, sample_id=sample_id).items())
-    if n and all(v is None for v in (*image, *sample_id)): raise ColumnError("The data set has no column `image`, `images` or `sample_id`: without one the decoder cannot tell the pictures apart.")
+    if answer is None:
+        _column('answer` or `masks', masks, n)
+    if image is None and images is not None:
+        image = [i[0] if i else None for i in images]
+    answer, masks, image, sample_id = (
+        _column(k, v, n) if v is not None else [None] * n
+        for k, v in dict(answer=answer, masks=masks, image=image, sample_id=sample_id).items()
+    )
+    if n and all(v is None for v in (*image, *sample_id)):
+        raise ColumnError(
+            'The data set has no column `image`, `images` or `sample_id`: without one the decoder cannot tell the pictures apart.'
+        )
     keys = [_image_key(s, i) for s, i in zip(sample_id, image)]
     found = [self._codes(c, self.answer_part) for c in completions]
-    wanted = [self._codes(_parts("", reply_text(a), self.answer_part)[1], False) if m is None and a is not None else [] for a, m in zip(answer, masks)]
+    wanted = [
+        self._codes(_parts('', reply_text(a), self.answer_part)[1], False) if m is None and a is not None else []
+        for a, m in zip(answer, masks)
+    ]
     need = {}
-    for key, i, s, f, w in zip(keys, image, sample_id, found, wanted): need.setdefault(key, (s if i is None else i, set()))[1].update(f or (), w)
+    for key, i, s, f, w in zip(keys, image, sample_id, found, wanted):
+        need.setdefault(key, (s if i is None else i, set()))[1].update(f or (), w)
     rles = {key: self.decoded(key, i, codes) for key, (i, codes) in need.items()}
     truth = [_as_rles(m) if m is not None else [rles[key][c] for c in w] for key, m, w in zip(keys, masks, wanted)]
-    return [None if a is None and m is None else 0. if f is None else self.match([rles[key][c] for c in f], t)
-            for key, f, t, a, m in zip(keys, found, truth, answer, masks)]
+    return [
+        None if a is None and m is None else 0.0 if f is None else self.match([rles[key][c] for c in f], t)
+        for key, f, t, a, m in zip(keys, found, truth, answer, masks)
+    ]
 
-def _match(self, found, truth): # lists of RLEs -> float in [0,1]
+
+def _match(self, found, truth):  # lists of RLEs -> float in [0,1]
     "Compute the matched IoU of one reply."
     iou = rle_iou(found, truth)
     return _ratio(float(iou[best_matching(iou)].sum()), len(found), len(truth))
+
 
 DecodedMaskReward.__call__, DecodedMaskReward.match = _score_all, _match
 
@@ -243,219 +337,312 @@ DecodedMaskReward.__call__, DecodedMaskReward.match = _score_all, _match
 @dataclass
 class FormatReward(_Reward):
     "Reward replies that are reasoning and answer in their tags, and nothing else."
-    title, needs_answer = "format", False
-    def score(self, reply, reference=""): # -> 0.0 or 1.0
-        framed = reply.startswith("<think>") and reply.endswith("</answer>")
-        return float(framed and bool(re.search(r"</think>\s*<answer>", reply[7:-9])))
+
+    title, needs_answer = 'format', False
+
+    def score(self, reply, reference=''):  # -> 0.0 or 1.0
+        framed = reply.startswith('<think>') and reply.endswith('</answer>')
+        return float(framed and bool(re.search(r'</think>\s*<answer>', reply[7:-9])))
+
 
 @dataclass
 class NoTargetReward(_Reward):
     "Reward replies that say that nothing is there; only for rows whose reference has no mask."
-    title = "no_target"
-    text: str = "No target." # the agreed sentence, upper and lower case matter
-    other: float = .2 # for another text without a mask
-    vocab: MaskVocab = MaskVocab()
-    answer_part: bool | str = True # as in MaskReward
 
-    def score(self, reply, reference): # -> 0.0, other or 1.0, None where there is a target
-        if self.vocab.parse(reference): return None
+    title = 'no_target'
+    text: str = 'No target.'  # the agreed sentence, upper and lower case matter
+    other: float = 0.2  # for another text without a mask
+    vocab: MaskVocab = MaskVocab()
+    answer_part: bool | str = True  # as in MaskReward
+
+    def score(self, reply, reference):  # -> 0.0, other or 1.0, None where there is a target
+        if self.vocab.parse(reference):
+            return None
         answer = _answer(reply, self.answer_part)
-        if answer is None or self.vocab.parse(answer): return 0.
-        return 1. if self.text in answer else self.other
+        if answer is None or self.vocab.parse(answer):
+            return 0.0
+        return 1.0 if self.text in answer else self.other
 
 # %% ../nbs/05_rewards.ipynb #a860cbfa
-def read_triplets(text): # str -> list of (subject label, predicate, object label, subject words, object words)
+def read_triplets(text):  # str -> list of (subject label, predicate, object label, subject words, object words)
     "Read the triplets of a scene graph from a text that holds JSON."
-    decoder, at, found = json.JSONDecoder(), text.find("{"), []
+    decoder, at, found = json.JSONDecoder(), text.find('{'), []
     while at >= 0:
-        try: value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError): value, end = None, at + 1
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            value, end = None, at + 1
         triplet = _triplet(value)
-        if triplet: found.append(triplet)
-        at = text.find("{", end if triplet else at + 1)
+        if triplet:
+            found.append(triplet)
+        at = text.find('{', end if triplet else at + 1)
     return found
 
+
 def _triplet(value):
-    try: fields = tuple(value[k]["label"] if k != "predicate" else value[k] for k in ("subject", "predicate", "object")) + tuple(value[k]["mask_2d"] for k in ("subject", "object"))
-    except (TypeError, KeyError): return None
+    try:
+        fields = tuple(
+            value[k]['label'] if k != 'predicate' else value[k] for k in ('subject', 'predicate', 'object')
+        ) + tuple(value[k]['mask_2d'] for k in ('subject', 'object'))
+    except (TypeError, KeyError):
+        return None
     return fields if all(isinstance(f, str) for f in fields) else None
 
 # %% ../nbs/05_rewards.ipynb #85f7df9a
 @dataclass
 class NonRepeatReward(_Reward):
     "Punish a part of the reply in which one mask, or one triplet, occurs again and again."
-    part: str = "reply" # "reply", "think" or "answer"
-    what: str = "masks" # "masks" or "triplets"
-    limit: int = 3 # this often is still fine; the released code has 2 for triplets
+
+    part: str = 'reply'  # "reply", "think" or "answer"
+    what: str = 'masks'  # "masks" or "triplets"
+    limit: int = 3  # this often is still fine; the released code has 2 for triplets
     vocab: MaskVocab = MaskVocab()
     needs_answer = False
-    @property
-    def title(self): return f"non_repeat_{self.part}"
 
-    def score(self, reply, reference=""): # -> 0.0 or 1.0
-        text = reply if self.part == "reply" else split_reply(reply)[self.part == "answer"]
-        if text is None: return 0.
-        things = read_triplets(text) if self.what == "triplets" else [g for _, g in _read(text, self.vocab, "released")]
+    @property
+    def title(self):
+        return f'non_repeat_{self.part}'
+
+    def score(self, reply, reference=''):  # -> 0.0 or 1.0
+        text = reply if self.part == 'reply' else split_reply(reply)[self.part == 'answer']
+        if text is None:
+            return 0.0
+        things = read_triplets(text) if self.what == 'triplets' else [g for _, g in _read(text, self.vocab, 'released')]
         return float(max(Counter(things).values(), default=0) <= self.limit)
 
 # %% ../nbs/05_rewards.ipynb #c0a840c2
-_PHRASE = re.compile(r"<\|object_ref_start\|>((?:(?!<\|object_ref_).)*)<\|object_ref_end\|>\s*", re.DOTALL)
+_PHRASE = re.compile(r'<\|object_ref_start\|>((?:(?!<\|object_ref_).)*)<\|object_ref_end\|>\s*', re.DOTALL)
 
-def grounded(text, vocab=MaskVocab(), policy="strict"): # -> list of (phrase, group): phrase in lower case with single blanks, group as a tuple
+
+def grounded(
+    text, vocab=MaskVocab(), policy='strict'
+):  # -> list of (phrase, group): phrase in lower case with single blanks, group as a tuple
     "Read the tagged phrases that have a mask right behind them."
-    ends = {m.end(): " ".join(m[1].lower().split()) for m in _PHRASE.finditer(text)}
+    ends = {m.end(): ' '.join(m[1].lower().split()) for m in _PHRASE.finditer(text)}
     return [(ends[span.start], group) for span, group in _read(text, vocab, policy) if span.start in ends]
+
 
 @dataclass
 class GroundedMaskReward(MaskReward):
     "Score the masks that stand right behind a tagged phrase."
-    mode: str = "released"
+
+    mode: str = 'released'
+
     @property
-    def title(self): return f"grounded_mask_{self.mode}"
-    def groups(self, text): return [group for _, group in grounded(text, self.vocab, self.policy)]
+    def title(self):
+        return f'grounded_mask_{self.mode}'
+
+    def groups(self, text):
+        return [group for _, group in grounded(text, self.vocab, self.policy)]
+
 
 @dataclass
 class PhraseReward(_Reward):
     "Score the phrases that have a mask, by their letters."
-    title = "phrase"
-    vocab: MaskVocab = MaskVocab()
-    policy: str = "released"
-    answer_part: bool | str = True # as in MaskReward
 
-    def score(self, reply, reference): # -> float in [0,1]
+    title = 'phrase'
+    vocab: MaskVocab = MaskVocab()
+    policy: str = 'released'
+    answer_part: bool | str = True  # as in MaskReward
+
+    def score(self, reply, reference):  # -> float in [0,1]
         answer, target = _parts(reply, reference, self.answer_part)
-        found, wanted = ([phrase for phrase, _ in grounded(t or "", self.vocab, self.policy) if phrase] for t in (answer, target))
-        return 0. if answer is None else _ratio(len(set(found) & set(wanted)), len(found), len(wanted)) if wanted else 1.
+        found, wanted = (
+            [phrase for phrase, _ in grounded(t or '', self.vocab, self.policy) if phrase] for t in (answer, target)
+        )
+        return (
+            0.0 if answer is None else _ratio(len(set(found) & set(wanted)), len(found), len(wanted)) if wanted else 1.0
+        )
 
 # %% ../nbs/05_rewards.ipynb #0df07ca6
 @dataclass
 class TripletReward(_Reward):
     "Score the triplets of a scene graph: labels, predicate and both masks."
-    mode: str = "released" # "released", or "graded": one to one
-    alpha: float = .4 # what the first code alone is worth, in [0,1]
+
+    mode: str = 'released'  # "released", or "graded": one to one
+    alpha: float = 0.4  # what the first code alone is worth, in [0,1]
     vocab: MaskVocab = MaskVocab()
-    answer_part: bool | str = True # as in MaskReward
-    title = "triplet"
+    answer_part: bool | str = True  # as in MaskReward
+    title = 'triplet'
 
     def __post_init__(self):
-        if self.mode not in ("released", "graded"): raise RewardError(f"The mode {self.mode!r} is unknown; choose released or graded.")
+        if self.mode not in ('released', 'graded'):
+            raise RewardError(f'The mode {self.mode!r} is unknown; choose released or graded.')
 
-    def grade(self, p, q): # two triplets -> float in [0,1]
+    def grade(self, p, q):  # two triplets -> float in [0,1]
         "Compare two triplets."
-        return 1. if p == q else .5 + .25 * sum(map(self._mask, p[3:], q[3:])) if p[:3] == q[:3] else 0.
+        return 1.0 if p == q else 0.5 + 0.25 * sum(map(self._mask, p[3:], q[3:])) if p[:3] == q[:3] else 0.0
 
     def _mask(self, a, b):
-        if a == b: return 1.
-        (p, q) = ([g for _, g in _read(t, self.vocab, "released")] for t in (a, b))
-        return (1. if p == q else self.alpha * (p[0][0] == q[0][0])) if len(p) == len(q) == 1 else 0.
+        if a == b:
+            return 1.0
+        (p, q) = ([g for _, g in _read(t, self.vocab, 'released')] for t in (a, b))
+        return (1.0 if p == q else self.alpha * (p[0][0] == q[0][0])) if len(p) == len(q) == 1 else 0.0
 
-    def score(self, reply, reference): # -> float in [0,1]
+    def score(self, reply, reference):  # -> float in [0,1]
         answer, target = _parts(reply, reference, self.answer_part)
-        found, wanted = (read_triplets(t or "") for t in (answer, target))
-        if answer is None or not found or not wanted: return 0. if answer is None else _ratio(0, len(found), len(wanted))
-        grades = np.array([[self.grade(p, q) for q in wanted] for p in (dict.fromkeys(found) if self.mode == "released" else found)])
-        return float(grades.max(1).sum() if self.mode == "released" else grades[best_matching(grades)].sum()) / max(len(found), len(wanted))
+        found, wanted = (read_triplets(t or '') for t in (answer, target))
+        if answer is None or not found or not wanted:
+            return 0.0 if answer is None else _ratio(0, len(found), len(wanted))
+        grades = np.array(
+            [[self.grade(p, q) for q in wanted] for p in (dict.fromkeys(found) if self.mode == 'released' else found)]
+        )
+        return float(grades.max(1).sum() if self.mode == 'released' else grades[best_matching(grades)].sum()) / max(
+            len(found), len(wanted)
+        )
 
 # %% ../nbs/05_rewards.ipynb #d4f3b2d1
-def _as_array(values): return np.array([np.nan if v is None else v for v in values], float)
+def _as_array(values):
+    return np.array([np.nan if v is None else v for v in values], float)
 
-def _weighted(terms, weights): # (T,N) with NaN for None -> (N,) sums, NaN where all terms are
+
+def _weighted(terms, weights):  # (T,N) with NaN for None -> (N,) sums, NaN where all terms are
     return np.where(np.isnan(terms).all(0), np.nan, np.nansum(terms * np.asarray(weights, float)[:, None], 0))
+
 
 class WeightedReward:
     "Add up several rewards with weights."
-    def __init__(self, rewards, weights=None, name="total"):
-        self.rewards, self.weights, self.__name__ = list(rewards), list(weights or [1.] * len(rewards)), name
+
+    def __init__(self, rewards, weights=None, name='total'):
+        self.rewards, self.weights, self.__name__ = list(rewards), list(weights or [1.0] * len(rewards)), name
         names = [r.__name__ for r in self.rewards]
-        if not names or len(names) != len(self.weights): raise RewardError(f"There are {len(names)} rewards and {len(self.weights)} weights; give one weight for each, and at least one reward.")
-        if len(set(names)) < len(names): raise RewardError(f"Two rewards have one name ({', '.join(names)}): logs could not tell them apart.")
+        if not names or len(names) != len(self.weights):
+            raise RewardError(
+                f'There are {len(names)} rewards and {len(self.weights)} weights; give one weight for each, and at least one reward.'
+            )
+        if len(set(names)) < len(names):
+            raise RewardError(f'Two rewards have one name ({", ".join(names)}): logs could not tell them apart.')
 
-    def terms(self, completions, **columns): return {r.__name__: r(completions=completions, **columns) for r in self.rewards} # name -> list
+    def terms(self, completions, **columns):
+        return {r.__name__: r(completions=completions, **columns) for r in self.rewards}  # name -> list
 
-    def __call__(self, completions, **columns): # list of N floats or None
+    def __call__(self, completions, **columns):  # list of N floats or None
         "Score all replies."
         terms = self.terms(completions, **columns)
-        return [None if np.isnan(v) else float(v) for v in _weighted(np.stack([_as_array(t) for t in terms.values()]), self.weights)]
+        return [
+            None if np.isnan(v) else float(v)
+            for v in _weighted(np.stack([_as_array(t) for t in terms.values()]), self.weights)
+        ]
 
-def combine(rewards, weights=None, name="total"): # list of rewards, list of floats (None: 1 each) -> WeightedReward
+
+def combine(rewards, weights=None, name='total'):  # list of rewards, list of floats (None: 1 each) -> WeightedReward
     "Make one reward of several."
     return WeightedReward(rewards, weights, name)
 
 # %% ../nbs/05_rewards.ipynb #00cc7aad
 def task_rewards(
-    task, # "gres" (masks, with reasoning in tags), "gcg" (captions), "psg" (scene graphs), "no_target"
-    mode=None, # of the mask term; None: "paper" for gres, else "released"
+    task,  # "gres" (masks, with reasoning in tags), "gcg" (captions), "psg" (scene graphs), "no_target"
+    mode=None,  # of the mask term; None: "paper" for gres, else "released"
     vocab=MaskVocab(),
-): # list of rewards, each of weight 1 in the released code
+):  # list of rewards, each of weight 1 in the released code
     "List the rewards that the released code adds up for a task."
     v = dict(vocab=vocab)
-    lists = dict(gres=lambda: [MaskReward(mode or "paper", answer_part="required", **v), FormatReward(), NonRepeatReward("think", **v), NonRepeatReward("answer", **v)],
-                 gcg=lambda: [GroundedMaskReward(mode or "released", **v), PhraseReward(**v), NonRepeatReward(**v)],
-                 psg=lambda: [TripletReward(mode or "released", **v), NonRepeatReward(what="triplets", limit=2, **v)],
-                 no_target=lambda: [NoTargetReward(**v), NonRepeatReward(**v)])
-    if task not in lists: raise RewardError(f"There are no rewards for {task!r}; choose one of {', '.join(lists)}.")
+    lists = dict(
+        gres=lambda: [
+            MaskReward(mode or 'paper', answer_part='required', **v),
+            FormatReward(),
+            NonRepeatReward('think', **v),
+            NonRepeatReward('answer', **v),
+        ],
+        gcg=lambda: [GroundedMaskReward(mode or 'released', **v), PhraseReward(**v), NonRepeatReward(**v)],
+        psg=lambda: [TripletReward(mode or 'released', **v), NonRepeatReward(what='triplets', limit=2, **v)],
+        no_target=lambda: [NoTargetReward(**v), NonRepeatReward(**v)],
+    )
+    if task not in lists:
+        raise RewardError(f'There are no rewards for {task!r}; choose one of {", ".join(lists)}.')
     return lists[task]()
 
-def find_reward(name): # "paper", "released", "graded", "decoded", or "module:name" -> what module:name is, None for the others; raises RunError
+
+def find_reward(
+    name,
+):  # "paper", "released", "graded", "decoded", or "module:name" -> what module:name is, None for the others; raises RunError
     "Check the name of a run's mask reward, before anything heavy is loaded."
-    module, own, what = name.partition(":")
-    if not own and name not in (choices := [*_MODES, "decoded"]): raise RunError(f"There is no reward {name!r}: choose one of {', '.join(choices)}, or give module:name for one of your own.")
-    try: return getattr(import_module(module), what) if own else None
-    except (ImportError, AttributeError, ValueError) as e: raise RunError(f"The reward {name} cannot be loaded ({e}): give module:name, with the module in this folder or installed.") from e
+    module, own, what = name.partition(':')
+    if not own and name not in (choices := [*_MODES, 'decoded']):
+        raise RunError(
+            f'There is no reward {name!r}: choose one of {", ".join(choices)}, or give module:name for one of your own.'
+        )
+    try:
+        return getattr(import_module(module), what) if own else None
+    except (ImportError, AttributeError, ValueError) as e:
+        raise RunError(
+            f'The reward {name} cannot be loaded ({e}): give module:name, with the module in this folder or installed.'
+        ) from e
 
 # %% ../nbs/05_rewards.ipynb #129190ef
 @dataclass
 class SafeReward:
     "Call another reward; what it cannot score becomes None and is reported."
+
     reward: object
-    keep: int = 20 # so many failures are kept with their replies; all are counted
+    keep: int = 20  # so many failures are kept with their replies; all are counted
     failed: int = 0
     scored: int = 0
     failures: list = field(default_factory=table)
-    @property
-    def __name__(self): return getattr(self.reward, "__name__", type(self.reward).__name__)
 
-    def _try(self, completions, columns): # -> list of values, or the error
+    @property
+    def __name__(self):
+        return getattr(self.reward, '__name__', type(self.reward).__name__)
+
+    def _try(self, completions, columns):  # -> list of values, or the error
         try:
             values = list(self.reward(completions=completions, **columns))
-            if len(values) != len(completions): raise RewardError(f"{len(values)} rewards for {len(completions)} replies")
+            if len(values) != len(completions):
+                raise RewardError(f'{len(values)} rewards for {len(completions)} replies')
             return [None if v is None else float(v) for v in values]
-        except ColumnError: raise
-        except Exception as e: return e
+        except ColumnError:
+            raise
+        except Exception as e:
+            return e
 
-    def __call__(self, completions, **columns): # list of N floats, None where it failed or is not for the row
+    def __call__(self, completions, **columns):  # list of N floats, None where it failed or is not for the row
         "Score all replies."
         n, before, values = len(completions), self.failed, self._try(completions, columns)
         if isinstance(values, Exception):
-            row = lambda i: {k: v[i:i + 1] if isinstance(v, (list, tuple, np.ndarray)) and len(v) == n else v for k, v in columns.items()}
-            values = [v if isinstance(v, Exception) else v[0] for v in (self._try(completions[i:i + 1], row(i)) for i in range(n))]
+
+            def row(i):
+                return {
+                    k: v[i : i + 1] if isinstance(v, (list, tuple, np.ndarray)) and len(v) == n else v
+                    for k, v in columns.items()
+                }
+
+            values = [
+                v if isinstance(v, Exception) else v[0]
+                for v in (self._try(completions[i : i + 1], row(i)) for i in range(n))
+            ]
         values = [self._judge(c, v) for c, v in zip(completions, values)]
-        if columns.get("log_metric"): columns["log_metric"](f"rewards/{self.__name__}/failed", float(self.failed - before))
+        if columns.get('log_metric'):
+            columns['log_metric'](f'rewards/{self.__name__}/failed', float(self.failed - before))
         return values
 
 # %% ../nbs/05_rewards.ipynb #4674144e
-def _judge(self, reply, value): # value or error -> value or None
+def _judge(self, reply, value):  # value or error -> value or None
     self.scored += 1
-    if value is None or not isinstance(value, Exception) and math.isfinite(value): return value
+    if value is None or not isinstance(value, Exception) and math.isfinite(value):
+        return value
     self.failed += 1
-    problem = f"{type(value).__name__}: {value}" if isinstance(value, Exception) else f"the value is {value}"
-    if len(self.failures) < self.keep: self.failures.append(dict(reward=self.__name__, problem=problem, reply=_short(reply)))
+    problem = f'{type(value).__name__}: {value}' if isinstance(value, Exception) else f'the value is {value}'
+    if len(self.failures) < self.keep:
+        self.failures.append(dict(reward=self.__name__, problem=problem, reply=_short(reply)))
+
 
 SafeReward._judge = _judge
 
-def safe(reward): # any reward -> SafeReward
+
+def safe(reward):  # any reward -> SafeReward
     "Wrap a reward so that it never ends a run."
     return reward if isinstance(reward, SafeReward) else SafeReward(reward)
 
 # %% ../nbs/05_rewards.ipynb #afde5c62
 def advantages(
-    rewards, # N numbers, None or NaN where there is none; the replies to one prompt stand together
-    group_size, # replies to one prompt
-    scale=True, # divide by the standard deviation of the group
-): # (N,) float64; raises RewardError when N is not a multiple of group_size
+    rewards,  # N numbers, None or NaN where there is none; the replies to one prompt stand together
+    group_size,  # replies to one prompt
+    scale=True,  # divide by the standard deviation of the group
+):  # (N,) float64; raises RewardError when N is not a multiple of group_size
     "Compute group-relative advantages."
     r = _as_array(rewards)
-    if group_size < 1 or len(r) % group_size: raise RewardError(f"{len(r)} rewards are not whole groups of {group_size}.")
+    if group_size < 1 or len(r) % group_size:
+        raise RewardError(f'{len(r)} rewards are not whole groups of {group_size}.')
     r = r.reshape(-1, group_size)
     valid = ~np.isnan(r)
     n = valid.sum(1, keepdims=True)
@@ -465,102 +652,161 @@ def advantages(
 
 # %% ../nbs/05_rewards.ipynb #945d5d25
 def find_exploits(
-    reply, # str or messages
-    reference, # str
+    reply,  # str or messages
+    reference,  # str
     vocab=MaskVocab(),
-): # dict of counts above 0: broken_groups, no_answer, repeats, too_many, guesses
+):  # dict of counts above 0: broken_groups, no_answer, repeats, too_many, guesses
     "Count what a reply does to earn more than it is worth."
     answer, target = _parts(reply_text(reply), reply_text(reference), True)
-    spans = vocab.parse(answer or "")
+    spans = vocab.parse(answer or '')
     found, wanted = Counter(s.codes for s in spans if s.ok), Counter(s.codes for s in vocab.parse(target) if s.ok)
     guessed, aimed = (Counter(g[0] for g in side) for side in (found, wanted))
-    counts = dict(broken_groups=sum(not s.ok for s in spans), no_answer=int(answer is None), repeats=found.total() - len(found),
-                  too_many=found.total() - wanted.total(), guesses=sum(guessed[first] - n for first, n in aimed.items() if guessed[first] > n))
+    counts = dict(
+        broken_groups=sum(not s.ok for s in spans),
+        no_answer=int(answer is None),
+        repeats=found.total() - len(found),
+        too_many=found.total() - wanted.total(),
+        guesses=sum(guessed[first] - n for first, n in aimed.items() if guessed[first] > n),
+    )
     return {k: n for k, n in counts.items() if n > 0}
 
 # %% ../nbs/05_rewards.ipynb #0feb9936
-_BARS = "·▁▂▃▄▅▆▇█"
+_BARS = '·▁▂▃▄▅▆▇█'
 
-def _bars(values, bins=8): # histogram as characters, from the smallest to the largest value
-    if not len(values): return "-"
+
+def _bars(values, bins=8):  # histogram as characters, from the smallest to the largest value
+    if not len(values):
+        return '-'
     low, high = float(min(values)), float(max(values))
-    if low == high: return f"all {low:g}"
+    if low == high:
+        return f'all {low:g}'
     counts = np.histogram(values, bins, (low, high))[0]
-    return f"{low:.3g} {''.join(_BARS[math.ceil(8 * c / counts.max())] for c in counts)} {high:.3g}"
+    return f'{low:.3g} {"".join(_BARS[math.ceil(8 * c / counts.max())] for c in counts)} {high:.3g}'
+
 
 @dataclass(repr=False)
 class RewardReport:
     "Hold the rewards of a batch of replies and what they would teach."
-    values: dict # name of a term, then "total" -> (N,) float64, NaN where there is none
-    group_size: int # replies to one prompt
-    replies: list # N replies
-    exploits: list # N dicts of counts, see find_exploits
-    failures: list # rows with reward, problem, reply
-    failed: int # replies that a reward could not score, counted over all terms
 
-    def __repr__(self): return f"RewardReport({len(self.replies)} replies in groups of {self.group_size})"
+    values: dict  # name of a term, then "total" -> (N,) float64, NaN where there is none
+    group_size: int  # replies to one prompt
+    replies: list  # N replies
+    exploits: list  # N dicts of counts, see find_exploits
+    failures: list  # rows with reward, problem, reply
+    failed: int  # replies that a reward could not score, counted over all terms
+
+    def __repr__(self):
+        return f'RewardReport({len(self.replies)} replies in groups of {self.group_size})'
+
     @property
-    def advantages(self): return advantages(self.values["total"], self.group_size) # (N,) float64
+    def advantages(self):
+        return advantages(self.values['total'], self.group_size)  # (N,) float64
 
-    def silent(self, name="total"): # float in [0,1]
+    def silent(self, name='total'):  # float in [0,1]
         "Compute the share of groups without variance."
         r = self.values[name].reshape(-1, self.group_size)
-        spread = [np.ptp(v[~np.isnan(v)]) if (~np.isnan(v)).sum() > 1 else 0. for v in r]
-        return float(np.mean([s < 1e-9 for s in spread])) if spread else 0.
+        spread = [np.ptp(v[~np.isnan(v)]) if (~np.isnan(v)).sum() > 1 else 0.0 for v in r]
+        return float(np.mean([s < 1e-9 for s in spread])) if spread else 0.0
 
 # %% ../nbs/05_rewards.ipynb #1ddea455
-def _term_table(self): # one row for each term and the total
+def _term_table(self):  # one row for each term and the total
     "Summarise each term: mean with its interval over groups, histogram, silent groups."
     rows = table()
     for name, v in self.values.items():
         groups = [g[~np.isnan(g)].mean() for g in v.reshape(-1, self.group_size) if not np.isnan(g).all()]
         scored = v[~np.isnan(v)]
-        rows.append(dict(term=name, scored=len(scored), mean=mean_ci(groups) if groups else None, histogram=_bars(scored), groups_without_variance=f"{self.silent(name):.0%}"))
+        rows.append(
+            dict(
+                term=name,
+                scored=len(scored),
+                mean=mean_ci(groups) if groups else None,
+                histogram=_bars(scored),
+                groups_without_variance=f'{self.silent(name):.0%}',
+            )
+        )
     return rows
 
-def _exploit_table(self): # one row for each kind that was found
+
+def _exploit_table(self):  # one row for each kind that was found
     "Count the exploits and what they earn."
-    total, rows = self.values["total"], table()
-    mean = lambda v: float(v[~np.isnan(v)].mean()) if (~np.isnan(v)).any() else None
+    total, rows = self.values['total'], table()
+
+    def mean(v):
+        return float(v[~np.isnan(v)].mean()) if (~np.isnan(v)).any() else None
+
     for kind in dict.fromkeys(k for e in self.exploits for k in e):
         at = np.array([kind in e for e in self.exploits])
-        rows.append(dict(found=kind.replace("_", " "), replies=int(at.sum()), share=f"{at.mean():.0%}", count=sum(e.get(kind, 0) for e in self.exploits), mean_total=mean(total[at]), mean_total_of_others=mean(total[~at]), mean_advantage=mean(self.advantages[at])))
+        rows.append(
+            dict(
+                found=kind.replace('_', ' '),
+                replies=int(at.sum()),
+                share=f'{at.mean():.0%}',
+                count=sum(e.get(kind, 0) for e in self.exploits),
+                mean_total=mean(total[at]),
+                mean_total_of_others=mean(total[~at]),
+                mean_advantage=mean(self.advantages[at]),
+            )
+        )
     return rows
 
-def _group_table(self, group=None): # number of the group; None: the one with the widest spread
+
+def _group_table(self, group=None):  # number of the group; None: the one with the widest spread
     "Show one group with its advantages."
-    spread = np.nan_to_num(self.values["total"]).reshape(-1, self.group_size).std(1)
+    spread = np.nan_to_num(self.values['total']).reshape(-1, self.group_size).std(1)
     at = (int(spread.argmax()) if group is None else group) * self.group_size
-    return table(dict(reply=_short(self.replies[i])) | {k: None if np.isnan(v[i]) else float(v[i]) for k, v in self.values.items()} | dict(advantage=round(float(self.advantages[i]), 2)) for i in range(at, at + self.group_size))
+    return table(
+        dict(reply=_short(self.replies[i]))
+        | {k: None if np.isnan(v[i]) else float(v[i]) for k, v in self.values.items()}
+        | dict(advantage=round(float(self.advantages[i]), 2))
+        for i in range(at, at + self.group_size)
+    )
+
 
 RewardReport.terms, RewardReport.cheats, RewardReport.group = _term_table, _exploit_table, _group_table
 
 # %% ../nbs/05_rewards.ipynb #4c16a9b7
 def _report_markdown(self):
     n, rows = len(self.replies), self.failures
-    if not n: return "No replies."
-    parts = [f"**{n} replies in {n // self.group_size} groups of {self.group_size}**; {self.silent():.0%} of the groups teach nothing; {self.failed} failures.", self.terms()._repr_markdown_()]
-    parts += ["**Looks like cheating**", self.cheats()._repr_markdown_()] if self.cheats() else ["No repeats, no guesses, nothing broken."]
-    parts += ["**Failures** (kept with their reply)", table(rows)._repr_markdown_()] if rows else []
-    return "\n\n".join(parts + ["**The group with the widest spread**", self.group()._repr_markdown_()])
+    if not n:
+        return 'No replies.'
+    parts = [
+        f'**{n} replies in {n // self.group_size} groups of {self.group_size}**; {self.silent():.0%} of the groups teach nothing; {self.failed} failures.',
+        self.terms()._repr_markdown_(),
+    ]
+    parts += (
+        ['**Looks like cheating**', self.cheats()._repr_markdown_()]
+        if self.cheats()
+        else ['No repeats, no guesses, nothing broken.']
+    )
+    parts += ['**Failures** (kept with their reply)', table(rows)._repr_markdown_()] if rows else []
+    return '\n\n'.join(parts + ['**The group with the widest spread**', self.group()._repr_markdown_()])
+
 
 RewardReport._repr_markdown_ = _report_markdown
 
+
 def reward_report(
-    completions, # N replies, those to one prompt together
-    reference, # N reference texts, the column `answer`
-    rewards, # a reward or a list of them
-    group_size, # replies to one prompt
-    weights=None, # one for each reward; None: 1
-    vocab=None, # for finding exploits; None: that of the first reward that has one
-    **columns, # the other columns that the rewards need
-): # RewardReport, shown as tables; raises RewardError for groups that are not whole
+    completions,  # N replies, those to one prompt together
+    reference,  # N reference texts, the column `answer`
+    rewards,  # a reward or a list of them
+    group_size,  # replies to one prompt
+    weights=None,  # one for each reward; None: 1
+    vocab=None,  # for finding exploits; None: that of the first reward that has one
+    **columns,  # the other columns that the rewards need
+):  # RewardReport, shown as tables; raises RewardError for groups that are not whole
     "Score a batch of replies and show what it would teach."
     rewards = [safe(r) for r in (rewards if isinstance(rewards, (list, tuple)) else [rewards])]
     weights = WeightedReward(rewards, weights).weights
-    advantages([0.] * len(completions), group_size)                             # whole groups?
-    vocab = vocab or next((r.reward.vocab for r in rewards if hasattr(r.reward, "vocab")), MaskVocab())
+    advantages([0.0] * len(completions), group_size)  # whole groups?
+    vocab = vocab or next((r.reward.vocab for r in rewards if hasattr(r.reward, 'vocab')), MaskVocab())
     values = {r.__name__: _as_array(r(completions, answer=reference, **columns)) for r in rewards}
-    values["total"] = _weighted(np.stack(list(values.values())), weights)
-    exploits = [find_exploits(c, "" if a is None else a, vocab) for c, a in zip(completions, reference)]
-    return RewardReport(values, group_size, list(completions), exploits, table(f for r in rewards for f in r.failures), sum(r.failed for r in rewards))
+    values['total'] = _weighted(np.stack(list(values.values())), weights)
+    exploits = [find_exploits(c, '' if a is None else a, vocab) for c, a in zip(completions, reference)]
+    return RewardReport(
+        values,
+        group_size,
+        list(completions),
+        exploits,
+        table(f for r in rewards for f in r.failures),
+        sum(r.failed for r in rewards),
+    )

@@ -8,343 +8,600 @@ __all__ = ['RunError', 'atomic_write', 'data_file', 'find_file', 'resolve_scale'
            'run_command', 'leave_group', 'run_main', 'launch', 'watch', 'progress', 'pool_map']
 
 # %% ../nbs/00d_runs.ipynb #66953e55
-import argparse, difflib, json, math, os, platform, random, re, shlex, subprocess, sys, time
+import argparse
+import difflib
+import json
+import math
+import os
+import platform
+import random
+import re
+import shlex
+import subprocess
+import sys
+import time
 from importlib import metadata, util
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
+
 import numpy as np
 
 # %% ../nbs/00d_runs.ipynb #8432eab5
 class RunError(ValueError):
     "A run that cannot start, resume or finish, and what to do about it."
 
-def atomic_write(path, content): # path; str, bytes, or a function that writes into an open binary file; raises RunError
+
+def atomic_write(
+    path, content
+):  # path; str, bytes, or a function that writes into an open binary file; raises RunError
     "Write a file so that it is whole or absent."
-    path = Path(path); part = path.with_name(path.name + '.part')
-    write = content if callable(content) else lambda f: f.write(content.encode() if isinstance(content, str) else content)
+    path = Path(path)
+    part = path.with_name(path.name + '.part')
+    write = (
+        content if callable(content) else lambda f: f.write(content.encode() if isinstance(content, str) else content)
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, 'wb') as f: write(f)
+        with open(part, 'wb') as f:
+            write(f)
         os.replace(part, path)
-    except OSError as e: raise RunError(f'{path.name} cannot be written ({e.strerror}): choose a folder that can be written and has room.') from e
+    except OSError as e:
+        raise RunError(
+            f'{path.name} cannot be written ({e.strerror}): choose a folder that can be written and has room.'
+        ) from e
 
 # %% ../nbs/00d_runs.ipynb #91788657
-def _package(): return Path(util.find_spec('samtok').origin).resolve().parent
+def _package():
+    return Path(util.find_spec('samtok').origin).resolve().parent
 
-def data_file(*parts): # names below the data folder -> Path; raises RunError if it does not exist
+
+def data_file(*parts):  # names below the data folder -> Path; raises RunError if it does not exist
     "Find a file or folder that is shipped with the package."
     for root in (_package() / '_data', _package().parent / 'data'):
-        if root.joinpath(*parts).exists(): return root.joinpath(*parts)
-    raise RunError(f"The package data {'/'.join(parts)} is missing: reinstall samtok, or in a checkout see data/README.md for what makes it.")
+        if root.joinpath(*parts).exists():
+            return root.joinpath(*parts)
+    raise RunError(
+        f'The package data {"/".join(parts)} is missing: reinstall samtok, or in a checkout see data/README.md for what makes it.'
+    )
 
-def find_file(name): # str or Path -> Path; raises RunError
+
+def find_file(name):  # str or Path -> Path; raises RunError
     "Find a file of the user's, or one of the package's data by its name below the data folder."
-    if Path(name).exists(): return Path(name)
-    try: return data_file(*Path(name).parts)
-    except RunError as e: raise RunError(f'There is no {name}, neither here nor in the data of the package: is the path right?') from e
+    if Path(name).exists():
+        return Path(name)
+    try:
+        return data_file(*Path(name).parts)
+    except RunError as e:
+        raise RunError(f'There is no {name}, neither here nor in the data of the package: is the path right?') from e
 
 # %% ../nbs/00d_runs.ipynb #0ec2e76a
-def resolve_scale(scale, # "auto", "lesson", "toy" or "full"
-                  gpus): # number of GPUs -> "lesson", "toy" or "full"
+def resolve_scale(
+    scale,  # "auto", "lesson", "toy" or "full"
+    gpus,
+):  # number of GPUs -> "lesson", "toy" or "full"
     "Turn `auto` into a scale."
-    if scale not in ('auto', 'lesson', 'toy', 'full'): raise RunError(f'There is no scale {scale!r}: use auto, lesson, toy or full.')
+    if scale not in ('auto', 'lesson', 'toy', 'full'):
+        raise RunError(f'There is no scale {scale!r}: use auto, lesson, toy or full.')
     return scale if scale != 'auto' else 'full' if gpus else 'lesson'
 
-def _fitting(name, value, default): # a parameter's value in the type of its default; raises RunError with what would fit
-    if isinstance(default, bool): return value.lower() == 'true' if isinstance(value, str) and value.lower() in ('true', 'false') else value
+
+def _fitting(
+    name, value, default
+):  # a parameter's value in the type of its default; raises RunError with what would fit
+    if isinstance(default, bool):
+        return value.lower() == 'true' if isinstance(value, str) and value.lower() in ('true', 'false') else value
     if isinstance(default, (int, float)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or isinstance(default, int) and value != int(value): raise RunError(f"{name} is {value!r}: give a {'whole ' * isinstance(default, int)}number, such as {default}.")
-        if value < (least := 1 if name in ('batch', 'accumulate', 'replies') else min(0, default)): raise RunError(f'{name} is {value}: give a number of at least {least}.')
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or isinstance(default, int)
+            and value != int(value)
+        ):
+            raise RunError(
+                f'{name} is {value!r}: give a {"whole " * isinstance(default, int)}number, such as {default}.'
+            )
+        if value < (least := 1 if name in ('batch', 'accumulate', 'replies') else min(0, default)):
+            raise RunError(f'{name} is {value}: give a number of at least {least}.')
         return type(default)(value)
     return str(value) if isinstance(default, str) and isinstance(value, (int, float)) else value
 
-def load_scale(name, # of the run, for example "train_tokenizer"
-               scale='auto', gpus=0, folder=None, # folder of the parameter files; None: data/params
-               **overrides): # single parameters that win over the file; None: not given -> dict; raises RunError for unknown names
+
+def load_scale(
+    name,  # of the run, for example "train_tokenizer"
+    scale='auto',
+    gpus=0,
+    folder=None,  # folder of the parameter files; None: data/params
+    **overrides,
+):  # single parameters that win over the file; None: not given -> dict; raises RunError for unknown names
     "Read the parameters of a run at a scale."
     scale = resolve_scale(scale, gpus)
     file = Path(folder) / f'{name}_{scale}.json' if folder else data_file('params', f'{name}_{scale}.json')
-    if not file.exists(): raise RunError(f'The parameter file {file.name} does not exist.')
+    if not file.exists():
+        raise RunError(f'The parameter file {file.name} does not exist.')
     params = {**json.loads(file.read_text()), 'scale': scale, 'gpus': gpus}
     given = {k: v for k, v in overrides.items() if v is not None}
-    if unknown := sorted(set(given) - set(params)): raise RunError(f"{name} has no parameter {', '.join(unknown)}. It has: {', '.join(sorted(params))}.")
+    if unknown := sorted(set(given) - set(params)):
+        raise RunError(f'{name} has no parameter {", ".join(unknown)}. It has: {", ".join(sorted(params))}.')
     return {**params, **{k: _fitting(k, v, params[k]) for k, v in given.items()}}
 
 # %% ../nbs/00d_runs.ipynb #bc1526c7
-def check_names(namespace): # globals() of a notebook right after its parameters
+def check_names(namespace):  # globals() of a notebook right after its parameters
     "Refuse a parameter that the notebook does not have; raises RunError with the name that is meant."
-    known = namespace.get('__annotations__') or getattr(sys.modules['__main__'], '__annotations__', {}) # from Python 3.14 on only the module has them
-    plain = lambda v: v is None or isinstance(v, (bool, int, float, str, list, dict))
-    for name in (k for k, v in namespace.items() if k.islower() and k[0] != '_' and plain(v) and known and k not in known):
-        near = difflib.get_close_matches(name, known, 1)
-        raise RunError(f"The notebook has no parameter {name}{f': do you mean {near[0]}?' if near else '.'} papermill --help-notebook lists those that it has.")
+    known = namespace.get('__annotations__') or getattr(
+        sys.modules['__main__'], '__annotations__', {}
+    )  # from Python 3.14 on only the module has them
 
+    def plain(v):
+        return v is None or isinstance(v, (bool, int, float, str, list, dict))
+
+    for name in (
+        k for k, v in namespace.items() if k.islower() and k[0] != '_' and plain(v) and known and k not in known
+    ):
+        near = difflib.get_close_matches(name, known, 1)
+        raise RunError(
+            f'The notebook has no parameter {name}{f": do you mean {near[0]}?" if near else "."} papermill --help-notebook lists those that it has.'
+        )
 
 # %% ../nbs/00d_runs.ipynb #0e515c5c
-def check_device(device): # "cpu", "cuda", "cuda:1", "auto" or a torch.device -> what torch takes
+def check_device(device):  # "cpu", "cuda", "cuda:1", "auto" or a torch.device -> what torch takes
     "Refuse with a sentence a device that is not there."
     import torch
-    if device == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
-    try: kind = torch.device(device).type
-    except RuntimeError as e: raise RunError(f'There is no device {device!r}: use cpu, cuda or auto.') from e
-    if kind == 'cuda' and not torch.cuda.is_available(): raise RunError(f'The device {device} was asked for, and torch finds no GPU here: use cpu.')
+
+    if device == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as e:
+        raise RunError(f'There is no device {device!r}: use cpu, cuda or auto.') from e
+    if kind == 'cuda' and not torch.cuda.is_available():
+        raise RunError(f'The device {device} was asked for, and torch finds no GPU here: use cpu.')
     return device
 
-def check_gpus(gpus): # number of GPUs asked for
+
+def check_gpus(gpus):  # number of GPUs asked for
     "Refuse with a sentence if this machine has fewer GPUs than asked for."
-    if gpus < 0: raise RunError(f'{gpus} GPUs were asked for: give 0 for the CPU, or a number of GPUs.')
-    if not gpus: return
+    if gpus < 0:
+        raise RunError(f'{gpus} GPUs were asked for: give 0 for the CPU, or a number of GPUs.')
+    if not gpus:
+        return
     import torch
-    if (have := torch.cuda.device_count()) < gpus: raise RunError(f'{gpus} GPUs were asked for and this machine has {have}: give -p gpus {have}' + (' (the CPU).' if not have else '.'))
+
+    if (have := torch.cuda.device_count()) < gpus:
+        raise RunError(
+            f'{gpus} GPUs were asked for and this machine has {have}: give -p gpus {have}'
+            + (' (the CPU).' if not have else '.')
+        )
 
 # %% ../nbs/00d_runs.ipynb #81fe6cb8
-def seed_everything(seed): # int; torch only if it is installed
+def seed_everything(seed):  # int; torch only if it is installed
     "Seed Python, NumPy and torch."
-    random.seed(seed); np.random.seed(seed % 2**32)
-    try: import torch
-    except ImportError: return
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        import torch
+    except ImportError:
+        return
     torch.manual_seed(seed)
 
 # %% ../nbs/00d_runs.ipynb #a854dba1
-_PACKAGES = ('samtok', 'torch', 'torchvision', 'sam2', 'transformers', 'trl', 'peft', 'accelerate', 'numpy', 'pillow', 'pycocotools')
+_PACKAGES = (
+    'samtok',
+    'torch',
+    'torchvision',
+    'sam2',
+    'transformers',
+    'trl',
+    'peft',
+    'accelerate',
+    'numpy',
+    'pillow',
+    'pycocotools',
+)
+
 
 def _version(name):
-    try: return metadata.version(name)
-    except metadata.PackageNotFoundError: return None
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
-def _git(*args): # output of git in this package's repository, or None outside of one
-    try: return subprocess.run(['git', '-C', str(_package()), *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError): return None
 
-def _commit(): # of the checkout -> (hash, are tracked files changed?); (None, None) for an installed wheel, even one inside somebody's repository
+def _git(*args):  # output of git in this package's repository, or None outside of one
+    try:
+        return subprocess.run(
+            ['git', '-C', str(_package()), *args], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _commit():  # of the checkout -> (hash, are tracked files changed?); (None, None) for an installed wheel, even one inside somebody's repository
     top = _git('rev-parse', '--show-toplevel')
-    if not top or Path(top).resolve() != _package().parent: return None, None
+    if not top or Path(top).resolve() != _package().parent:
+        return None, None
     changes = _git('status', '--porcelain', '--untracked-files=no')
     return _git('rev-parse', 'HEAD'), None if changes is None else bool(changes)
 
-def environment(): # -> dict of plain values
+
+def environment():  # -> dict of plain values
     "Describe what a run ran on."
     torch = sys.modules.get('torch')
     commit, dirty = _commit()
     gpu = torch.cuda.get_device_name(0) if torch and torch.cuda.is_available() else None
-    return dict(python=platform.python_version(), system=platform.system(), machine=platform.machine(), cpus=os.cpu_count(), gpu=gpu,
-                packages={p: v for p in _PACKAGES if (v := _version(p))}, commit=commit, dirty=dirty)
+    return dict(
+        python=platform.python_version(),
+        system=platform.system(),
+        machine=platform.machine(),
+        cpus=os.cpu_count(),
+        gpu=gpu,
+        packages={p: v for p in _PACKAGES if (v := _version(p))},
+        commit=commit,
+        dirty=dirty,
+    )
 
 # %% ../nbs/00d_runs.ipynb #5aadcba8
-def _plain(v, bad): # what JSON can hold; arrays and tensors become lists, other objects text; `bad` collects what is not finite
-    if isinstance(v, dict): return {str(k): _plain(x, bad) for k, x in v.items()}
-    if isinstance(v, (list, tuple)): return [_plain(x, bad) for x in v]
-    if isinstance(v, float) and not math.isfinite(v): return bad.append(v)
-    if v is None or type(v) in (bool, int, float, str): return v
+def _plain(
+    v, bad
+):  # what JSON can hold; arrays and tensors become lists, other objects text; `bad` collects what is not finite
+    if isinstance(v, dict):
+        return {str(k): _plain(x, bad) for k, x in v.items()}
+    if isinstance(v, (list, tuple)):
+        return [_plain(x, bad) for x in v]
+    if isinstance(v, float) and not math.isfinite(v):
+        return bad.append(v)
+    if v is None or type(v) in (bool, int, float, str):
+        return v
     return _plain(v.tolist(), bad) if hasattr(v, 'tolist') else str(v)
 
-def _clean(row): # numbers that are not finite become None and are counted in `not_finite`, at any depth
+
+def _clean(row):  # numbers that are not finite become None and are counted in `not_finite`, at any depth
     out = _plain(row, bad := [])
     return {**out, 'not_finite': len(bad)} if bad else out
 
-def read_rows(path): # metrics.jsonl -> list of dict; lines that were cut by a kill are left out
+
+def read_rows(path):  # metrics.jsonl -> list of dict; lines that were cut by a kill are left out
     "Read a metrics file."
     rows = []
     for line in Path(path).read_text(errors='replace').splitlines() if Path(path).exists() else []:
-        try: row = json.loads(line)
-        except ValueError: continue
-        if isinstance(row, dict): rows.append(row)
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
-def write_rows(path, rows): # list of dict
+
+def write_rows(path, rows):  # list of dict
     "Write rows as lines of JSON, numbers that are not finite as null; the file is whole or absent."
     atomic_write(path, ''.join(json.dumps(_clean(r), ensure_ascii=False) + '\n' for r in rows))
 
 # %% ../nbs/00d_runs.ipynb #83352b62
 class Run:
     "A run's folder: parameters, environment, metrics, checkpoint, result."
-    def __init__(self, path, # folder, made if missing
-                 params,     # dict of plain values
-                 main=True): # False on ranks that must not write
+
+    def __init__(
+        self,
+        path,  # folder, made if missing
+        params,  # dict of plain values
+        main=True,
+    ):  # False on ranks that must not write
         self.path, self.params, self.main = Path(path), _plain(params, []), main
-        self.name = '/'.join(self.path.parts[-2:])                              # for sentences
+        self.name = '/'.join(self.path.parts[-2:])  # for sentences
         self.metrics_path, self.result_path = self.path / 'metrics.jsonl', self.path / 'result.json'
         self.checkpoint_path = self.path / 'checkpoint.pt'
         old = self.path / 'params.json'
         if old.exists() and (before := json.loads(old.read_text())) != self.params:
             differ = sorted(k for k in {*before, *self.params} if before.get(k) != self.params.get(k))
-            raise RunError(f"The folder {self.name} holds a run with other parameters ({', '.join(differ)} differ): choose another folder, or delete this one.")
+            raise RunError(
+                f'The folder {self.name} holds a run with other parameters ({", ".join(differ)} differ): choose another folder, or delete this one.'
+            )
         if main and not old.exists():
-            atomic_write(old, json.dumps(self.params, indent=1)); atomic_write(self.path / 'environment.json', json.dumps(environment(), indent=1))
+            atomic_write(old, json.dumps(self.params, indent=1))
+            atomic_write(self.path / 'environment.json', json.dumps(environment(), indent=1))
 
     @property
-    def finished(self): return self.result_path.exists()
-    def skip(self): # -> bool: is there a result already? Says so, since nothing will run
-        if self.finished and self.main: print(f'The run in {self.name} was finished before: this is its result, and nothing runs again. To repeat it choose another folder, or delete this one.', file=sys.stderr)
+    def finished(self):
+        return self.result_path.exists()
+
+    def skip(self):  # -> bool: is there a result already? Says so, since nothing will run
+        if self.finished and self.main:
+            print(
+                f'The run in {self.name} was finished before: this is its result, and nothing runs again. To repeat it choose another folder, or delete this one.',
+                file=sys.stderr,
+            )
         return self.finished
+
     @property
-    def result(self): return json.loads(self.result_path.read_text()) if self.finished else None
+    def result(self):
+        return json.loads(self.result_path.read_text()) if self.finished else None
 
 # %% ../nbs/00d_runs.ipynb #06f42839
-def _log(self, step, **metrics): # step: int; metrics: plain numbers
+def _log(self, step, **metrics):  # step: int; metrics: plain numbers
     "Append a line of metrics; nothing on ranks that must not write."
-    if not self.main: return
+    if not self.main:
+        return
     with open(self.metrics_path, 'ab+') as f:
-        if f.tell(): f.seek(-1, 2)
-        torn = f.read(1) not in (b'', b'\n')                                    # a kill cut the last line: start a new one
+        if f.tell():
+            f.seek(-1, 2)
+        torn = f.read(1) not in (b'', b'\n')  # a kill cut the last line: start a new one
         f.write(b'\n' * torn + json.dumps(_clean(dict(step=step, **metrics))).encode() + b'\n')
 
-def _rows(self): return read_rows(self.metrics_path)  # -> list of dict, in the order of writing
 
-def _truncate(self, step): # drop rows after `step`: what a resumed run will do again
+def _rows(self):
+    return read_rows(self.metrics_path)  # -> list of dict, in the order of writing
+
+
+def _truncate(self, step):  # drop rows after `step`: what a resumed run will do again
     "Forget the metrics after a step."
-    if self.main and self.metrics_path.exists(): write_rows(self.metrics_path, [r for r in self.rows() if r['step'] <= step])
+    if self.main and self.metrics_path.exists():
+        write_rows(self.metrics_path, [r for r in self.rows() if r['step'] <= step])
 
-def _keep(self, **facts): # plain values, such as a fingerprint of the data
+
+def _keep(self, **facts):  # plain values, such as a fingerprint of the data
     "Remember what a run is made of beside its parameters; raises RunError where that has changed since it was started."
     file = self.path / 'made_of.json'
-    if not file.exists(): return atomic_write(file, json.dumps(facts, indent=1)) if self.main else None
-    if differ := [k for k, v in json.loads(file.read_text()).items() if facts.get(k) != v]: raise RunError(f"The run in {self.name} was started on other {' and '.join(differ)}, which changed since: choose another folder, or delete this one.")
+    if not file.exists():
+        return atomic_write(file, json.dumps(facts, indent=1)) if self.main else None
+    if differ := [k for k, v in json.loads(file.read_text()).items() if facts.get(k) != v]:
+        raise RunError(
+            f'The run in {self.name} was started on other {" and ".join(differ)}, which changed since: choose another folder, or delete this one.'
+        )
+
 
 Run.log, Run.rows, Run.truncate, Run.keep = _log, _rows, _truncate, _keep
 
 # %% ../nbs/00d_runs.ipynb #ed1be259
-def _save_result(self, metrics, # dict; values: numbers, lists, or dicts of mean_ci
-                 n,        # number of samples behind the metrics
-                 seconds,  # of the run
-                 command=None): # that makes it again
+def _save_result(
+    self,
+    metrics,  # dict; values: numbers, lists, or dicts of mean_ci
+    n,  # number of samples behind the metrics
+    seconds,  # of the run
+    command=None,
+):  # that makes it again
     "Write result.json once; a finished result is never overwritten. As in the metrics, NaN is null and counted in `not_finite`."
-    if not self.main: return
-    if self.finished: raise RunError(f'The run {self.path.name} has a result already: it is not overwritten.')
+    if not self.main:
+        return
+    if self.finished:
+        raise RunError(f'The run {self.path.name} has a result already: it is not overwritten.')
     env = environment()
-    result = _clean(dict(params=self.params, command=command, commit=env['commit'], environment=env, n=n, seconds=seconds, metrics=metrics))
+    result = _clean(
+        dict(
+            params=self.params,
+            command=command,
+            commit=env['commit'],
+            environment=env,
+            n=n,
+            seconds=seconds,
+            metrics=metrics,
+        )
+    )
     atomic_write(self.result_path, json.dumps(result, indent=1, allow_nan=False) + '\n')
+
 
 Run.save_result = _save_result
 
 # %% ../nbs/00d_runs.ipynb #f56e2f11
-def _replicates(draw, n, n_boot, seed): # function of a generator and b, which draws n of n values b times -> dict figure: (b,); all n_boot of them
+def _replicates(
+    draw, n, n_boot, seed
+):  # function of a generator and b, which draws n of n values b times -> dict figure: (b,); all n_boot of them
     rng, step = np.random.default_rng(seed), max(1, int(4e6 // n))
     drawn = [draw(rng, min(step, n_boot - i)) for i in range(0, n_boot, step)]
     return {k: np.concatenate([d[k] for d in drawn]) for k in drawn[0]}
 
-def _interval(values, level, other=float('nan')): # replicates; what stands for both ends where none is finite -> dict(low, high)
-    values = values[np.isfinite(values)]
-    return dict(zip(('low', 'high'), map(float, np.quantile(values, [(1 - level) / 2, (1 + level) / 2])))) if len(values) else dict(low=other, high=other)
 
-def mean_ci(values, # list or array of numbers
-            n_boot=1000, seed=0, level=.95): # -> dict(mean, low, high, n); raises RunError for NaN or no values
+def _interval(
+    values, level, other=float('nan')
+):  # replicates; what stands for both ends where none is finite -> dict(low, high)
+    values = values[np.isfinite(values)]
+    return (
+        dict(zip(('low', 'high'), map(float, np.quantile(values, [(1 - level) / 2, (1 + level) / 2]))))
+        if len(values)
+        else dict(low=other, high=other)
+    )
+
+
+def mean_ci(
+    values,  # list or array of numbers
+    n_boot=1000,
+    seed=0,
+    level=0.95,
+):  # -> dict(mean, low, high, n); raises RunError for NaN or no values
     "Compute a mean with its bootstrap confidence interval."
     v = np.asarray(values, np.float64).ravel()
-    if not len(v): raise RunError('There are no values to average.')
-    if not np.isfinite(v).all(): raise RunError(f'{int((~np.isfinite(v)).sum())} of {len(v)} values are not finite: decide what they count as first.')
+    if not len(v):
+        raise RunError('There are no values to average.')
+    if not np.isfinite(v).all():
+        raise RunError(
+            f'{int((~np.isfinite(v)).sum())} of {len(v)} values are not finite: decide what they count as first.'
+        )
     drawn = _replicates(lambda rng, b: dict(mean=v[rng.integers(0, len(v), (b, len(v)))].mean(1)), len(v), n_boot, seed)
-    return {k: round(x, 6) for k, x in dict(mean=float(v.mean()), **_interval(drawn['mean'], level)).items()} | dict(n=len(v))
+    return {k: round(x, 6) for k, x in dict(mean=float(v.mean()), **_interval(drawn['mean'], level)).items()} | dict(
+        n=len(v)
+    )
 
 # %% ../nbs/00d_runs.ipynb #68abbfc6
 def _typed(default):
     def read(text):
-        if text.lower() == 'none': return None
+        if text.lower() == 'none':
+            return None
         if isinstance(default, bool):
-            if text.lower() not in ('true', 'false', '1', '0'): raise argparse.ArgumentTypeError(f'{text!r} is not true or false')
+            if text.lower() not in ('true', 'false', '1', '0'):
+                raise argparse.ArgumentTypeError(f'{text!r} is not true or false')
             return text.lower() in ('true', '1')
         if isinstance(default, (list, dict)) and text[:1] in '[{':
-            try: return json.loads(text)
-            except ValueError as e: raise argparse.ArgumentTypeError(f'{text!r} is no JSON ({e}); names and texts in it need double quotes') from e
-        if isinstance(default, (list, dict)): return text
+            try:
+                return json.loads(text)
+            except ValueError as e:
+                raise argparse.ArgumentTypeError(
+                    f'{text!r} is no JSON ({e}); names and texts in it need double quotes'
+                ) from e
+        if isinstance(default, (list, dict)):
+            return text
         return text if default is None else type(default)(text)
+
     return read
 
-def parse_args(defaults, # dict name -> value
-               argv=None, prog=None, help=None, description=None): # help: dict name -> text; returns dict
+
+def parse_args(
+    defaults,  # dict name -> value
+    argv=None,
+    prog=None,
+    help=None,
+    description=None,
+):  # help: dict name -> text; returns dict
     "Read `--name value` options with the types of their defaults."
     p = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
-    for k, v in defaults.items(): p.add_argument(f'--{k}', type=_typed(v), default=v, help=(help or {}).get(k, '') + (f' (default: {v})'.replace('%', '%%') if v not in ('', None, {}) else ''))
+    for k, v in defaults.items():
+        p.add_argument(
+            f'--{k}',
+            type=_typed(v),
+            default=v,
+            help=(help or {}).get(k, '') + (f' (default: {v})'.replace('%', '%%') if v not in ('', None, {}) else ''),
+        )
     return vars(p.parse_args(argv))
 
 # %% ../nbs/00d_runs.ipynb #132e517f
-def run_command(notebook, # its name without the ending, for example "04_sft"
-                params,   # dict of the run
-                base):    # dict of its scale alone -> str; values that are dicts cannot be given to papermill and are left out
+def run_command(
+    notebook,  # its name without the ending, for example "04_sft"
+    params,  # dict of the run
+    base,
+):  # dict of its scale alone -> str; values that are dicts cannot be given to papermill and are left out
     "Write the papermill command that repeats a run."
-    given = {k: v for k, v in dict(scale=params['scale'], gpus=params['gpus'] or None, **{k: v for k, v in params.items() if base.get(k) != v}).items() if v is not None and not isinstance(v, dict)}
-    return f'papermill nbs/{notebook}.ipynb out.ipynb' + ''.join(f' -p {k} {shlex.quote(str(v))}' for k, v in given.items())
+    given = {
+        k: v
+        for k, v in dict(
+            scale=params['scale'], gpus=params['gpus'] or None, **{k: v for k, v in params.items() if base.get(k) != v}
+        ).items()
+        if v is not None and not isinstance(v, dict)
+    }
+    return f'papermill nbs/{notebook}.ipynb out.ipynb' + ''.join(
+        f' -p {k} {shlex.quote(str(v))}' for k, v in given.items()
+    )
 
 # %% ../nbs/00d_runs.ipynb #a2f49c08
 def leave_group():
     "End torch's process group where there is one: its threads can abort an interpreter that ends before it."
     dist = sys.modules.get('torch.distributed')
-    if dist and dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
+    if dist and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
-def run_main(name,     # of the run, for example "train_tokenizer"
-             load,     # function of scale, gpus and what is in `first` -> dict of parameters
-             train, run, # functions of parameters and a run folder -> result dict or None: in this process; in as many as it takes
-             argv=None, **first): # first: further options that decide on the defaults, with theirs
+
+def run_main(
+    name,  # of the run, for example "train_tokenizer"
+    load,  # function of scale, gpus and what is in `first` -> dict of parameters
+    train,
+    run,  # functions of parameters and a run folder -> result dict or None: in this process; in as many as it takes
+    argv=None,
+    **first,
+):  # first: further options that decide on the defaults, with theirs
     "Run a module of the package from the command line: every parameter of the scale's file is an option."
     argv, first = sys.argv[1:] if argv is None else argv, dict(scale='auto', gpus=0) | first
     p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for k, v in first.items(): p.add_argument(f'--{k}', type=_typed(v), default=v)
+    for k, v in first.items():
+        p.add_argument(f'--{k}', type=_typed(v), default=v)
     defaults = load(**vars(p.parse_known_args(argv)[0]))
-    args = parse_args({**first, **defaults, 'out': f"runs/{name}_{defaults['scale']}"}, argv, prog=f'samtok.{name}')
+    args = parse_args({**first, **defaults, 'out': f'runs/{name}_{defaults["scale"]}'}, argv, prog=f'samtok.{name}')
     path, args = args['out'], {k: args[k] for k in defaults}
     result = train(args, path) if 'RANK' in os.environ else run(args, path)
-    if 'RANK' in os.environ: leave_group()
-    if result: print(json.dumps(result['metrics'], indent=1))
+    if 'RANK' in os.environ:
+        leave_group()
+    if result:
+        print(json.dumps(result['metrics'], indent=1))
 
 # %% ../nbs/00d_runs.ipynb #8a56ecb6
-def launch(module,   # name of a module with a command line, "samtok.train_tokenizer"
-           args,     # dict: --name value
-           gpus=0,   # processes, one for each GPU; 0 or 1: one plain process
-           run_dir='.', env=None): # folder of worker.log; extra environment variables -> subprocess.Popen
+def launch(
+    module,  # name of a module with a command line, "samtok.train_tokenizer"
+    args,  # dict: --name value
+    gpus=0,  # processes, one for each GPU; 0 or 1: one plain process
+    run_dir='.',
+    env=None,
+):  # folder of worker.log; extra environment variables -> subprocess.Popen
     "Start a module as worker processes."
-    head = [sys.executable, '-m'] + (['torch.distributed.run', '--standalone', f'--nproc-per-node={gpus}', '-m'] if gpus > 1 else []) + [module]
+    head = (
+        [sys.executable, '-m']
+        + (['torch.distributed.run', '--standalone', f'--nproc-per-node={gpus}', '-m'] if gpus > 1 else [])
+        + [module]
+    )
     options = [f'--{k}={json.dumps(v) if isinstance(v, (list, dict)) else v}' for k, v in args.items()]
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     with open(Path(run_dir) / 'worker.log', 'ab') as log:
         return subprocess.Popen(head + options, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
 
-def _last_words(lines, n=12): # of a log -> those of the worker that failed, before the launcher sums up
+
+def _last_words(lines, n=12):  # of a log -> those of the worker that failed, before the launcher sums up
     sums_up = [i for i, l in enumerate(lines) if re.match(r'E\d{4} .*elastic.*failed', l)]
-    own = [l for l in lines[:sums_up[-1] if sums_up else None] if not re.match(r'[WEI]\d{4} .*torch/distributed/', l)]
+    own = [l for l in lines[: sums_up[-1] if sums_up else None] if not re.match(r'[WEI]\d{4} .*torch/distributed/', l)]
     return own[-n:]
 
-def watch(path, proc, on_log=None, every=1.): # run folder, process of launch, called with all rows when there are new ones
+
+def watch(
+    path, proc, on_log=None, every=1.0
+):  # run folder, process of launch, called with all rows when there are new ones
     "Follow a run until its processes end; raises RunError with the end of their log if they fail."
     seen = 0
     try:
         while True:
             ended = proc.poll() is not None
             rows = read_rows(Path(path) / 'metrics.jsonl')
-            if on_log and len(rows) != seen: on_log(rows); seen = len(rows)      # fewer rows: a resumed run forgot some
-            if ended: break
+            if on_log and len(rows) != seen:
+                on_log(rows)
+                seen = len(rows)  # fewer rows: a resumed run forgot some
+            if ended:
+                break
             time.sleep(every)
     finally:
-        if proc.poll() is None: proc.terminate(); proc.wait()                   # an interrupt or a failing on_log leaves no workers behind
+        if proc.poll() is None:
+            proc.terminate()
+            proc.wait()  # an interrupt or a failing on_log leaves no workers behind
     if proc.returncode:
-        raise RunError(f'The workers ended with code {proc.returncode}. Their last lines:\n' + '\n'.join(_last_words((Path(path) / 'worker.log').read_text(errors='replace').splitlines())))
+        raise RunError(
+            f'The workers ended with code {proc.returncode}. Their last lines:\n'
+            + '\n'.join(_last_words((Path(path) / 'worker.log').read_text(errors='replace').splitlines()))
+        )
 
 # %% ../nbs/00d_runs.ipynb #b4b6b6c3
 def _demo(argv=None):
-    args = parse_args(dict(out='', steps=3, wait=0., fail=False), argv)
+    args = parse_args(dict(out='', steps=3, wait=0.0, fail=False), argv)
     run = Run(args['out'], dict(steps=args['steps']), main=os.environ.get('RANK', '0') == '0')
-    for s in range(args['steps']): run.log(s, loss=1 / (s + 1))
+    for s in range(args['steps']):
+        run.log(s, loss=1 / (s + 1))
     time.sleep(args['wait'])
-    if args['fail']: raise SystemExit('the disk is full')
+    if args['fail']:
+        raise SystemExit('the disk is full')
 
 # %% ../nbs/00d_runs.ipynb #48e86ab2
-def progress(items, desc=''): # iterable or int -> iterable
+def progress(items, desc=''):  # iterable or int -> iterable
     "Show a progress bar over items."
     from tqdm.auto import tqdm
-    quiet = os.environ.get('RANK', '0') != '0' or 'CI' in os.environ or not (sys.stderr.isatty() or 'JPY_PARENT_PID' in os.environ)
+
+    quiet = (
+        os.environ.get('RANK', '0') != '0'
+        or 'CI' in os.environ
+        or not (sys.stderr.isatty() or 'JPY_PARENT_PID' in os.environ)
+    )
     return tqdm(range(items) if isinstance(items, int) else items, desc=desc, mininterval=1, disable=quiet, leave=False)
 
 # %% ../nbs/00d_runs.ipynb #ca80a0e0
-_job = None                                                                     # what the forks of pool_map do
-def _do(item): return _job(item)
+_job = None  # what the forks of pool_map do
 
-def pool_map(fn, items, workers=0): # function of an item, iterable; processes, 0: this one -> iterator over fn(item), in order
+
+def _do(item):
+    return _job(item)
+
+
+def pool_map(
+    fn, items, workers=0
+):  # function of an item, iterable; processes, 0: this one -> iterator over fn(item), in order
     "Map in forked processes; the function must not call torch."
     global _job
     if not workers or 'fork' not in get_all_start_methods():
         yield from map(fn, items)
         return
     _job = fn
-    with get_context('fork').Pool(workers) as pool: yield from pool.imap(_do, items, 16)
+    with get_context('fork').Pool(workers) as pool:
+        yield from pool.imap(_do, items, 16)
 
 # %% ../nbs/00d_runs.ipynb #fe58fb53
-if __name__ == '__main__' and '__file__' in globals(): _demo()
+if __name__ == '__main__' and '__file__' in globals():
+    _demo()

@@ -9,69 +9,119 @@ __all__ = ['CAPTION', 'load_params', 'processes', 'check_params', 'SceneRows', '
            'heldout_metrics', 'finish', 'run_sft', 'main']
 
 # %% ../nbs/04_sft.ipynb #90db874a
-import json, os, re, time
+import json
+import os
+import re
+import time
 from dataclasses import fields
 from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
 from transformers import PrinterCallback, TrainerCallback
+
 from .batches import ChatCollator, row_positions
 from .chat import PROMPTS, Conversation, to_messages
 from .checkpoints import find_pretrained
 from .data import read_image
-from .toy.vision_pretraining import forget_images, mimetic_start, own_directions, remember_images, token_grid, warm_up_vision
 from .masks import mask_iou_pairs, masks_to_boxes
-from .runs import Run, RunError, check_gpus, data_file, find_file, launch, load_scale, mean_ci, pool_map, progress, run_command, run_main, seed_everything, watch, write_rows
-from .toy.scenes import KINDS, PHRASES, toy_corpus, SceneChat, ask_shares, read_caption, refer
-from .toy.shapeworld import ShapeWorld, render
+from samtok.runs import (
+    Run,
+    RunError,
+    check_gpus,
+    data_file,
+    find_file,
+    launch,
+    load_scale,
+    mean_ci,
+    pool_map,
+    progress,
+    run_command,
+    run_main,
+    seed_everything,
+    watch,
+    write_rows,
+)
 from .shards import chat_row, code_table, data_stamp, shard_folders
 from .tokenizer import MaskTokenizer
+from .toy.scenes import KINDS, PHRASES, SceneChat, ask_shares, read_caption, refer, toy_corpus
+from .toy.shapeworld import ShapeWorld, render
 from .toy.tiny_models import FAMILIES, twin_model, twin_processor, twin_tokenizer
+from samtok.toy.vision_pretraining import (
+    forget_images,
+    mimetic_start,
+    own_directions,
+    remember_images,
+    token_grid,
+    warm_up_vision,
+)
 from .vlm import MaskVLM, VLMError, add_mask_words, load_vlm, matrices, write_replies
 
 # %% ../nbs/04_sft.ipynb #22d95bc4
-def _kinds(text): # JSON of a dict kind -> weight, or empty -> dict, or None
-    try: found = json.loads(text or 'null')
-    except ValueError: found = text
-    if found is not None and not (isinstance(found, dict) and found and all(isinstance(v, (int, float)) and v > 0 for v in found.values())): raise RunError(f'kinds is {text}: give weights above zero as JSON, such as {{"order": 0.3, "place": 0.2}}.')
-    if found and 'nothing' in found: raise RunError(f'kinds is {text}: the share of expressions without a target is the parameter nothing.')
+def _kinds(text):  # JSON of a dict kind -> weight, or empty -> dict, or None
+    try:
+        found = json.loads(text or 'null')
+    except ValueError:
+        found = text
+    if found is not None and not (
+        isinstance(found, dict) and found and all(isinstance(v, (int, float)) and v > 0 for v in found.values())
+    ):
+        raise RunError(f'kinds is {text}: give weights above zero as JSON, such as {{"order": 0.3, "place": 0.2}}.')
+    if found and 'nothing' in found:
+        raise RunError(f'kinds is {text}: the share of expressions without a target is the parameter nothing.')
     return found
 
 # %% ../nbs/04_sft.ipynb #b0d696a9
-_RECIPES = ('base', 'task', 'caption')                                           # data/params/sft_*.json beside the scales
+_RECIPES = ('base', 'task', 'caption')  # data/params/sft_*.json beside the scales
 
-def load_params(scale='auto', gpus=0, recipe='', **overrides): # -> dict; see data/params/sft_*.json
+
+def load_params(scale='auto', gpus=0, recipe='', **overrides):  # -> dict; see data/params/sft_*.json
     "Read the parameters of a scale, a recipe on top of them, and overrides that are not None; unknown names raise RunError."
-    if recipe and recipe not in _RECIPES: raise RunError(f'There is no recipe {recipe!r}: choose one of {", ".join(_RECIPES)}.')
+    if recipe and recipe not in _RECIPES:
+        raise RunError(f'There is no recipe {recipe!r}: choose one of {", ".join(_RECIPES)}.')
     extra = json.loads(data_file('params', f'sft_{recipe}.json').read_text()) if recipe else {}
     return load_scale('sft', scale, gpus, **{**extra, **{k: v for k, v in overrides.items() if v is not None}})
 
-def processes(params): # -> int: one for each GPU; with device "cpu" as many on the CPU
+
+def processes(params):  # -> int: one for each GPU; with device "cpu" as many on the CPU
     "Say how many processes a run needs (without GPUs, as many as the scale has on a CPU); refuses with a sentence what this machine cannot do."
-    if params['device'] != 'cpu': check_gpus(params['gpus'])
+    if params['device'] != 'cpu':
+        check_gpus(params['gpus'])
     return params['gpus'] or params.get('cpu_processes', 1)
 
-def check_params(params): # dict of load_params -> int, processes; raises RunError, VLMError, CheckpointError
+
+def check_params(params):  # dict of load_params -> int, processes; raises RunError, VLMError, CheckpointError
     "Refuse with a sentence what cannot run, before anything long starts."
-    n = processes(params)                                                        # a machine without the GPUs is told so before anything else
-    if params['learn'] not in (kinds := ('full', 'lora', 'lora_full_rows', 'rows')): raise RunError(f"learn is {params['learn']!r}: choose one of {', '.join(kinds)}.")
-    if params['learn'].startswith('lora') and not params['lora_r']: raise RunError(f"learn is {params['learn']}, and lora_r is 0: give a rank, such as 64.")
+    n = processes(params)  # a machine without the GPUs is told so before anything else
+    if params['learn'] not in (kinds := ('full', 'lora', 'lora_full_rows', 'rows')):
+        raise RunError(f'learn is {params["learn"]!r}: choose one of {", ".join(kinds)}.')
+    if params['learn'].startswith('lora') and not params['lora_r']:
+        raise RunError(f'learn is {params["learn"]}, and lora_r is 0: give a rank, such as 64.')
     _kinds(params.get('kinds'))
-    if params['model'] not in FAMILIES: find_pretrained(params['model'], 'vlm', VLMError)
-    if params['tokenizer']: find_pretrained(params['tokenizer'], 'tokenizer')
-    if params['data'] != 'shapeworld': shard_folders(params['data'])
+    if params['model'] not in FAMILIES:
+        find_pretrained(params['model'], 'vlm', VLMError)
+    if params['tokenizer']:
+        find_pretrained(params['tokenizer'], 'tokenizer')
+    if params['data'] != 'shapeworld':
+        shard_folders(params['data'])
     return n
 
 # %% ../nbs/04_sft.ipynb #d6c3e019
 class SceneRows:
     "ShapeWorld conversations as rows with their mask words; row i is always the same, epoch by epoch new questions."
-    def __init__(self, chat, words, epochs=1, opening=0, drawn=True): # SceneChat; function from a Conversation to its masks' words; passes over the scenes; rows at the start that name all objects, each with its mask; False: a row's image is the number of its scene
+
+    def __init__(
+        self, chat, words, epochs=1, opening=0, drawn=True
+    ):  # SceneChat; function from a Conversation to its masks' words; passes over the scenes; rows at the start that name all objects, each with its mask; False: a row's image is the number of its scene
         self.chat, self.words, self.opening, self.drawn = chat, words, opening, drawn
         self.first = SceneChat(chat.world, rounds=1, share=dict(list=1))
-        self.first._sketches = chat._sketches                                   # both draw a scene once
+        self.first._sketches = chat._sketches  # both draw a scene once
         self.n = opening + int(len(chat) * epochs)
-    def __len__(self): return self.n
+
+    def __len__(self):
+        return self.n
+
     def __getitem__(self, i):
         chat, i = (self.first, i) if i < self.opening else (self.chat, i - self.opening)
         chat.epoch, k = divmod(int(i), len(chat))
@@ -81,291 +131,576 @@ class SceneRows:
 # %% ../nbs/04_sft.ipynb #70b69697
 class Mix:
     "Rows of several data sets, each as often as its weight says: 1.5 is every row once and half of them twice."
-    def __init__(self, parts, seed=0): # list of (rows, weight)
+
+    def __init__(self, parts, seed=0):  # list of (rows, weight)
         self.parts, index = parts, []
         for p, (rows, weight) in enumerate(parts):
             n, order = len(rows), np.random.default_rng([seed, p]).permutation(len(rows))
             whole, rest = divmod(weight, 1)
-            index += [np.stack([np.full(n, p), np.arange(n)], 1)] * int(whole) + [np.stack([np.full(k := round(n * rest), p), order[:k]], 1)]
+            index += [np.stack([np.full(n, p), np.arange(n)], 1)] * int(whole) + [
+                np.stack([np.full(k := round(n * rest), p), order[:k]], 1)
+            ]
         self.index = np.concatenate(index)
         self.index = self.index[np.random.default_rng(seed).permutation(len(self.index))]
-    def __len__(self): return len(self.index)
+
+    def __len__(self):
+        return len(self.index)
+
     def __getitem__(self, i):
         p, k = self.index[i]
         return self.parts[p][0][int(k)]
 
 # %% ../nbs/04_sft.ipynb #4b6f4b23
-def training_rows(params, vocab): # -> rows with len and [i]
+def training_rows(params, vocab):  # -> rows with len and [i]
     "Open the training data: ShapeWorld with its codes, or a list of tokenised shards with weights."
     if params['data'] == 'shapeworld':
         table = code_table(find_file(params['codes']), vocab) if vocab else None
-        chat = SceneChat(ShapeWorld(min(params['scenes'], len(table)) if vocab else params['scenes'], 'train'), params['rounds'], ask_shares(params['refer_share']), _kinds(params['kinds']), params['nothing'], params['length'])
-        return SceneRows(chat, table or (lambda c: [_corners(chat._sketches[i].boxes[k], chat.world.size) for i, k in c.keys]), params['epochs'], params['opening'], not params['remember'])
+        chat = SceneChat(
+            ShapeWorld(min(params['scenes'], len(table)) if vocab else params['scenes'], 'train'),
+            params['rounds'],
+            ask_shares(params['refer_share']),
+            _kinds(params['kinds']),
+            params['nothing'],
+            params['length'],
+        )
+        return SceneRows(
+            chat,
+            table or (lambda c: [_corners(chat._sketches[i].boxes[k], chat.world.size) for i, k in c.keys]),
+            params['epochs'],
+            params['opening'],
+            not params['remember'],
+        )
     from datasets import load_dataset
-    parts = [(load_dataset('parquet', data_files=str(Path(r['path']) / '*.parquet'), split='train'), r.get('weight', 1.)) for r in shard_folders(params['data'])]
+
+    parts = [
+        (load_dataset('parquet', data_files=str(Path(r['path']) / '*.parquet'), split='train'), r.get('weight', 1.0))
+        for r in shard_folders(params['data'])
+    ]
     return Mix([(d, w * params['epochs']) for d, w in parts], params['seed'])
 
 # %% ../nbs/04_sft.ipynb #11deab2f
-def build_model(params, vocab): # -> model, processor, report of add_mask_words
+def build_model(params, vocab):  # -> model, processor, report of add_mask_words
     "Load the base model, or make the twin of a family, and teach it the mask words."
     if params['model'] in FAMILIES:
         tk = twin_tokenizer(toy_corpus(), 700, phrases=PHRASES, family=params['model'])
         processor = twin_processor(params['model'], tk, params['patch'], pixels=(params['side'] ** 2,) * 2)
         model = twin_model(params['model'], processor, **params['twin'], seed=params['seed'])
-    else: model, processor = load_vlm(params['model'], getattr(torch, params['dtype']))
-    if params['attention']: model.set_attn_implementation(params['attention'])
-    if params['max_pixels']: processor.image_processor.size = dict(processor.image_processor.size, longest_edge=params['max_pixels'])
-    report = add_mask_words(model, processor, vocab, seed=params['seed']) if vocab else dict(added=0, ids=np.zeros(0, int))
-    if params['mimetic'] and params['model'] in FAMILIES: mimetic_start(model, params['mimetic'], params['seed'])
-    elif params['mimetic'] and report['added']: own_directions(model, torch.from_numpy(report['ids']), torch.Generator().manual_seed(params['seed']))
+    else:
+        model, processor = load_vlm(params['model'], getattr(torch, params['dtype']))
+    if params['attention']:
+        model.set_attn_implementation(params['attention'])
+    if params['max_pixels']:
+        processor.image_processor.size = dict(processor.image_processor.size, longest_edge=params['max_pixels'])
+    report = (
+        add_mask_words(model, processor, vocab, seed=params['seed']) if vocab else dict(added=0, ids=np.zeros(0, int))
+    )
+    if params['mimetic'] and params['model'] in FAMILIES:
+        mimetic_start(model, params['mimetic'], params['seed'])
+    elif params['mimetic'] and report['added']:
+        own_directions(model, torch.from_numpy(report['ids']), torch.Generator().manual_seed(params['seed']))
     if params['freeze_vision']:
-        for p in tower(model, merger=params['remember']): p.requires_grad_(False)
+        for p in tower(model, merger=params['remember']):
+            p.requires_grad_(False)
     return model, processor, report
 
-def tower(model, merger=False): # VLM; the merger (projector) as well -> list of parameters
+
+def tower(model, merger=False):  # VLM; the merger (projector) as well -> list of parameters
     "List the weights of the vision tower."
-    return [p for n, p in model.named_parameters() if re.search(r'(^|\.)(visual|vision_tower|vision_model)\.', n) and (merger or not re.search(r'merger|projector', n)) or merger and 'projector' in n]
+    return [
+        p
+        for n, p in model.named_parameters()
+        if re.search(r'(^|\.)(visual|vision_tower|vision_model)\.', n)
+        and (merger or not re.search(r'merger|projector', n))
+        or merger
+        and 'projector' in n
+    ]
 
 # %% ../nbs/04_sft.ipynb #971ab0ce
 class SceneNumbers:
     "A processor for chats whose images are numbers of scenes: text as ever, `pixel_values` (n,1) the numbers."
-    def __init__(self, processor, world, model): # the model's processor, ShapeWorld; VLM
-        self.processor, self.world, self.tokenizer, self.image_token = processor, world, processor.tokenizer, processor.image_token
+
+    def __init__(self, processor, world, model):  # the model's processor, ShapeWorld; VLM
+        self.processor, self.world, self.tokenizer, self.image_token = (
+            processor,
+            world,
+            processor.tokenizer,
+            processor.image_token,
+        )
         self.model, self.drawn = model, {}
         self.grid = self.draw(0)[1]
-        self.each = token_grid(model, processor, render(world.scene(0)))**2
+        self.each = token_grid(model, processor, render(world.scene(0))) ** 2
         self.image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
-    def draw(self, k): # -> (pixel_values, grid (1,3)) of scene k
-        b = self.processor.image_processor(images=[self.drawn[k] if k in self.drawn else render(self.world.scene(k))], return_tensors='pt', device=self.model.device)
+
+    def draw(self, k):  # -> (pixel_values, grid (1,3)) of scene k
+        b = self.processor.image_processor(
+            images=[self.drawn[k] if k in self.drawn else render(self.world.scene(k))],
+            return_tensors='pt',
+            device=self.model.device,
+        )
         return b['pixel_values'], b['image_grid_thw']
-    def draw_ahead(self, workers): self.drawn = dict(enumerate(pool_map(lambda k: render(self.world.scene(k)), range(len(self.world)), workers)))
-    def apply_chat_template(self, *args, **kwargs): return self.processor.apply_chat_template(*args, **kwargs)
+
+    def draw_ahead(self, workers):
+        self.drawn = dict(enumerate(pool_map(lambda k: render(self.world.scene(k)), range(len(self.world)), workers)))
+
+    def apply_chat_template(self, *args, **kwargs):
+        return self.processor.apply_chat_template(*args, **kwargs)
+
     def __call__(self, text, images, **kwargs):
         b = self.tokenizer([t.replace(self.image_token, self.image_token * self.each) for t in text], **kwargs)
-        return dict(b, mm_token_type_ids=(b['input_ids'] == self.image_id).int(), pixel_values=torch.tensor(images, dtype=torch.float32)[:, None], image_grid_thw=self.grid.repeat(len(images), 1))
+        return dict(
+            b,
+            mm_token_type_ids=(b['input_ids'] == self.image_id).int(),
+            pixel_values=torch.tensor(images, dtype=torch.float32)[:, None],
+            image_grid_thw=self.grid.repeat(len(images), 1),
+        )
 
 # %% ../nbs/04_sft.ipynb #74d6f5bb
-def lora_config(params, model, ids): # dict of load_params; VLM; ids of the mask words -> peft.LoraConfig, or None
+def lora_config(params, model, ids):  # dict of load_params; VLM; ids of the mask words -> peft.LoraConfig, or None
     "Say which weights learn: low-rank updates of all linear layers of the language model, and the rows of the mask words."
-    if params['learn'] == 'full': return None
+    if params['learn'] == 'full':
+        return None
     from peft import LoraConfig
+
     emb, head, tied = matrices(model)
     names = {id(m): n for n, m in model.named_modules()}
     both = [names[id(m)].split('.')[-1] for m in ([emb] if tied else [emb, head])]
-    rows = dict(modules_to_save=both, ensure_weight_tying=tied) if params['learn'] == 'lora_full_rows' else dict(trainable_token_indices={n: ids.tolist() for n in both})
-    targets = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head and not re.search(r'visual|vision', n)]
-    if params['learn'] == 'rows': targets = targets[:1]                          # peft wants one; ready_adapters stops it
-    return LoraConfig(r=params['lora_r'] or 1, lora_alpha=params['lora_alpha'] or 1, lora_dropout=params['lora_dropout'], target_modules=targets, task_type='CAUSAL_LM', **rows)
+    rows = (
+        dict(modules_to_save=both, ensure_weight_tying=tied)
+        if params['learn'] == 'lora_full_rows'
+        else dict(trainable_token_indices={n: ids.tolist() for n in both})
+    )
+    targets = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and m is not head and not re.search(r'visual|vision', n)
+    ]
+    if params['learn'] == 'rows':
+        targets = targets[:1]  # peft wants one; ready_adapters stops it
+    return LoraConfig(
+        r=params['lora_r'] or 1,
+        lora_alpha=params['lora_alpha'] or 1,
+        lora_dropout=params['lora_dropout'],
+        target_modules=targets,
+        task_type='CAUSAL_LM',
+        **rows,
+    )
 
-def ready_adapters(model, learn): # peft.PeftModel of a trainer, changed in place; see load_params -> model
+
+def ready_adapters(model, learn):  # peft.PeftModel of a trainer, changed in place; see load_params -> model
     "Let TRL compute the loss from a head with learned rows; where rows learn alone, stop the low-rank part."
     head = model.get_output_embeddings()
-    if not hasattr(head, 'bias'): head.__dict__['bias'] = getattr(head.original_module, 'bias', None)
+    if not hasattr(head, 'bias'):
+        head.__dict__['bias'] = getattr(head.original_module, 'bias', None)
     if learn == 'rows':
-        for p in (p for n, p in model.named_parameters() if 'lora_' in n): p.requires_grad_(False)
+        for p in (p for n, p in model.named_parameters() if 'lora_' in n):
+            p.requires_grad_(False)
     return model
 
 # %% ../nbs/04_sft.ipynb #3bf63da8
-class _Log(TrainerCallback): # writes the trainer's log into the run's metrics
-    def __init__(self, run, tell): self.run, self.tell, self.started = run, tell, time.time()
+class _Log(TrainerCallback):  # writes the trainer's log into the run's metrics
+    def __init__(self, run, tell):
+        self.run, self.tell, self.started = run, tell, time.time()
+
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not self.run.main or 'loss' not in (logs or {}): return
-        keep = {a: float(logs[b]) for a, b in dict(loss='loss', lr='learning_rate', grad_norm='grad_norm', accuracy='mean_token_accuracy', tokens='num_tokens').items() if b in logs}
-        if self.run.params['packing']: keep.pop('tokens', None)                  # TRL counts rows then
+        if not self.run.main or 'loss' not in (logs or {}):
+            return
+        keep = {
+            a: float(logs[b])
+            for a, b in dict(
+                loss='loss',
+                lr='learning_rate',
+                grad_norm='grad_norm',
+                accuracy='mean_token_accuracy',
+                tokens='num_tokens',
+            ).items()
+            if b in logs
+        }
+        if self.run.params['packing']:
+            keep.pop('tokens', None)  # TRL counts rows then
         self.run.log(state.global_step, **keep, seconds=round(time.time() - self.started, 1))
-        if self.tell: self.tell(self.run.rows())
+        if self.tell:
+            self.tell(self.run.rows())
+
 
 class StepBar(TrainerCallback):
     "Show a progress bar of optimizer steps."
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = progress(state.max_steps, 'steps')
         self.bar.update(state.global_step)
-    def on_step_end(self, args, state, control, **kwargs): self.bar.update(1)
-    def on_train_end(self, args, state, control, **kwargs): self.bar.close()
 
-class _Freeze(TrainerCallback): # the vision tower of a twin stands still until a step, or what it learned to see is lost in the first noisy ones
-    def __init__(self, model, until): self.weights, self.until = tower(model, merger=True), until
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(1)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+class _Freeze(
+    TrainerCallback
+):  # the vision tower of a twin stands still until a step, or what it learned to see is lost in the first noisy ones
+    def __init__(self, model, until):
+        self.weights, self.until = tower(model, merger=True), until
+
     def on_step_begin(self, args, state, control, **kwargs):
-        for p in self.weights: p.requires_grad_(state.global_step >= self.until)
+        for p in self.weights:
+            p.requires_grad_(state.global_step >= self.until)
 
 # %% ../nbs/04_sft.ipynb #502c8b93
-def checkpointing(config, params): # class of a trainer's configuration; parameters -> dict: does the backward pass compute activations again?
+def checkpointing(
+    config, params
+):  # class of a trainer's configuration; parameters -> dict: does the backward pass compute activations again?
     "Name the switch as this version of transformers does."
     new = 'activation_checkpointing'
-    return {new if any(f.name == new for f in fields(config)) else 'gradient_checkpointing': params['gradient_checkpointing']}
+    return {
+        new if any(f.name == new for f in fields(config)) else 'gradient_checkpointing': params[
+            'gradient_checkpointing'
+        ]
+    }
 
-def sft_config(params, path): # -> trl.SFTConfig
+
+def sft_config(params, path):  # -> trl.SFTConfig
     "Translate the run's parameters into TRL's."
     from trl import SFTConfig
+
     p, cuda = params, params['gpus'] > 0 and params['device'] != 'cpu'
-    return SFTConfig(output_dir=str(Path(path) / 'checkpoints'), per_device_train_batch_size=p['batch'], gradient_accumulation_steps=p['accumulate'], max_steps=p['steps'] or -1, num_train_epochs=1,
-                     learning_rate=p['lr'], lr_scheduler_type='cosine', warmup_steps=p['warmup'], weight_decay=p['weight_decay'], max_grad_norm=p['clip'], adam_beta2=p['beta2'],
-                     logging_steps=p['log_every'], save_steps=p['checkpoint_every'], save_total_limit=1, seed=p['seed'], bf16=bool(p['bf16']), use_cpu=not cuda, report_to='none', disable_tqdm=True, ddp_find_unused_parameters=bool(not p['freeze_vision'] or p['freeze_steps']),
-                     **checkpointing(SFTConfig, p), dataloader_num_workers=p['workers'], train_sampling_strategy='sequential' if p['data'] == 'shapeworld' else 'random', dataset_kwargs=dict(skip_prepare_dataset=True), remove_unused_columns=False, max_length=None,
-                     deepspeed=p['deepspeed'] or None, fsdp=p['fsdp'] or None)
+    return SFTConfig(
+        output_dir=str(Path(path) / 'checkpoints'),
+        per_device_train_batch_size=p['batch'],
+        gradient_accumulation_steps=p['accumulate'],
+        max_steps=p['steps'] or -1,
+        num_train_epochs=1,
+        learning_rate=p['lr'],
+        lr_scheduler_type='cosine',
+        warmup_steps=p['warmup'],
+        weight_decay=p['weight_decay'],
+        max_grad_norm=p['clip'],
+        adam_beta2=p['beta2'],
+        logging_steps=p['log_every'],
+        save_steps=p['checkpoint_every'],
+        save_total_limit=1,
+        seed=p['seed'],
+        bf16=bool(p['bf16']),
+        use_cpu=not cuda,
+        report_to='none',
+        disable_tqdm=True,
+        ddp_find_unused_parameters=bool(not p['freeze_vision'] or p['freeze_steps']),
+        **checkpointing(SFTConfig, p),
+        dataloader_num_workers=p['workers'],
+        train_sampling_strategy='sequential' if p['data'] == 'shapeworld' else 'random',
+        dataset_kwargs=dict(skip_prepare_dataset=True),
+        remove_unused_columns=False,
+        max_length=None,
+        deepspeed=p['deepspeed'] or None,
+        fsdp=p['fsdp'] or None,
+    )
 
 # %% ../nbs/04_sft.ipynb #ac85bb47
-def _memory(p, processor): # sentence for a GPU that is full
-    return (f"The GPU's memory is full with batch {p['batch']}, images of up to {p['max_pixels'] or 'any number of'} pixels and {p['max_length'] or 'any number of'} tokens: "
-            f"lower batch (and raise accumulate {p['accumulate']} as much), max_pixels or max_length, or set gradient_checkpointing.")
+def _memory(p, processor):  # sentence for a GPU that is full
+    return (
+        f"The GPU's memory is full with batch {p['batch']}, images of up to {p['max_pixels'] or 'any number of'} pixels and {p['max_length'] or 'any number of'} tokens: "
+        f'lower batch (and raise accumulate {p["accumulate"]} as much), max_pixels or max_length, or set gradient_checkpointing.'
+    )
 
-def last_checkpoint(folder): # of the trainer's checkpoints -> Path or None
+
+def last_checkpoint(folder):  # of the trainer's checkpoints -> Path or None
     "Find the newest checkpoint that was written to its end."
     found = [f for f in Path(folder).glob('checkpoint-*') if (f / 'trainer_state.json').exists()]
     return max(found, key=lambda f: int(f.name.split('-')[1]), default=None)
 
-def _row_size(params): # flash attention tells packed conversations apart in a single row only
+
+def _row_size(params):  # flash attention tells packed conversations apart in a single row only
     return 10**9 if params['packing'] and 'flash' in params['attention'] else params['packing']
 
-def make_trainer(params, path, model, processor, ids, rows, callbacks=()): # -> trl.SFTTrainer
+
+def make_trainer(params, path, model, processor, ids, rows, callbacks=()):  # -> trl.SFTTrainer
     "Set TRL's trainer up: our collator, loss on replies only."
     from datasets import Dataset
     from trl import SFTTrainer
-    numbers = Dataset.from_dict(dict(row=range(len(rows))))                      # the trainer shuffles and shards numbers; the collator reads the rows
-    collate = ChatCollator(processor, params['max_length'], rows, _row_size(params), row_positions(model) if params['packing'] else None)
-    trainer = SFTTrainer(model=model, args=sft_config(params, path), train_dataset=numbers, data_collator=collate,
-                      processing_class=getattr(processor, 'processor', processor), peft_config=lora_config(params, model, ids), callbacks=[*callbacks, StepBar()])
-    if params['learn'] != 'full': ready_adapters(trainer.model, params['learn'])
-    trainer.remove_callback(PrinterCallback)                                     # the log goes into metrics.jsonl
+
+    numbers = Dataset.from_dict(
+        dict(row=range(len(rows)))
+    )  # the trainer shuffles and shards numbers; the collator reads the rows
+    collate = ChatCollator(
+        processor, params['max_length'], rows, _row_size(params), row_positions(model) if params['packing'] else None
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=sft_config(params, path),
+        train_dataset=numbers,
+        data_collator=collate,
+        processing_class=getattr(processor, 'processor', processor),
+        peft_config=lora_config(params, model, ids),
+        callbacks=[*callbacks, StepBar()],
+    )
+    if params['learn'] != 'full':
+        ready_adapters(trainer.model, params['learn'])
+    trainer.remove_callback(PrinterCallback)  # the log goes into metrics.jsonl
     return trainer
 
 # %% ../nbs/04_sft.ipynb #d76a682b
-def _look(params, model, processor, vocab, run): # a twin learns to see before it learns to speak; its rows go into look.jsonl
-    tell = lambda rows: write_rows(run.path / 'look.jsonl', rows) if run.main else None
-    warm_up_vision(model, processor, code_table(find_file(params['codes']), vocab), params['look_steps'], params['look_batch'], params['look_lr'], seed=params['seed'], workers=params['workers'], tell=tell, keep=run.path / 'look.pt')
-    if params['freeze_vision']:
-        for p in tower(model, merger=params['remember']): p.requires_grad_(False)
+def _look(
+    params, model, processor, vocab, run
+):  # a twin learns to see before it learns to speak; its rows go into look.jsonl
+    def tell(rows):
+        return write_rows(run.path / 'look.jsonl', rows) if run.main else None
 
-def _remember(params, model, rows, reads): # each scene is looked at once; with workers many cores draw all of them first
-    if params['workers']: rows.chat.sketch_ahead(params['workers']); reads.draw_ahead(params['workers'])
+    warm_up_vision(
+        model,
+        processor,
+        code_table(find_file(params['codes']), vocab),
+        params['look_steps'],
+        params['look_batch'],
+        params['look_lr'],
+        seed=params['seed'],
+        workers=params['workers'],
+        tell=tell,
+        keep=run.path / 'look.pt',
+    )
+    if params['freeze_vision']:
+        for p in tower(model, merger=params['remember']):
+            p.requires_grad_(False)
+
+
+def _remember(
+    params, model, rows, reads
+):  # each scene is looked at once; with workers many cores draw all of them first
+    if params['workers']:
+        rows.chat.sketch_ahead(params['workers'])
+        reads.draw_ahead(params['workers'])
     remember_images(model, reads.draw)
 
-def _trained(params, trainer): # -> the model as it is to be used and saved
+
+def _trained(params, trainer):  # -> the model as it is to be used and saved
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if params['remember']: forget_images(model)
-    if 'RANK' in os.environ and not torch.cuda.is_available(): torch.set_num_threads(os.cpu_count()) # torchrun gives each process one
+    if params['remember']:
+        forget_images(model)
+    if 'RANK' in os.environ and not torch.cuda.is_available():
+        torch.set_num_threads(os.cpu_count())  # torchrun gives each process one
     model = model.merge_and_unload() if hasattr(model, 'merge_and_unload') else model
-    for c in (model.config, model.config.get_text_config()): c.use_cache = True   # training switched it off
+    for c in (model.config, model.config.get_text_config()):
+        c.use_cache = True  # training switched it off
     return model.eval()
 
 # %% ../nbs/04_sft.ipynb #93335777
-def train(params, path, on_log=None): # dict of load_params; run folder; called with all rows -> result dict, None on other ranks
+def train(
+    params, path, on_log=None
+):  # dict of load_params; run folder; called with all rows -> result dict, None on other ranks
     "Fine-tune; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
-    if stamp := data_stamp(params['data']): run.keep(data=stamp)
-    if run.skip(): return run.result
-    torch.set_flush_denormal(True); seed_everything(params['seed'])
+    if stamp := data_stamp(params['data']):
+        run.keep(data=stamp)
+    if run.skip():
+        return run.result
+    torch.set_flush_denormal(True)
+    seed_everything(params['seed'])
     tokenizer = MaskTokenizer.from_pretrained(params['tokenizer']) if params['tokenizer'] else None
     vocab = tokenizer and tokenizer.vocab
     model, processor, words = build_model(params, vocab)
     rows = training_rows(params, vocab)
     reads = SceneNumbers(processor, rows.chat.world, model) if params['remember'] else processor
-    trainer = make_trainer(params, path, model, reads, words['ids'], rows, [_Log(run, on_log)] + [_Freeze(model, params['freeze_steps'])] * bool(params['freeze_steps']))
-    if (n := trainer.accelerator.num_processes) != processes(params): raise RunError(f"{n} processes run, {processes(params)} were asked for: start with torchrun or through run_sft().")
+    trainer = make_trainer(
+        params,
+        path,
+        model,
+        reads,
+        words['ids'],
+        rows,
+        [_Log(run, on_log)] + [_Freeze(model, params['freeze_steps'])] * bool(params['freeze_steps']),
+    )
+    if (n := trainer.accelerator.num_processes) != processes(params):
+        raise RunError(
+            f'{n} processes run, {processes(params)} were asked for: start with torchrun or through run_sft().'
+        )
     last = last_checkpoint(Path(path) / 'checkpoints')
-    if params['look_steps'] and not last: _look(params, trainer.accelerator.unwrap_model(trainer.model), processor, vocab, run)
-    if params['remember']: _remember(params, trainer.accelerator.unwrap_model(trainer.model), rows, reads)
+    if params['look_steps'] and not last:
+        _look(params, trainer.accelerator.unwrap_model(trainer.model), processor, vocab, run)
+    if params['remember']:
+        _remember(params, trainer.accelerator.unwrap_model(trainer.model), rows, reads)
     run.truncate(int(last.name.split('-')[1]) if last else 0)
     started = time.time()
-    try: trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except torch.OutOfMemoryError as e: raise RunError(_memory(params, processor)) from e
-    if not run.main: return None
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except torch.OutOfMemoryError as e:
+        raise RunError(_memory(params, processor)) from e
+    if not run.main:
+        return None
     (run.path / 'look.pt').unlink(missing_ok=True)
     model = _trained(params, trainer)
     return finish(run, MaskVLM(model, processor, tokenizer) if tokenizer else (model, processor), time.time() - started)
 
 # %% ../nbs/04_sft.ipynb #4a51bbfa
-def heldout_refer(n, split='heldout', share=.25, seed=0): # expressions, split of ShapeWorld, share without target -> list of (scene, text, ids, kind)
+def heldout_refer(
+    n, split='heldout', share=0.25, seed=0
+):  # expressions, split of ShapeWorld, share without target -> list of (scene, text, ids, kind)
     "Draw held-out expressions, one for each scene."
     world, out = ShapeWorld(4 * n, split, seed), []
     for i in range(4 * n):
         scene, rng = world.scene(i), np.random.default_rng([seed, i, 5])
         big = {k for k, m in enumerate(scene.visible) if m.sum() >= world.min_area}
-        kind = 'nothing' if rng.random() < share else str(rng.choice(['attributes', 'relation', 'order', 'place'], p=[.55, .17, .12, .16]))
+        kind = (
+            'nothing'
+            if rng.random() < share
+            else str(rng.choice(['attributes', 'relation', 'order', 'place'], p=[0.55, 0.17, 0.12, 0.16]))
+        )
         text, ids, kind = refer(rng, scene.graph(), kind)
-        if set(ids) <= big: out.append((scene, text, sorted(ids), kind))
-        if len(out) == n: return out
+        if set(ids) <= big:
+            out.append((scene, text, sorted(ids), kind))
+        if len(out) == n:
+            return out
 
 # %% ../nbs/04_sft.ipynb #45984f04
-def evaluate_refer(vlm, asked, batch=32): # MaskVLM, rows of heldout_refer -> dict of lists over expressions
+def evaluate_refer(vlm, asked, batch=32):  # MaskVLM, rows of heldout_refer -> dict of lists over expressions
     "Ask for held-out expressions: IoU of the union, the tokenizer's own IoU, codes right."
     out = dict(score=[], iou=[], ceiling=[], pair=[], first=[], no_target=[], malformed=[], kind=[])
     for a in range(0, len(asked), batch):
-        part = asked[a:a + batch]
+        part = asked[a : a + batch]
         images = [render(s) for s, *_ in part]
-        for (scene, text, ids, kind), image, got in zip(part, images, vlm.segment(images, [t for _, t, *_ in part], max_new_tokens=96)):
-            out['malformed'].append(len(got.skipped)); out['kind'].append(kind)
-            if not ids: out['no_target'].append(float(not got)); out['score'].append(float(not got)); continue
+        for (scene, text, ids, kind), image, got in zip(
+            part, images, vlm.segment(images, [t for _, t, *_ in part], max_new_tokens=96)
+        ):
+            out['malformed'].append(len(got.skipped))
+            out['kind'].append(kind)
+            if not ids:
+                out['no_target'].append(float(not got))
+                out['score'].append(float(not got))
+                continue
             truth = scene.visible[ids]
             codes = vlm.tokenizer.encode(image, truth)
             best = vlm.tokenizer.decode(image, codes).any(0)
             said = {tuple(i.codes) for i in got}
-            out['iou'].append(float(mask_iou_pairs(truth.any(0)[None], (got.union if got else np.zeros(scene.visible.shape[1:], bool))[None])[0]))
-            out['score'].append(out['iou'][-1]); out['ceiling'].append(float(mask_iou_pairs(truth.any(0)[None], best[None])[0]))
-            out['pair'] += [float(tuple(c) in said) for c in codes.tolist()]; out['first'] += [float(c[0] in {s[0] for s in said}) for c in codes.tolist()]
+            out['iou'].append(
+                float(
+                    mask_iou_pairs(
+                        truth.any(0)[None], (got.union if got else np.zeros(scene.visible.shape[1:], bool))[None]
+                    )[0]
+                )
+            )
+            out['score'].append(out['iou'][-1])
+            out['ceiling'].append(float(mask_iou_pairs(truth.any(0)[None], best[None])[0]))
+            out['pair'] += [float(tuple(c) in said) for c in codes.tolist()]
+            out['first'] += [float(c[0] in {s[0] for s in said}) for c in codes.tolist()]
     return out
 
 # %% ../nbs/04_sft.ipynb #1e7e3d1b
 CAPTION = PROMPTS['caption']
 
-def evaluate_captions(vlm, n, split='heldout', batch=32): # MaskVLM, regions -> dict attribute -> list of 0 or 1, over regions
+
+def evaluate_captions(
+    vlm, n, split='heldout', batch=32
+):  # MaskVLM, regions -> dict attribute -> list of 0 or 1, over regions
     "Ask for descriptions of held-out regions and compare their attributes."
     world, out, chats, truth = ShapeWorld(n, split, 1), {k: [] for k in KINDS}, [], []
     for i in range(n):
         scene, rng = world.scene(i), np.random.default_rng(i)
         k = int(rng.choice([k for k, m in enumerate(scene.visible) if m.sum() >= world.min_area]))
-        chats.append(Conversation([dict(role='user', content='<image:0>\n' + CAPTION.format(mask='<mask:0>'))], [render(scene)], [scene.visible[k]])); truth.append(scene.objects[k])
+        chats.append(
+            Conversation(
+                [dict(role='user', content='<image:0>\n' + CAPTION.format(mask='<mask:0>'))],
+                [render(scene)],
+                [scene.visible[k]],
+            )
+        )
+        truth.append(scene.objects[k])
     for reply, o in zip(vlm.generate(chats, max_new_tokens=48, chunk=batch), truth):
         said = read_caption(reply)
-        for k in KINDS: out[k].append(float(said[k] == getattr(o, k)))
+        for k in KINDS:
+            out[k].append(float(said[k] == getattr(o, k)))
     return out
 
 # %% ../nbs/04_sft.ipynb #ea804e65
-def _corners(box, size): return ','.join(str(min(99, int(100 * v / size))) for v in box) # (4,) xyxy pixels -> what a base says of a region
+def _corners(box, size):
+    return ','.join(str(min(99, int(100 * v / size))) for v in box)  # (4,) xyxy pixels -> what a base says of a region
 
-def _painted(boxes): # list of (4,) corners in percent -> (100,100) bool
+
+def _painted(boxes):  # list of (4,) corners in percent -> (100,100) bool
     out = np.zeros((100, 100), bool)
-    for x0, y0, x1, y1 in boxes: out[y0:y1 + 1, x0:x1 + 1] = True
+    for x0, y0, x1, y1 in boxes:
+        out[y0 : y1 + 1, x0 : x1 + 1] = True
     return out
 
-def evaluate_boxes(model, processor, asked, batch=32): # VLM without mask words, its processor; rows of heldout_refer -> dict of lists over expressions
+
+def evaluate_boxes(
+    model, processor, asked, batch=32
+):  # VLM without mask words, its processor; rows of heldout_refer -> dict of lists over expressions
     "Ask for held-out expressions: IoU of the boxes that are written with those that are meant."
-    out, read = dict(box_iou=[], no_target=[]), lambda text: [[int(v) for v in m] for m in re.findall(r'\b(\d\d?),(\d\d?),(\d\d?),(\d\d?)\b', text)]
+    out, read = (
+        dict(box_iou=[], no_target=[]),
+        lambda text: [[int(v) for v in m] for m in re.findall(r'\b(\d\d?),(\d\d?),(\d\d?),(\d\d?)\b', text)],
+    )
     for a in range(0, len(asked), batch):
-        part = asked[a:a + batch]
-        ask = lambda text: processor.apply_chat_template(to_messages([dict(role='user', content='<image:0>\n' + PROMPTS['refer'].format(phrase=text))])[0], tokenize=False, add_generation_prompt=True)
+        part = asked[a : a + batch]
+
+        def ask(text):
+            return processor.apply_chat_template(
+                to_messages([dict(role='user', content='<image:0>\n' + PROMPTS['refer'].format(phrase=text))])[0],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+
         said = write_replies(model, processor, [(ask(t), [Image.fromarray(render(s))]) for s, t, *_ in part], 96)
         for (scene, _, ids, _), text in zip(part, said):
-            got, want = read(text), [[int(v) for v in _corners(b, scene.size).split(',')] for b in masks_to_boxes(scene.visible[ids])]
-            if want: out['box_iou'].append(float(mask_iou_pairs(_painted(want)[None], _painted(got)[None])[0]))
-            else: out['no_target'].append(float(not got))
+            got, want = (
+                read(text),
+                [[int(v) for v in _corners(b, scene.size).split(',')] for b in masks_to_boxes(scene.visible[ids])],
+            )
+            if want:
+                out['box_iou'].append(float(mask_iou_pairs(_painted(want)[None], _painted(got)[None])[0]))
+            else:
+                out['no_target'].append(float(not got))
     return out
 
 # %% ../nbs/04_sft.ipynb #ed8dda12
-def heldout_metrics(vlm, n): # MaskVLM, or (model, processor) of a base that writes boxes; expressions -> dict of figures with intervals
+def heldout_metrics(
+    vlm, n
+):  # MaskVLM, or (model, processor) of a base that writes boxes; expressions -> dict of figures with intervals
     "Measure a model on held-out scenes."
-    if isinstance(vlm, tuple): return {k: mean_ci(v) for k, v in evaluate_boxes(*vlm, heldout_refer(n)).items() if v}
+    if isinstance(vlm, tuple):
+        return {k: mean_ci(v) for k, v in evaluate_boxes(*vlm, heldout_refer(n)).items() if v}
     r, c = evaluate_refer(vlm, heldout_refer(n)), evaluate_captions(vlm, n // 2)
-    kinds = {f'score_{k}': mean_ci([s for s, o in zip(r['score'], r['kind']) if o == k]) for k in dict.fromkeys(r['kind'])}
-    return {k: mean_ci(r[k]) for k in ('iou', 'ceiling', 'pair', 'first', 'no_target') if r[k]} | dict(malformed=int(sum(r['malformed'])), caption=mean_ci(np.mean([c[k] for k in c], 0)), **{f'caption_{k}': mean_ci(c[k]) for k in c}) | kinds
+    kinds = {
+        f'score_{k}': mean_ci([s for s, o in zip(r['score'], r['kind']) if o == k]) for k in dict.fromkeys(r['kind'])
+    }
+    return (
+        {k: mean_ci(r[k]) for k in ('iou', 'ceiling', 'pair', 'first', 'no_target') if r[k]}
+        | dict(
+            malformed=int(sum(r['malformed'])),
+            caption=mean_ci(np.mean([c[k] for k in c], 0)),
+            **{f'caption_{k}': mean_ci(c[k]) for k in c},
+        )
+        | kinds
+    )
 
-def finish(run, vlm, seconds): # Run; see heldout_metrics -> result dict
+
+def finish(run, vlm, seconds):  # Run; see heldout_metrics -> result dict
     "Save the model, measure it on held-out scenes, write the result."
     p = run.params
-    for part in (vlm if isinstance(vlm, tuple) else [vlm]): part.save_pretrained(run.path / 'vlm')
-    metrics = dict(run_loss=run.rows()[-1]['loss'] if run.rows() else None) | (heldout_metrics(vlm, p['eval_n']) if p['eval_n'] else {})
-    run.save_result(metrics, n=p['eval_n'], seconds=round(seconds, 1), command=run_command('04_sft', p, load_params(p['scale'], p['gpus'])))
+    for part in vlm if isinstance(vlm, tuple) else [vlm]:
+        part.save_pretrained(run.path / 'vlm')
+    metrics = dict(run_loss=run.rows()[-1]['loss'] if run.rows() else None) | (
+        heldout_metrics(vlm, p['eval_n']) if p['eval_n'] else {}
+    )
+    run.save_result(
+        metrics,
+        n=p['eval_n'],
+        seconds=round(seconds, 1),
+        command=run_command('04_sft', p, load_params(p['scale'], p['gpus'])),
+    )
     return run.result
 
 # %% ../nbs/04_sft.ipynb #a4ed0260
-def run_sft(params, path, on_log=None): # -> result dict
+def run_sft(params, path, on_log=None):  # -> result dict
     "Fine-tune in this process, or in one process for each GPU, watched."
-    if check_params(params) == 1: return train(params, path, on_log)
+    if check_params(params) == 1:
+        return train(params, path, on_log)
     watch(path, launch('samtok.sft', dict(out=str(path), **params), gpus=processes(params), run_dir=path), on_log)
     return Run(path, params).result
+
 
 def main(argv=None):
     "Fine-tune from the command line; every parameter of the scale's file is an option."
     run_main('sft', load_params, train, run_sft, argv, recipe='')
 
-if __name__ == '__main__' and '__file__' in globals(): main()
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()

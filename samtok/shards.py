@@ -8,263 +8,515 @@ __all__ = ['image_bytes', 'chat_row', 'tokenize_batch', 'fingerprint', 'open_con
            'CodeTable', 'code_table', 'main']
 
 # %% ../nbs/03d_shards.ipynb #d3af0549
-import hashlib, io, json, os, sys
+import hashlib
+import io
+import json
+import os
+import sys
 from collections import Counter
 from dataclasses import asdict
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
+
 import numpy as np
 from PIL import Image
+
 from .chat import fill, mask_words
 from .data import DataError, Mixture, Report, _leaves, read_image
 from .runs import Run, RunError, atomic_write, check_device, find_file, parse_args, pool_map, progress
 from .toy.shapeworld import ShapeWorld, render
 
 # %% ../nbs/03d_shards.ipynb #1c72572c
-def image_bytes(source, quality=95): # path: kept as it is; array or PIL image: PNG where small, else JPEG -> bytes
+def image_bytes(source, quality=95):  # path: kept as it is; array or PIL image: PNG where small, else JPEG -> bytes
     "Store an image in a row."
-    if isinstance(source, (str, Path)): return Path(source).read_bytes()
-    if isinstance(source, bytes): return source
+    if isinstance(source, (str, Path)):
+        return Path(source).read_bytes()
+    if isinstance(source, bytes):
+        return source
     out, image = io.BytesIO(), Image.fromarray(read_image(source))
     small = image.width * image.height <= 256 * 256
     image.save(out, 'PNG' if small else 'JPEG', **({} if small else dict(quality=quality)))
     return out.getvalue()
 
 # %% ../nbs/03d_shards.ipynb #c4566702
-def chat_row(conversation, words, store=image_bytes): # Conversation, its masks' words, what to do with an image -> dict id, dataset, task, messages (JSON text with mask words, images as <image:i>), images
+def chat_row(
+    conversation, words, store=image_bytes
+):  # Conversation, its masks' words, what to do with an image -> dict id, dataset, task, messages (JSON text with mask words, images as <image:i>), images
     "Make the row that fine-tuning reads."
     messages = [dict(m, content=fill(m['content'], words)) for m in conversation.messages]
-    return dict(id=conversation.id, dataset=conversation.dataset, task=conversation.task, messages=json.dumps(messages, ensure_ascii=False), images=[store(i) for i in conversation.images])
+    return dict(
+        id=conversation.id,
+        dataset=conversation.dataset,
+        task=conversation.task,
+        messages=json.dumps(messages, ensure_ascii=False),
+        images=[store(i) for i in conversation.images],
+    )
 
 # %% ../nbs/03d_shards.ipynb #91f63f60
-def _row(c, words): # -> row, whose texts are UTF-8
+def _row(c, words):  # -> row, whose texts are UTF-8
     row = chat_row(c, words)
-    for k in ('id', 'dataset', 'task', 'messages'): row[k].encode()
+    for k in ('id', 'dataset', 'task', 'messages'):
+        row[k].encode()
     return row
 
-def tokenize_batch(tokenizer, batch, report): # MaskTokenizer, list of Conversation, Report -> list of rows; what cannot be used is counted and left out
+
+def tokenize_batch(
+    tokenizer, batch, report
+):  # MaskTokenizer, list of Conversation, Report -> list of rows; what cannot be used is counted and left out
     "Tokenize conversations, all their images in one pass."
     try:
         for c in batch:
-            for i in set(range(len(c.images))) - set(c.of): read_image(c.images[i])
+            for i in set(range(len(c.images))) - set(c.of):
+                read_image(c.images[i])
         return [_row(c, w) for c, w in zip(batch, mask_words(tokenizer, batch))]
-    except (NameError, ImportError, MemoryError, RuntimeError): raise
-    except Exception as e:                                                       # files of others fail in every way; the report keeps the case
-        if (half := len(batch) // 2): return tokenize_batch(tokenizer, batch[:half], report) + tokenize_batch(tokenizer, batch[half:], report)
+    except (NameError, ImportError, MemoryError, RuntimeError):
+        raise
+    except Exception as e:  # files of others fail in every way; the report keeps the case
+        if half := len(batch) // 2:
+            return tokenize_batch(tokenizer, batch[:half], report) + tokenize_batch(tokenizer, batch[half:], report)
         kind = 'missing file' if FileNotFoundError in (type(e), type(e.__cause__)) else type(e).__name__
         report.add(f'{kind}: conversation skipped', f'{batch[0].dataset}, {batch[0].id}: {e}')
         return []
 
 # %% ../nbs/03d_shards.ipynb #4b1a13cd
-def fingerprint(tokenizer): # MaskTokenizer, or anything with config (a dataclass) and state_dict -> str, 16 hex digits
+def fingerprint(tokenizer):  # MaskTokenizer, or anything with config (a dataclass) and state_dict -> str, 16 hex digits
     "Hash what decides on the words: configuration and weights."
     h = hashlib.sha256(json.dumps(asdict(tokenizer.config), sort_keys=True).encode())
     for name, v in sorted(tokenizer.state_dict().items()):
-        if hasattr(v, 'detach'): v = v.detach().cpu().contiguous().flatten().view(import_module('torch').uint8).numpy()
+        if hasattr(v, 'detach'):
+            v = v.detach().cpu().contiguous().flatten().view(import_module('torch').uint8).numpy()
         h.update(name.encode() + b'\0' + np.ascontiguousarray(v).tobytes())
     return h.hexdigest()[:16]
 
 # %% ../nbs/03d_shards.ipynb #b218e93e
-def _scene_chat(rounds=6, share=None, kind=None, **world): return import_module('samtok.toy.scenes').SceneChat(ShapeWorld(**world), rounds, share, kind)
+def _scene_chat(rounds=6, share=None, kind=None, **world):
+    return import_module('samtok.toy.scenes').SceneChat(ShapeWorld(**world), rounds, share, kind)
 
-def open_conversations(name, **args): # "shapeworld", a format of samtok.chat_formats, or "module:class"; arguments of it -> ChatDataset; raises DataError
+
+def open_conversations(
+    name, **args
+):  # "shapeworld", a format of samtok.chat_formats, or "module:class"; arguments of it -> ChatDataset; raises DataError
     "Open a data set of conversations by name."
     module, _, cls = name.partition(':')
     try:
-        if name == 'shapeworld': return _scene_chat(**args)
+        if name == 'shapeworld':
+            return _scene_chat(**args)
         if cls:
-            if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())        # a file of the user's, beside which the command runs
+            if os.getcwd() not in sys.path:
+                sys.path.insert(0, os.getcwd())  # a file of the user's, beside which the command runs
             return getattr(import_module(module), cls)(**args)
         return import_module('samtok.chat_formats').open_chat(name, **args)
-    except (ImportError, AttributeError, TypeError) as e: raise DataError(f'The data set {name} cannot be opened ({e}): give "shapeworld", a format of samtok.chat_formats, or "module:class", and the arguments that it takes.') from e
+    except (ImportError, AttributeError, TypeError) as e:
+        raise DataError(
+            f'The data set {name} cannot be opened ({e}): give "shapeworld", a format of samtok.chat_formats, or "module:class", and the arguments that it takes.'
+        ) from e
 
-def open_mixture(spec): # dict of name and arguments, or a list of these with weights -> ChatDataset, or Mixture
+
+def open_mixture(spec):  # dict of name and arguments, or a list of these with weights -> ChatDataset, or Mixture
     "Open one data set, or several as one."
     rows = [spec] if isinstance(spec, dict) else spec
-    parts = [(open_conversations(**{k: v for k, v in r.items() if k != 'weight'}), r.get('weight', 1.)) for r in rows]
+    parts = [(open_conversations(**{k: v for k, v in r.items() if k != 'weight'}), r.get('weight', 1.0)) for r in rows]
     return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else Mixture(parts)
 
 # %% ../nbs/03d_shards.ipynb #f8d2774b
-def make_shard(dataset, block, tokenizer, batch=8): # ChatDataset or Mixture; [(epoch, record)]; MaskTokenizer; conversations in one pass -> rows, dict of counts
+def make_shard(
+    dataset, block, tokenizer, batch=8
+):  # ChatDataset or Mixture; [(epoch, record)]; MaskTokenizer; conversations in one pass -> rows, dict of counts
     "Tokenize a range of records."
     report, rows = Report(), []
-    for d in _leaves(dataset): d.report = Report()
+    for d in _leaves(dataset):
+        d.report = Report()
     talks = (c for epoch, record in block if (c := dataset._read(record, epoch)) is not None)
-    while part := list(islice(talks, batch)): rows += tokenize_batch(tokenizer, part, report)
-    for d in _leaves(dataset): report.merge(d.report)
-    left_out = {k: dict(count=n, first=report.examples.get(k, '')) for k, n in sorted(report.items()) if k not in ('ok', 'masks')}
-    return rows, dict(records=len(block), rows=len(rows), masks=sum(r['messages'].count(tokenizer.vocab.start) for r in rows), images=sum(len(r['images']) for r in rows),
-                      datasets=dict(sorted(Counter(r['dataset'] for r in rows).items())), left_out=left_out)
+    while part := list(islice(talks, batch)):
+        rows += tokenize_batch(tokenizer, part, report)
+    for d in _leaves(dataset):
+        report.merge(d.report)
+    left_out = {
+        k: dict(count=n, first=report.examples.get(k, ''))
+        for k, n in sorted(report.items())
+        if k not in ('ok', 'masks')
+    }
+    return rows, dict(
+        records=len(block),
+        rows=len(rows),
+        masks=sum(r['messages'].count(tokenizer.vocab.start) for r in rows),
+        images=sum(len(r['images']) for r in rows),
+        datasets=dict(sorted(Counter(r['dataset'] for r in rows).items())),
+        left_out=left_out,
+    )
 
 # %% ../nbs/03d_shards.ipynb #1eeb8e69
 def _schema(meta):
     import pyarrow as pa
+
     columns = [(k, pa.string()) for k in ('id', 'dataset', 'task', 'messages')] + [('images', pa.list_(pa.binary()))]
     return pa.schema(columns, {'samtok': json.dumps(meta, sort_keys=True)})
 
-def _part(path): return path.with_name(f'.{path.name}.{os.urandom(4).hex()}.part')
 
-def write_shard(path, rows, meta): # Path; rows of chat_row; dict of plain values that is kept in the file; raises RunError
+def _part(path):
+    return path.with_name(f'.{path.name}.{os.urandom(4).hex()}.part')
+
+
+def write_shard(
+    path, rows, meta
+):  # Path; rows of chat_row; dict of plain values that is kept in the file; raises RunError
     "Write a parquet file whole or not at all; one that is there already stays."
-    import pyarrow as pa, pyarrow.parquet as pq
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     part = _part(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows, _schema(meta)), part, row_group_size=64, use_dictionary=['dataset', 'task'])
+        pq.write_table(
+            pa.Table.from_pylist(rows, _schema(meta)), part, row_group_size=64, use_dictionary=['dataset', 'task']
+        )
         part.unlink(missing_ok=True) if path.exists() else os.replace(part, path)
-    except OSError as e: raise RunError(f'{path.name} cannot be written ({e.strerror or e}): choose a folder that can be written and has room.') from e
+    except OSError as e:
+        raise RunError(
+            f'{path.name} cannot be written ({e.strerror or e}): choose a folder that can be written and has room.'
+        ) from e
 
-def read_meta(path): # parquet file of write_shard -> dict; raises RunError
+
+def read_meta(path):  # parquet file of write_shard -> dict; raises RunError
     "Read the counts of a shard."
-    import pyarrow as pa, pyarrow.parquet as pq
-    try: return json.loads(pq.read_schema(path).metadata[b'samtok'])
-    except (pa.ArrowException, OSError, KeyError, TypeError) as e: raise RunError(f'{path.name} is no whole shard of samtok ({type(e).__name__}): delete it and start again, it will be made anew.') from e
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return json.loads(pq.read_schema(path).metadata[b'samtok'])
+    except (pa.ArrowException, OSError, KeyError, TypeError) as e:
+        raise RunError(
+            f'{path.name} is no whole shard of samtok ({type(e).__name__}): delete it and start again, it will be made anew.'
+        ) from e
 
 # %% ../nbs/03d_shards.ipynb #8c84980f
-def _order(dataset, seed, epochs, n): return islice((r for e in range(epochs) for r in dataset._order(seed, e)), n or None)
-def _blocks(order, size, count): # yields the records of each shard
-    for _ in range(count): yield list(islice(order, size))
+def _order(dataset, seed, epochs, n):
+    return islice((r for e in range(epochs) for r in dataset._order(seed, e)), n or None)
 
-def merge_report(out, count, plan): # folder, number of shards, parameters -> dict, or None while shards are missing; raises RunError
+
+def _blocks(order, size, count):  # yields the records of each shard
+    for _ in range(count):
+        yield list(islice(order, size))
+
+
+def merge_report(
+    out, count, plan
+):  # folder, number of shards, parameters -> dict, or None while shards are missing; raises RunError
     "Sum the counts of all shards into report.json, once."
     paths = [out / f'shard-{s:05d}-of-{count:05d}.parquet' for s in range(count)]
-    if not all(p.exists() for p in paths): return None
+    if not all(p.exists() for p in paths):
+        return None
     total, left_out = dict(records=0, rows=0, masks=0, images=0), {}
     datasets = Counter()
     for path, meta in ((p, read_meta(p)) for p in paths):
-        if meta['plan'] != plan: raise RunError(f'{path.name} was made with other data or another tokenizer than the folder {out.name}: delete it and start again.')
-        for k in total: total[k] += meta[k]
+        if meta['plan'] != plan:
+            raise RunError(
+                f'{path.name} was made with other data or another tokenizer than the folder {out.name}: delete it and start again.'
+            )
+        for k in total:
+            total[k] += meta[k]
         datasets.update(meta['datasets'])
-        for k, v in meta['left_out'].items(): left_out[k] = dict(count=v['count'] + left_out.get(k, v | dict(count=0))['count'], first=left_out.get(k, v)['first'])
+        for k, v in meta['left_out'].items():
+            left_out[k] = dict(
+                count=v['count'] + left_out.get(k, v | dict(count=0))['count'], first=left_out.get(k, v)['first']
+            )
     report = dict(plan=plan, shards=count, **total, datasets=dict(datasets), left_out=left_out)
-    (part := _part(out / 'report.json')).write_text(json.dumps(report, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    (part := _part(out / 'report.json')).write_text(
+        json.dumps(report, indent=1, ensure_ascii=False) + '\n', encoding='utf-8'
+    )
     os.replace(part, out / 'report.json')
-    for p in out.glob('.shard-*.part'): p.unlink(missing_ok=True)               # what killed processes left behind
+    for p in out.glob('.shard-*.part'):
+        p.unlink(missing_ok=True)  # what killed processes left behind
     return report
 
 # %% ../nbs/03d_shards.ipynb #d49b19fe
-def tokenize_data(dataset,    # ChatDataset, or a Mixture of them
-                  tokenizer,  # MaskTokenizer
-                  out,        # folder, made if missing
-                  data=None,  # plain values that say what the data are; None: the name of the data set
-                  shard=512,  # records in a shard
-                  batch=8,    # conversations in one pass
-                  epochs=1, seed=0, n=0, # passes; choice of a mixture with broken weights; only the first n records, 0: all
-                  rank=0, world=1): # this process, of so many; returns the report, or None while other ranks are at work; raises DataError, RunError
+def tokenize_data(
+    dataset,  # ChatDataset, or a Mixture of them
+    tokenizer,  # MaskTokenizer
+    out,  # folder, made if missing
+    data=None,  # plain values that say what the data are; None: the name of the data set
+    shard=512,  # records in a shard
+    batch=8,  # conversations in one pass
+    epochs=1,
+    seed=0,
+    n=0,  # passes; choice of a mixture with broken weights; only the first n records, 0: all
+    rank=0,
+    world=1,
+):  # this process, of so many; returns the report, or None while other ranks are at work; raises DataError, RunError
     "Write a data set as tokenised shards."
-    if getattr(dataset, 'repeat', False): raise DataError('A mixture that repeats for ever has no end to tokenize: give repeat=False and the number of epochs.')
+    if getattr(dataset, 'repeat', False):
+        raise DataError(
+            'A mixture that repeats for ever has no end to tokenize: give repeat=False and the number of epochs.'
+        )
     records = sum(1 for _ in _order(dataset, seed, epochs, n))
-    plan = dict(version=1, tokenizer=fingerprint(tokenizer), data=data or dict(name=dataset.name), records=records, shard=shard, epochs=epochs, seed=seed)
-    if stamp := dataset.stamp(): plan['files'] = stamp                           # masks that were corrected are other data
+    plan = dict(
+        version=1,
+        tokenizer=fingerprint(tokenizer),
+        data=data or dict(name=dataset.name),
+        records=records,
+        shard=shard,
+        epochs=epochs,
+        seed=seed,
+    )
+    if stamp := dataset.stamp():
+        plan['files'] = stamp  # masks that were corrected are other data
     out, plan = Path(out), Run(out, plan, main=rank == 0).params
-    if (out / 'report.json').exists(): return json.loads((out / 'report.json').read_text())
+    if (out / 'report.json').exists():
+        return json.loads((out / 'report.json').read_text())
     count = -(-records // shard)
-    paths = {s: p for s in range(rank, count, world) if not (p := out / f'shard-{s:05d}-of-{count:05d}.parquet').exists()}
+    paths = {
+        s: p for s in range(rank, count, world) if not (p := out / f'shard-{s:05d}-of-{count:05d}.parquet').exists()
+    }
     blocks = enumerate(_blocks(_order(dataset, seed, epochs, n), shard, count))
     for s in progress(list(paths), f'shards of {out.name}'):
         rows, counts = make_shard(dataset, next(b for k, b in blocks if k == s), tokenizer, batch)
-        if s == 0 and not rows: raise DataError(f"None of the first {counts['records']} records can be used; is the path right? First case: {next((v['first'] for v in counts['left_out'].values()), 'none')}")
+        if s == 0 and not rows:
+            raise DataError(
+                f'None of the first {counts["records"]} records can be used; is the path right? First case: {next((v["first"] for v in counts["left_out"].values()), "none")}'
+            )
         write_shard(paths[s], rows, dict(counts, shard=s, plan=plan))
     return merge_report(out, count, plan)
 
 # %% ../nbs/03d_shards.ipynb #6e80fe18
-def shard_folders(data): # folder of shards, or JSON file (also of the package) with a list of {"path", "weight"} -> that list; raises RunError
+def shard_folders(
+    data,
+):  # folder of shards, or JSON file (also of the package) with a list of {"path", "weight"} -> that list; raises RunError
     "List the folders of tokenised shards that a run reads."
     rows = json.loads(find_file(data).read_text()) if str(data).endswith('.json') else [dict(path=str(data))]
     if empty := [r['path'] for r in rows if not any(Path(r['path']).glob('*.parquet'))]:
-        raise RunError(f"There are no tokenised shards (*.parquet) in {', '.join(empty[:4])}{f' and {len(empty) - 4} more' * (len(empty) > 4)} ({len(empty)} of {len(rows)} folders): make them with samtok-tokenize, or give \"shapeworld\".")
+        raise RunError(
+            f'There are no tokenised shards (*.parquet) in {", ".join(empty[:4])}{f" and {len(empty) - 4} more" * (len(empty) > 4)} ({len(empty)} of {len(rows)} folders): make them with samtok-tokenize, or give "shapeworld".'
+        )
     return rows
 
-def data_stamp(data): # as above, or "shapeworld" -> str that changes with the shards; None for drawn scenes
+
+def data_stamp(data):  # as above, or "shapeworld" -> str that changes with the shards; None for drawn scenes
     "Hash what training data are."
-    if data == 'shapeworld': return None
-    files = [f for r in shard_folders(data) for f in sorted(Path(r['path']).glob('report.json')) or sorted(Path(r['path']).glob('*.parquet'))]
-    return hashlib.sha256(b''.join(f.read_bytes() if f.suffix == '.json' else f'{f.name} {f.stat().st_size}'.encode() for f in files)).hexdigest()[:16]
+    if data == 'shapeworld':
+        return None
+    files = [
+        f
+        for r in shard_folders(data)
+        for f in sorted(Path(r['path']).glob('report.json')) or sorted(Path(r['path']).glob('*.parquet'))
+    ]
+    return hashlib.sha256(
+        b''.join(f.read_bytes() if f.suffix == '.json' else f'{f.name} {f.stat().st_size}'.encode() for f in files)
+    ).hexdigest()[:16]
 
 # %% ../nbs/03d_shards.ipynb #0dcf5097
-def _save_arrays(path, **arrays): atomic_write(path, lambda f: np.savez(f, **arrays))
+def _save_arrays(path, **arrays):
+    atomic_write(path, lambda f: np.savez(f, **arrays))
 
-def _same_codes(path, mark): # -> path; raises RunError where another tokenizer or other scenes made it
-    with np.load(path) as f: differ = [k for k, v in mark.items() if k not in f or str(f[k]) != v]
-    if differ: raise RunError(f"{path.name} holds codes of another tokenizer or other scenes ({', '.join(differ)} differ): choose another name, or delete it.")
+
+def _same_codes(path, mark):  # -> path; raises RunError where another tokenizer or other scenes made it
+    with np.load(path) as f:
+        differ = [k for k, v in mark.items() if k not in f or str(f[k]) != v]
+    if differ:
+        raise RunError(
+            f'{path.name} holds codes of another tokenizer or other scenes ({", ".join(differ)} differ): choose another name, or delete it.'
+        )
     return path
 
+
 def _read_part(path):
-    with np.load(path) as f: return f['codes'], f['objects']
+    with np.load(path) as f:
+        return f['codes'], f['objects']
 
-def _encode_scenes(world, tokenizer, some, batch, chunk, workers): # range of scenes -> codes (M,K) uint16, number of objects of each scene
+
+def _encode_scenes(
+    world, tokenizer, some, batch, chunk, workers
+):  # range of scenes -> codes (M,K) uint16, number of objects of each scene
     drawn = pool_map(lambda i: (render(s := world.scene(i)), s.visible), some, workers)
-    found = [c.astype(np.uint16) for _ in range(0, len(some), batch) for c in tokenizer.encode(*map(list, zip(*islice(drawn, batch))), chunk=chunk)]
-    return np.concatenate([np.zeros((0, tokenizer.vocab.depth), np.uint16), *found]), np.array([len(c) for c in found], np.int64)
-
+    found = [
+        c.astype(np.uint16)
+        for _ in range(0, len(some), batch)
+        for c in tokenizer.encode(*map(list, zip(*islice(drawn, batch))), chunk=chunk)
+    ]
+    return np.concatenate([np.zeros((0, tokenizer.vocab.depth), np.uint16), *found]), np.array(
+        [len(c) for c in found], np.int64
+    )
 
 # %% ../nbs/03d_shards.ipynb #5dc85ffb
-def scene_codes(world, tokenizer, out, batch=16, chunk=64, workers=0, # ShapeWorld; MaskTokenizer; .npz file; scenes and masks at a time; processes that draw
-                part=512, rank=0, ranks=1): # scenes that a killed run does not encode again; this process, of so many -> Path, or None while others are at work; raises RunError
+def scene_codes(
+    world,
+    tokenizer,
+    out,
+    batch=16,
+    chunk=64,
+    workers=0,  # ShapeWorld; MaskTokenizer; .npz file; scenes and masks at a time; processes that draw
+    part=512,
+    rank=0,
+    ranks=1,
+):  # scenes that a killed run does not encode again; this process, of so many -> Path, or None while others are at work; raises RunError
     "Write the codes of all objects of all scenes; a finished file stays."
-    out, mark = Path(out), dict(fingerprint=fingerprint(tokenizer), world=json.dumps([world.split, world.seed, world.n, world.size, list(world.count)]))
-    if out.exists(): return _same_codes(out, mark)
+    out, mark = (
+        Path(out),
+        dict(
+            fingerprint=fingerprint(tokenizer),
+            world=json.dumps([world.split, world.seed, world.n, world.size, list(world.count)]),
+        ),
+    )
+    if out.exists():
+        return _same_codes(out, mark)
     some = [range(a, min(a + part, len(world))) for a in range(0, len(world), part)]
-    parts = {out.with_name(f'.{out.name}.{r.start:08d}-{r.stop:08d}.npz'): r for r in some} # parts of another size are other files
+    parts = {
+        out.with_name(f'.{out.name}.{r.start:08d}-{r.stop:08d}.npz'): r for r in some
+    }  # parts of another size are other files
     for p in progress(list(parts)[rank::ranks], f'parts of {out.name}'):
-        if p.exists(): _same_codes(p, mark); continue
+        if p.exists():
+            _same_codes(p, mark)
+            continue
         codes, objects = _encode_scenes(world, tokenizer, parts[p], batch, chunk, workers)
         _save_arrays(p, codes=codes, objects=objects, **mark)
-    try: codes, objects = zip(*map(_read_part, parts))
-    except FileNotFoundError: return _same_codes(out, mark) if out.exists() else None      # others are at work, or have just put the parts together
+    try:
+        codes, objects = zip(*map(_read_part, parts))
+    except FileNotFoundError:
+        return (
+            _same_codes(out, mark) if out.exists() else None
+        )  # others are at work, or have just put the parts together
     _save_arrays(out, codes=np.concatenate(codes), starts=np.concatenate([[0], *objects]).cumsum(), **mark)
-    for p in parts: p.unlink(missing_ok=True)
+    for p in parts:
+        p.unlink(missing_ok=True)
     return out
-
 
 # %% ../nbs/03d_shards.ipynb #a4d15407
 class CodeTable:
     "The codes of all objects of the first scenes of a ShapeWorld, made once with a mask tokenizer."
-    def __init__(self, codes, starts, vocab): self.codes, self.starts, self.vocab = codes, starts, vocab # (M,K) uint16, (n+1,) first row of each scene
-    def __len__(self): return len(self.starts) - 1
-    def __call__(self, conversation): return [self.vocab.format(self.codes[self.starts[i] + k].astype(np.int64)) for i, k in conversation.keys]
 
-def code_table(path, vocab, tokenizer=None): # npz of codes (M,K) and starts (n+1,); MaskVocab; MaskTokenizer to be compared with, None: not compared -> CodeTable; raises RunError
+    def __init__(self, codes, starts, vocab):
+        self.codes, self.starts, self.vocab = codes, starts, vocab  # (M,K) uint16, (n+1,) first row of each scene
+
+    def __len__(self):
+        return len(self.starts) - 1
+
+    def __call__(self, conversation):
+        return [self.vocab.format(self.codes[self.starts[i] + k].astype(np.int64)) for i, k in conversation.keys]
+
+
+def code_table(
+    path, vocab, tokenizer=None
+):  # npz of codes (M,K) and starts (n+1,); MaskVocab; MaskTokenizer to be compared with, None: not compared -> CodeTable; raises RunError
     "Read the codes of ShapeWorld scenes."
-    with np.load(path) as f: table, made_by = CodeTable(f['codes'], f['starts'], vocab), str(f['fingerprint']) if 'fingerprint' in f else None
-    if table.codes.shape[1] != vocab.depth or table.codes.max(initial=0) >= vocab.codebook_size: raise RunError(f'{Path(path).name} holds codes of another mask tokenizer ({table.codes.shape[1]} books, up to {table.codes.max()}): make it again.')
-    if tokenizer is not None and made_by not in (None, fingerprint(tokenizer)): raise RunError(f'{Path(path).name} holds codes of the mask tokenizer {made_by}, not of this one ({fingerprint(tokenizer)}): make it again.')
+    with np.load(path) as f:
+        table, made_by = (
+            CodeTable(f['codes'], f['starts'], vocab),
+            str(f['fingerprint']) if 'fingerprint' in f else None,
+        )
+    if table.codes.shape[1] != vocab.depth or table.codes.max(initial=0) >= vocab.codebook_size:
+        raise RunError(
+            f'{Path(path).name} holds codes of another mask tokenizer ({table.codes.shape[1]} books, up to {table.codes.max()}): make it again.'
+        )
+    if tokenizer is not None and made_by not in (None, fingerprint(tokenizer)):
+        raise RunError(
+            f'{Path(path).name} holds codes of the mask tokenizer {made_by}, not of this one ({fingerprint(tokenizer)}): make it again.'
+        )
     return table
 
 # %% ../nbs/03d_shards.ipynb #58e29cef
-def _spec(data, args): # --data and --args -> dict, or list of dicts
-    if not isinstance(args, dict) or 'name' in args: raise DataError(f"--args is {args!r}: give the arguments of the data set as a JSON object in quotes, for example '{{\"root\": \"mine\"}}'.")
-    if not data.endswith('.json'): return dict(name=data, **args)
-    try: spec = json.loads(find_file(data).read_text())
-    except (OSError, ValueError) as e: raise DataError(f'The mixture {Path(data).name} cannot be read as JSON: {e}') from e
-    if not all(isinstance(r, dict) and 'name' in r for r in (spec if isinstance(spec, list) else [spec])): raise DataError(f'The mixture {Path(data).name} must be a list of objects with a name, arguments and perhaps a weight.')
+def _spec(data, args):  # --data and --args -> dict, or list of dicts
+    if not isinstance(args, dict) or 'name' in args:
+        raise DataError(
+            f'--args is {args!r}: give the arguments of the data set as a JSON object in quotes, for example \'{{"root": "mine"}}\'.'
+        )
+    if not data.endswith('.json'):
+        return dict(name=data, **args)
+    try:
+        spec = json.loads(find_file(data).read_text())
+    except (OSError, ValueError) as e:
+        raise DataError(f'The mixture {Path(data).name} cannot be read as JSON: {e}') from e
+    if not all(isinstance(r, dict) and 'name' in r for r in (spec if isinstance(spec, list) else [spec])):
+        raise DataError(
+            f'The mixture {Path(data).name} must be a list of objects with a name, arguments and perhaps a weight.'
+        )
     return spec
+
 
 def _tokenize(a, rank, world):
     import torch
+
     from samtok.tokenizer import MaskTokenizer
-    if not a['out']: raise RunError('Say where to write: --out FOLDER, or --out FILE.npz for the codes of ShapeWorld.')
+
+    if not a['out']:
+        raise RunError('Say where to write: --out FOLDER, or --out FILE.npz for the codes of ShapeWorld.')
     device = check_device(a['device'])
-    if device == 'cuda': device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    if device == 'cuda':
+        device = f'cuda:{int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()}'
     spec, tokenizer = _spec(a['data'], a['args']), MaskTokenizer.from_pretrained(a['tokenizer'], device=device)
-    if a['out'].endswith('.npz'): return (f := scene_codes(open_mixture(spec).world, tokenizer, a['out'], workers=a['workers'], rank=rank, ranks=world)) and dict(file=f.name)
-    try: return tokenize_data(open_mixture(spec), tokenizer, a['out'], spec, a['shard'], a['batch'], a['epochs'], a['seed'], a['n'], rank, world)
-    except torch.OutOfMemoryError as e: raise RunError(f"The GPU's memory is full with {a['batch']} conversations in one pass: start again with a lower --batch, the finished shards stay.") from e
+    if a['out'].endswith('.npz'):
+        return (
+            f := scene_codes(
+                open_mixture(spec).world, tokenizer, a['out'], workers=a['workers'], rank=rank, ranks=world
+            )
+        ) and dict(file=f.name)
+    try:
+        return tokenize_data(
+            open_mixture(spec),
+            tokenizer,
+            a['out'],
+            spec,
+            a['shard'],
+            a['batch'],
+            a['epochs'],
+            a['seed'],
+            a['n'],
+            rank,
+            world,
+        )
+    except torch.OutOfMemoryError as e:
+        raise RunError(
+            f"The GPU's memory is full with {a['batch']} conversations in one pass: start again with a lower --batch, the finished shards stay."
+        ) from e
 
 # %% ../nbs/03d_shards.ipynb #e70948d1
-def main(argv=None): # see the defaults
+def main(argv=None):  # see the defaults
     "Tokenize a data set from the command line (console command `samtok-tokenize`)."
-    help = dict(data='shapeworld, a reader of samtok.chat_formats (instances reads COCO and the other formats), module:class, or a JSON file with a mixture', args='''arguments of the data set, as JSON, for example '{"n": 100}' for shapeworld''', tokenizer='of masks: folder, hub id, "toy", or a folder of the package such as toy/tokenizer_16', out='folder, or FILE.npz for the codes of ShapeWorld',
-                shard='records in a shard', batch='conversations in one pass', epochs='passes over the data', seed='which rows a mixture takes where a weight is no whole number', n='only the first n records, 0: all', device='auto, cpu or cuda', workers='processes that draw scenes, for FILE.npz')
-    a = parse_args(dict(data='shapeworld', args={}, tokenizer='toy', out='', shard=512, batch=8, epochs=1, seed=0, n=0, device='auto', workers=0), argv, prog='samtok-tokenize', help=help, description='Turn a data set into tokenised shards: every mask becomes words, once.')
+    help = dict(
+        data='shapeworld, a reader of samtok.chat_formats (instances reads COCO and the other formats), module:class, or a JSON file with a mixture',
+        args="""arguments of the data set, as JSON, for example '{"n": 100}' for shapeworld""",
+        tokenizer='of masks: folder, hub id, "toy", or a folder of the package such as toy/tokenizer_16',
+        out='folder, or FILE.npz for the codes of ShapeWorld',
+        shard='records in a shard',
+        batch='conversations in one pass',
+        epochs='passes over the data',
+        seed='which rows a mixture takes where a weight is no whole number',
+        n='only the first n records, 0: all',
+        device='auto, cpu or cuda',
+        workers='processes that draw scenes, for FILE.npz',
+    )
+    a = parse_args(
+        dict(
+            data='shapeworld',
+            args={},
+            tokenizer='toy',
+            out='',
+            shard=512,
+            batch=8,
+            epochs=1,
+            seed=0,
+            n=0,
+            device='auto',
+            workers=0,
+        ),
+        argv,
+        prog='samtok-tokenize',
+        help=help,
+        description='Turn a data set into tokenised shards: every mask becomes words, once.',
+    )
     old = (Path(a['out']) / 'report.json').exists() or a['out'].endswith('.npz') and Path(a['out']).exists()
-    try: report = _tokenize(a, int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)))
+    try:
+        report = _tokenize(a, int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)))
     except (ValueError, OSError) as e:
         print(f'samtok-tokenize: {e}', file=sys.stderr)
         raise SystemExit(2)
-    if report and old: print(f"samtok-tokenize: {a['out']} was finished before: this is its report, and nothing was read again. For data that have changed choose another folder, or delete this one.", file=sys.stderr)
-    if report: print(json.dumps({k: v for k, v in report.items() if k != 'plan'}, indent=1, ensure_ascii=False))
+    if report and old:
+        print(
+            f'samtok-tokenize: {a["out"]} was finished before: this is its report, and nothing was read again. For data that have changed choose another folder, or delete this one.',
+            file=sys.stderr,
+        )
+    if report:
+        print(json.dumps({k: v for k, v in report.items() if k != 'plan'}, indent=1, ensure_ascii=False))
 
 # %% ../nbs/03d_shards.ipynb #a4f0bd45
-if __name__ == '__main__' and '__file__' in globals(): main()
+if __name__ == '__main__' and '__file__' in globals():
+    main()

@@ -8,34 +8,63 @@ __all__ = ['PALETTE', 'color_of', 'outline', 'overlay', 'faded', 'figure_png', '
            'usage_image']
 
 # %% ../nbs/00b_show.ipynb #a53ddb37
-import difflib, html, io, os, re, time
+import difflib
+import html
+import io
+import os
+import re
+import time
+
 import numpy as np
 
 # %% ../nbs/00b_show.ipynb #2afd0e34
-PALETTE = np.array([(0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0), (204, 121, 167), (86, 180, 233), (240, 228, 66),
-                    (120, 94, 240), (220, 38, 127), (100, 143, 255), (160, 90, 44), (150, 150, 150)], np.uint8)  # (12,3) RGB
+PALETTE = np.array(
+    [
+        (0, 114, 178),
+        (230, 159, 0),
+        (0, 158, 115),
+        (213, 94, 0),
+        (204, 121, 167),
+        (86, 180, 233),
+        (240, 228, 66),
+        (120, 94, 240),
+        (220, 38, 127),
+        (100, 143, 255),
+        (160, 90, 44),
+        (150, 150, 150),
+    ],
+    np.uint8,
+)  # (12,3) RGB
 _ERROR = dict(right=(0, 158, 115), missed=(0, 114, 178), extra=(213, 94, 0))
 
-def color_of(i): # number of a region -> (3,) uint8 RGB
+
+def color_of(i):  # number of a region -> (3,) uint8 RGB
     "Pick the colour of a region."
     return PALETTE[i % len(PALETTE)]
 
-def _ink(color): return 'black' if np.dot(color, (.299, .587, .114)) > 140 else 'white' # for text on a colour
+
+def _ink(color):
+    return 'black' if np.dot(color, (0.299, 0.587, 0.114)) > 140 else 'white'  # for text on a colour
 
 # %% ../nbs/00b_show.ipynb #e044c593
-def outline(mask): # (H,W) bool -> (H,W) bool
+def outline(mask):  # (H,W) bool -> (H,W) bool
     "Find the pixels of a mask that touch its outside (or the border of the image)."
     p = np.pad(mask, 1)
     return mask & ~(p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:])
 
-def overlay(image, # (H,W,3) uint8
-            masks, # (N,H,W) bool, or one (H,W)
-            alpha=.5,    # strength of the colour inside
-            colors=None  # (N,3) uint8; None: the palette
-           ): # (H,W,3) uint8
+
+def overlay(
+    image,  # (H,W,3) uint8
+    masks,  # (N,H,W) bool, or one (H,W)
+    alpha=0.5,  # strength of the colour inside
+    colors=None,  # (N,3) uint8; None: the palette
+):  # (H,W,3) uint8
     "Paint masks over an image, with outlines."
     masks = np.asarray(masks, bool)
-    if masks.size and masks.shape[-2:] != image.shape[:2]: raise ValueError(f'The masks are {masks.shape} and the image is {image.shape[:2]}: resize the masks to the image.')
+    if masks.size and masks.shape[-2:] != image.shape[:2]:
+        raise ValueError(
+            f'The masks are {masks.shape} and the image is {image.shape[:2]}: resize the masks to the image.'
+        )
     out, masks = image.astype(np.float32), masks.reshape(-1, *image.shape[:2])
     for i, m in enumerate(masks):
         c = np.asarray(color_of(i) if colors is None else colors[i], np.float32)
@@ -44,201 +73,352 @@ def overlay(image, # (H,W,3) uint8
     return out.round().astype(np.uint8)
 
 # %% ../nbs/00b_show.ipynb #6c9a2fda
-def faded(image, # (H,W,3) uint8
-          by=.75 # 0: as it is, 1: gray
-         ): # (H,W,3) uint8
+def faded(
+    image,  # (H,W,3) uint8
+    by=0.75,  # 0: as it is, 1: gray
+):  # (H,W,3) uint8
     "Take most of the colour and contrast out of an image."
-    gray = .5 * image.astype(np.float32).mean(-1, keepdims=True) + 105
+    gray = 0.5 * image.astype(np.float32).mean(-1, keepdims=True) + 105
     return ((1 - by) * image + by * gray).round().astype(np.uint8)
 
 # %% ../nbs/00b_show.ipynb #771742b1
-def _axes(n, cols, ratio=1., width=8.): # n panels -> figure, list of n axes; ratio = height / width of a panel
+def _axes(n, cols, ratio=1.0, width=8.0):  # n panels -> figure, list of n axes; ratio = height / width of a panel
     from matplotlib.figure import Figure
-    cols = max(1, min(cols, n)); rows = -(-n // cols)
+
+    cols = max(1, min(cols, n))
+    rows = -(-n // cols)
     w = min(width, 2.7 * cols)
-    fig = type('Figure', (Figure,), dict(_repr_png_=figure_png))(figsize=(w, w / cols * ratio * rows + .3 * rows), dpi=80, layout='constrained')
+    fig = type('Figure', (Figure,), dict(_repr_png_=figure_png))(
+        figsize=(w, w / cols * ratio * rows + 0.3 * rows), dpi=80, layout='constrained'
+    )
     axes = np.atleast_1d(fig.subplots(rows, cols)).ravel()
-    for ax in axes: ax.set_axis_off()
+    for ax in axes:
+        ax.set_axis_off()
     return fig, list(axes[:n])
 
-def figure_png(fig, colors=160): # matplotlib figure -> bytes; few colours keep pictures of noisy images small
+
+def figure_png(fig, colors=160):  # matplotlib figure -> bytes; few colours keep pictures of noisy images small
     "Render a figure as PNG."
     from PIL import Image
+
     drawn, out = io.BytesIO(), io.BytesIO()
     fig.savefig(drawn, format='png')
     Image.open(drawn).convert('RGB').quantize(colors, dither=Image.Dither.NONE).save(out, format='png', optimize=True)
     return out.getvalue()
 
 # %% ../nbs/00b_show.ipynb #93900258
-def show_image(image, # (H,W,3) uint8
-               masks=None,  # (N,H,W) bool
-               boxes=None,  # (M,4) xyxy pixels
-               labels=None, # list of str, written at the boxes or the masks
-               title=None, ax=None): # matplotlib axes; None: a new figure, which is returned
+def show_image(
+    image,  # (H,W,3) uint8
+    masks=None,  # (N,H,W) bool
+    boxes=None,  # (M,4) xyxy pixels
+    labels=None,  # list of str, written at the boxes or the masks
+    title=None,
+    ax=None,
+):  # matplotlib axes; None: a new figure, which is returned
     "Show an image with boxes and labels; with masks over it, it is faded."
     fig = None
-    if ax is None: fig, (ax,) = _axes(1, 1, image.shape[0] / image.shape[1], 4)
-    ax.imshow(image if masks is None else overlay(faded(image), masks, .6), interpolation='nearest'); ax.set_axis_off()
-    if title: ax.set_title(title, fontsize=9)
+    if ax is None:
+        fig, (ax,) = _axes(1, 1, image.shape[0] / image.shape[1], 4)
+    ax.imshow(image if masks is None else overlay(faded(image), masks, 0.6), interpolation='nearest')
+    ax.set_axis_off()
+    if title:
+        ax.set_title(title, fontsize=9)
     for i, (x0, y0, x1, y1) in enumerate([] if boxes is None else boxes):
-        ax.plot([x0 - .5, x1 - .5, x1 - .5, x0 - .5, x0 - .5], [y0 - .5, y0 - .5, y1 - .5, y1 - .5, y0 - .5], c=color_of(i) / 255, lw=1.2)
+        ax.plot(
+            [x0 - 0.5, x1 - 0.5, x1 - 0.5, x0 - 0.5, x0 - 0.5],
+            [y0 - 0.5, y0 - 0.5, y1 - 0.5, y1 - 0.5, y0 - 0.5],
+            c=color_of(i) / 255,
+            lw=1.2,
+        )
     for i, text in enumerate(labels or []):
-        px, py = (boxes[i][0], boxes[i][1]) if boxes is not None else [v.mean() for v in np.nonzero(masks[i])[::-1]] if masks is not None and masks[i].any() else (0, 0)
-        ax.text(px, py, text, fontsize=7, color=_ink(color_of(i)), clip_on=True, bbox=dict(facecolor=color_of(i) / 255, pad=1, lw=0))
+        px, py = (
+            (boxes[i][0], boxes[i][1])
+            if boxes is not None
+            else [v.mean() for v in np.nonzero(masks[i])[::-1]]
+            if masks is not None and masks[i].any()
+            else (0, 0)
+        )
+        ax.text(
+            px,
+            py,
+            text,
+            fontsize=7,
+            color=_ink(color_of(i)),
+            clip_on=True,
+            bbox=dict(facecolor=color_of(i) / 255, pad=1, lw=0),
+        )
     return fig
 
 # %% ../nbs/00b_show.ipynb #25445217
-def show_grid(items, # list of dict: image and other arguments of show_image
-              cols=4): # panels in a row; returns a figure
+def show_grid(
+    items,  # list of dict: image and other arguments of show_image
+    cols=4,
+):  # panels in a row; returns a figure
     "Show several images in a grid."
-    if not items: raise ValueError('There is nothing to show: give at least one dict with an image.')
+    if not items:
+        raise ValueError('There is nothing to show: give at least one dict with an image.')
     h, w = np.mean([i['image'].shape[:2] for i in items], axis=0)
     fig, axes = _axes(len(items), cols, h / w)
-    for item, ax in zip(items, axes): show_image(**item, ax=ax)
+    for item, ax in zip(items, axes):
+        show_image(**item, ax=ax)
     return fig
 
 # %% ../nbs/00b_show.ipynb #8e1d20f9
-def error_image(truth, pred): # (N,H,W) bool each, in pairs -> (H,W,3) uint8
+def error_image(truth, pred):  # (N,H,W) bool each, in pairs -> (H,W,3) uint8
     "Colour where predictions are right, missing or too much."
     truth, pred = (np.asarray(m, bool).reshape(-1, *np.shape(m)[-2:]) for m in (truth, pred))
-    if truth.shape != pred.shape: raise ValueError(f'Truth {truth.shape} and prediction {pred.shape} are not pairs of the same size.')
+    if truth.shape != pred.shape:
+        raise ValueError(f'Truth {truth.shape} and prediction {pred.shape} are not pairs of the same size.')
     out = np.full((*truth.shape[1:], 3), 235, np.uint8)
-    for name, where in (('right', (truth & pred).any(0)), ('missed', (truth & ~pred).any(0)), ('extra', (pred & ~truth).any(0))): out[where] = _ERROR[name]
+    for name, where in (
+        ('right', (truth & pred).any(0)),
+        ('missed', (truth & ~pred).any(0)),
+        ('extra', (pred & ~truth).any(0)),
+    ):
+        out[where] = _ERROR[name]
     return out
 
 # %% ../nbs/00b_show.ipynb #ae991abc
-def show_comparison(image, # (H,W,3) uint8
-                    truth, pred, # (N,H,W) bool, in pairs
-                    titles=('image', 'truth', 'prediction', 'error')): # of the panels; returns a figure
+def show_comparison(
+    image,  # (H,W,3) uint8
+    truth,
+    pred,  # (N,H,W) bool, in pairs
+    titles=('image', 'truth', 'prediction', 'error'),
+):  # of the panels; returns a figure
     "Show truth beside prediction beside error."
     fig, axes = _axes(4, 4, image.shape[0] / image.shape[1])
-    for ax, args, t in zip(axes, (dict(image=image), dict(image=image, masks=truth), dict(image=image, masks=pred), dict(image=error_image(truth, pred))), titles): show_image(**args, title=t, ax=ax)
-    for i, (name, c) in enumerate(_ERROR.items()): axes[3].text(.02 + .36 * i, .02, name, fontsize=7, color='white', transform=axes[3].transAxes, bbox=dict(facecolor=np.array(c) / 255, pad=1, lw=0))
+    for ax, args, t in zip(
+        axes,
+        (
+            dict(image=image),
+            dict(image=image, masks=truth),
+            dict(image=image, masks=pred),
+            dict(image=error_image(truth, pred)),
+        ),
+        titles,
+    ):
+        show_image(**args, title=t, ax=ax)
+    for i, (name, c) in enumerate(_ERROR.items()):
+        axes[3].text(
+            0.02 + 0.36 * i,
+            0.02,
+            name,
+            fontsize=7,
+            color='white',
+            transform=axes[3].transAxes,
+            bbox=dict(facecolor=np.array(c) / 255, pad=1, lw=0),
+        )
     return fig
 
 # %% ../nbs/00b_show.ipynb #5d1a41ff
-def plot_curves(rows, # list of dict
-                keys, # names to draw, one panel each
-                x='step', ax=None): # name of the x values; one axes for all keys instead of panels; returns a figure
+def plot_curves(
+    rows,  # list of dict
+    keys,  # names to draw, one panel each
+    x='step',
+    ax=None,
+):  # name of the x values; one axes for all keys instead of panels; returns a figure
     "Plot metrics against steps."
-    fig, axes = (None, [ax] * len(keys)) if ax is not None else _axes(len(keys), 3, .62)
+    fig, axes = (None, [ax] * len(keys)) if ax is not None else _axes(len(keys), 3, 0.62)
     for i, (key, a) in enumerate(zip(keys, axes)):
         a.set_axis_on()
         points = [(r[x], r[key]) for r in rows if r.get(key) is not None]
-        a.plot(*zip(*points) if points else ([], []), '.-' if len(points) < 30 else '-', c=color_of(i) / 255, lw=1.2, label=key)
+        a.plot(
+            *zip(*points) if points else ([], []),
+            '.-' if len(points) < 30 else '-',
+            c=color_of(i) / 255,
+            lw=1.2,
+            label=key,
+        )
         a.set_title(key, fontsize=9) if ax is None else a.legend(fontsize=7)
-        a.set_xlabel(x, fontsize=8); a.tick_params(labelsize=7)
+        a.set_xlabel(x, fontsize=8)
+        a.tick_params(labelsize=7)
     return fig
 
 # %% ../nbs/00b_show.ipynb #c64c58b5
-def compare_curves(runs, # dict: name of a run -> list of rows
-                   keys, # metrics, one panel each
-                   x='step'): # name of the x values; returns a figure
+def compare_curves(
+    runs,  # dict: name of a run -> list of rows
+    keys,  # metrics, one panel each
+    x='step',
+):  # name of the x values; returns a figure
     "Plot the same metrics of several runs."
-    if not keys: raise ValueError('There is nothing to compare: name at least one metric.')
-    fig, axes = _axes(len(keys), 3, .8)
+    if not keys:
+        raise ValueError('There is nothing to compare: name at least one metric.')
+    fig, axes = _axes(len(keys), 3, 0.8)
     for key, ax in zip(keys, axes):
-        plot_curves([{x: r[x], name: r[key]} for name, rows in runs.items() for r in rows if r.get(x) is not None and r.get(key) is not None], list(runs), x, ax)
+        plot_curves(
+            [
+                {x: r[x], name: r[key]}
+                for name, rows in runs.items()
+                for r in rows
+                if r.get(x) is not None and r.get(key) is not None
+            ],
+            list(runs),
+            x,
+            ax,
+        )
         ax.set_title(key, fontsize=9)
     return fig
 
 # %% ../nbs/00b_show.ipynb #16bce77b
 class LiveFigure:
     "A figure that is drawn again in place while something runs."
-    def __init__(self, every=1.): # seconds between two updates
-        self.every, self.last, self.handle, self.updates = every, 0., None, 0
+
+    def __init__(self, every=1.0):  # seconds between two updates
+        self.every, self.last, self.handle, self.updates = every, 0.0, None, 0
 
     def _seen(self):
-        if 'CI' in os.environ: return False
-        try: from IPython import get_ipython
-        except ImportError: return False
+        if 'CI' in os.environ:
+            return False
+        try:
+            from IPython import get_ipython
+        except ImportError:
+            return False
         shell = get_ipython()
         return shell is not None and getattr(shell, 'kernel', None) is not None
 
-    def update(self, draw): # function without arguments that returns a figure
+    def update(self, draw):  # function without arguments that returns a figure
         "Draw again if the last time is long enough ago."
-        if time.time() - self.last < self.every or not self._seen(): return
+        if time.time() - self.last < self.every or not self._seen():
+            return
         from IPython.display import Image, display
+
         picture = Image(figure_png(draw()))
-        if self.handle is None: self.handle = display(picture, display_id=True)
-        else: self.handle.update(picture)
+        if self.handle is None:
+            self.handle = display(picture, display_id=True)
+        else:
+            self.handle.update(picture)
         self.last, self.updates = time.time(), self.updates + 1
 
     def close(self):
         "Take the display away; the final figure is shown by the cell."
         if self.handle is not None:
             from IPython.display import HTML
+
             self.handle.update(HTML(''))
 
 # %% ../nbs/00b_show.ipynb #f4df314c
 class _Html(str):
-    def _repr_html_(self): return str(self)
+    def _repr_html_(self):
+        return str(self)
 
-def words_html(text, # str
-               spans # objects with start, end, ok, problem, as MaskVocab.parse returns
-              ): # str that notebooks show as HTML
+
+def words_html(
+    text,  # str
+    spans,  # objects with start, end, ok, problem, as MaskVocab.parse returns
+):  # str that notebooks show as HTML
     "Colour the mask words in a text."
     out, at, k = [], 0, 0
     for s in spans:
-        out.append(html.escape(text[at:s.start])); at = s.end
-        style = f"background:rgb{tuple(int(v) for v in color_of(k))};color:{_ink(color_of(k))}" if s.ok else "border:1px dotted #c00"
-        out.append(f'<span style="{style};border-radius:3px;padding:0 2px" title="{html.escape(s.problem or "")}">{html.escape(text[s.start:s.end])}</span>')
+        out.append(html.escape(text[at : s.start]))
+        at = s.end
+        style = (
+            f'background:rgb{tuple(int(v) for v in color_of(k))};color:{_ink(color_of(k))}'
+            if s.ok
+            else 'border:1px dotted #c00'
+        )
+        out.append(
+            f'<span style="{style};border-radius:3px;padding:0 2px" title="{html.escape(s.problem or "")}">{html.escape(text[s.start : s.end])}</span>'
+        )
         k += s.ok
-    return _Html(f'<div style="font-family:monospace;white-space:pre-wrap">{"".join(out)}{html.escape(text[at:])}</div>')
+    return _Html(
+        f'<div style="font-family:monospace;white-space:pre-wrap">{"".join(out)}{html.escape(text[at:])}</div>'
+    )
 
 # %% ../nbs/00b_show.ipynb #90dbef9e
-def changes_html(old, new): # str each -> str that notebooks show as HTML
+def changes_html(old, new):  # str each -> str that notebooks show as HTML
     "Mark what was put into a text and what was taken out."
     a, b = (re.findall(r'<\|[^|]*\|>|\w+|\s+|.', t, re.S) for t in (old, new))
-    mark = lambda tag, color, words: f'<{tag} style="background:{color};color:#000">{html.escape("".join(words))}</{tag}>' if words else ''
+
+    def mark(tag, color, words):
+        return f'<{tag} style="background:{color};color:#000">{html.escape("".join(words))}</{tag}>' if words else ''
+
     out = []
     for what, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        out.append(html.escape(''.join(a[i:j])) if what == 'equal' else mark('del', '#f6c9b5', a[i:j]) + mark('ins', '#bfe8d9', b[k:m]))
+        out.append(
+            html.escape(''.join(a[i:j]))
+            if what == 'equal'
+            else mark('del', '#f6c9b5', a[i:j]) + mark('ins', '#bfe8d9', b[k:m])
+        )
     return _Html(f'<div style="font-family:monospace">{"".join(out)}</div>')
 
 # %% ../nbs/00b_show.ipynb #f857bf99
 def _cell(v):
-    if v is None: return '-'
-    if isinstance(v, dict) and {'mean', 'low', 'high'} <= set(v): return f"{_cell(v['mean'])} ({_cell(v['low'])} to {_cell(v['high'])})"
-    if isinstance(v, (float, np.floating)): return f'{v:.4g}' if abs(v) < 1 else f'{v:,.2f}'.rstrip('0').rstrip('.')
+    if v is None:
+        return '-'
+    if isinstance(v, dict) and {'mean', 'low', 'high'} <= set(v):
+        return f'{_cell(v["mean"])} ({_cell(v["low"])} to {_cell(v["high"])})'
+    if isinstance(v, (float, np.floating)):
+        return f'{v:.4g}' if abs(v) < 1 else f'{v:,.2f}'.rstrip('0').rstrip('.')
     return str(v).replace('|', '\\|').replace('<', '&lt;')
+
 
 class table(list):
     "A list of dicts that notebooks show as a table; numbers are shortened, missing values are dashes."
-    def __init__(self, rows=(), note='', optional=()): # list of dict; Markdown below the table; columns that are not shown where all values are missing
+
+    def __init__(
+        self, rows=(), note='', optional=()
+    ):  # list of dict; Markdown below the table; columns that are not shown where all values are missing
         super().__init__(rows)
         self.note, self.optional = note, optional
-    def columns(self): # -> list of keys, in order
-        return [k for k in dict.fromkeys(k for r in self for k in r) if k not in self.optional or any(r.get(k) is not None for r in self)]
+
+    def columns(self):  # -> list of keys, in order
+        return [
+            k
+            for k in dict.fromkeys(k for r in self for k in r)
+            if k not in self.optional or any(r.get(k) is not None for r in self)
+        ]
+
     def _repr_markdown_(self):
         keys = self.columns()
-        line = lambda cells: '| ' + ' | '.join(cells) + ' |'
-        return '\n'.join([line(k.replace('_', ' ') for k in keys), line('---' for _ in keys)] + [line(_cell(r.get(k)) for k in keys) for r in self] + ['', self.note] * bool(self.note))
+
+        def line(cells):
+            return '| ' + ' | '.join(cells) + ' |'
+
+        return '\n'.join(
+            [line(k.replace('_', ' ') for k in keys), line('---' for _ in keys)]
+            + [line(_cell(r.get(k)) for k in keys) for r in self]
+            + ['', self.note] * bool(self.note)
+        )
 
 # %% ../nbs/00b_show.ipynb #f6dd517d
-def _table_html(self): # -> str
+def _table_html(self):  # -> str
     "Write the table as HTML."
     keys = self.columns()
-    line = lambda tag, cells: '<tr>' + ''.join(f'<{tag} style="padding:1px 8px;text-align:left">{c}</{tag}>' for c in cells) + '</tr>'
-    text = lambda v: html.escape(_cell(v).replace('&lt;', '<').replace('\\|', '|'))
-    return _Html('<table>' + line('th', [text(k.replace('_', ' ')) for k in keys]) + ''.join(line('td', [text(r.get(k)) for k in keys]) for r in self) + '</table>')
+
+    def line(tag, cells):
+        return '<tr>' + ''.join(f'<{tag} style="padding:1px 8px;text-align:left">{c}</{tag}>' for c in cells) + '</tr>'
+
+    def text(v):
+        return html.escape(_cell(v).replace('&lt;', '<').replace('\\|', '|'))
+
+    return _Html(
+        '<table>'
+        + line('th', [text(k.replace('_', ' ')) for k in keys])
+        + ''.join(line('td', [text(r.get(k)) for k in keys]) for r in self)
+        + '</table>'
+    )
+
 
 table.html = _table_html
 
 # %% ../nbs/00b_show.ipynb #b80c0b6e
-def usage_image(counts, # (S,) how often each code was used
-                mark=None, # a code to frame
-                cell=9): # pixels on the side of a cell; -> (h,w,3) uint8
+def usage_image(
+    counts,  # (S,) how often each code was used
+    mark=None,  # a code to frame
+    cell=9,
+):  # pixels on the side of a cell; -> (h,w,3) uint8
     "Draw how often the codes of a codebook are used."
     from matplotlib import colormaps
+
     counts = np.asarray(counts, float)
     side = int(np.ceil(np.sqrt(len(counts))))
-    colors = np.full((side * side, 3), 255, np.uint8)                           # cells beyond the last code stay white
+    colors = np.full((side * side, 3), 255, np.uint8)  # cells beyond the last code stay white
     shade = np.log1p(counts) / max(np.log1p(counts).max(), 1e-9)
-    colors[:len(counts)] = np.where(counts[:, None] > 0, colormaps['cividis'](shade)[:, :3] * 255, 205).round()
+    colors[: len(counts)] = np.where(counts[:, None] > 0, colormaps['cividis'](shade)[:, :3] * 255, 205).round()
     out = colors.reshape(side, side, 3).repeat(cell, 0).repeat(cell, 1)
     if mark is not None:
         y, x = (int(v) * cell for v in divmod(mark, side))
-        frame = np.zeros((cell, cell), bool); frame[2:-2, 2:-2] = True
-        out[y:y + cell, x:x + cell][~frame] = _ERROR['extra']
+        frame = np.zeros((cell, cell), bool)
+        frame[2:-2, 2:-2] = True
+        out[y : y + cell, x : x + cell][~frame] = _ERROR['extra']
     return out

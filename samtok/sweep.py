@@ -7,10 +7,18 @@ __all__ = ['SWEEPS', 'SweepError', 'read_parameters', 'check_parameters', 'combi
            'plot_sweep', 'ready', 'parse_values', 'main']
 
 # %% ../nbs/09_sweep.ipynb #958507f9
-import argparse, ast, hashlib, json, re, shlex, sys, time
+import argparse
+import ast
+import hashlib
+import json
+import re
+import shlex
+import sys
+import time
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+
 from .runs import atomic_write, data_file, environment, progress
 from .show import _axes, color_of, table
 
@@ -18,55 +26,89 @@ from .show import _axes, color_of, table
 class SweepError(ValueError):
     "A sweep that cannot start, and what to do about it."
 
-def _find(notebook): # as given, or from the top of the checkout
+
+def _find(notebook):  # as given, or from the top of the checkout
     path = Path(notebook)
     return path if path.exists() else data_file().parent / path
 
-def read_parameters(notebook): # path -> dict name: name of its type, '' if it says none
+
+def read_parameters(notebook):  # path -> dict name: name of its type, '' if it says none
     "Read the names and types in the parameters cell of a notebook."
     path = _find(notebook)
-    try: cells = json.loads(path.read_text(encoding='utf-8'))['cells']
-    except OSError as e: raise SweepError(f'The notebook {path.name} cannot be read ({e.strerror}): give the path of a run notebook.') from e
-    except (ValueError, KeyError, TypeError) as e: raise SweepError(f'{path.name} is no notebook: give a .ipynb file.') from e
+    try:
+        cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    except OSError as e:
+        raise SweepError(
+            f'The notebook {path.name} cannot be read ({e.strerror}): give the path of a run notebook.'
+        ) from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise SweepError(f'{path.name} is no notebook: give a .ipynb file.') from e
     tagged = [''.join(c['source']) for c in cells if 'parameters' in c.get('metadata', {}).get('tags', [])]
-    if len(tagged) != 1: raise SweepError(f'{path.name} has {len(tagged)} cells with the tag `parameters`, and a run notebook has one.')
+    if len(tagged) != 1:
+        raise SweepError(f'{path.name} has {len(tagged)} cells with the tag `parameters`, and a run notebook has one.')
     names = {}
     for n in ast.parse(tagged[0]).body:
         for t in [n.target] if isinstance(n, ast.AnnAssign) else n.targets if isinstance(n, ast.Assign) else []:
-            if isinstance(t, ast.Name): names[t.id] = ast.unparse(n.annotation) if isinstance(n, ast.AnnAssign) else ''
+            if isinstance(t, ast.Name):
+                names[t.id] = ast.unparse(n.annotation) if isinstance(n, ast.AnnAssign) else ''
     return names
 
 # %% ../nbs/09_sweep.ipynb #7ba30b50
 _TYPES = dict(int=int, float=(int, float), bool=bool, str=str)
 
-def _file_parameters(notebook): # names in the parameter files of a run notebook
+
+def _file_parameters(notebook):  # names in the parameter files of a run notebook
     name = Path(notebook).stem.split('_', 1)[-1]
     return {k for f in data_file('params').glob(f'{name}_*.json') for k in json.loads(f.read_text())}
 
-def check_parameters(notebook, # path of a run notebook
-                     given):   # dict name: value
+
+def check_parameters(
+    notebook,  # path of a run notebook
+    given,
+):  # dict name: value
     "Refuse names and values that a run notebook does not take."
     names, stem = read_parameters(notebook), Path(notebook).stem
-    if 'out' not in names: raise SweepError(f'{stem} has no parameter `out`, the folder of the run: only run notebooks can be swept.')
-    if 'out' in given: raise SweepError('The sweep gives every run a folder of its own: leave `out` out of the parameters.')
-    if unknown := sorted(set(given) - set(names) - _file_parameters(notebook)): raise SweepError(f"{stem} has no parameter {', '.join(unknown)}. It has: {', '.join(sorted(names))}.")
+    if 'out' not in names:
+        raise SweepError(f'{stem} has no parameter `out`, the folder of the run: only run notebooks can be swept.')
+    if 'out' in given:
+        raise SweepError('The sweep gives every run a folder of its own: leave `out` out of the parameters.')
+    if unknown := sorted(set(given) - set(names) - _file_parameters(notebook)):
+        raise SweepError(f'{stem} has no parameter {", ".join(unknown)}. It has: {", ".join(sorted(names))}.')
     for k, v in given.items():
         wanted = _TYPES.get(names.get(k), object)
-        if v is not None and (not isinstance(v, wanted) or isinstance(v, bool) and wanted not in (bool, object)): raise SweepError(f'The parameter {k} of {stem} is {names[k]}, and {v!r} is not.')
+        if v is not None and (not isinstance(v, wanted) or isinstance(v, bool) and wanted not in (bool, object)):
+            raise SweepError(f'The parameter {k} of {stem} is {names[k]}, and {v!r} is not.')
 
 # %% ../nbs/09_sweep.ipynb #4f4ba861
-def combinations(grid): # dict name: list of values, or list of dicts -> list of dicts
+def combinations(grid):  # dict name: list of values, or list of dicts -> list of dicts
     "List all combinations of a grid, the last name changing fastest."
-    runs = grid if isinstance(grid, list) else [dict(zip(grid, values)) for values in product(*(v if isinstance(v, (list, tuple)) else [v] for v in grid.values()))]
-    if not runs: raise SweepError('The grid is empty: give at least one value for each parameter.')
-    try: written = [json.dumps(r, sort_keys=True) for r in runs]
-    except TypeError as e: raise SweepError(f'A value of the grid is no number, text, list or None ({e}).') from e
-    if len(set(written)) < len(runs): raise SweepError(f'{len(runs) - len(set(written))} combinations of the grid are there twice: remove the repeated values.')
+    runs = (
+        grid
+        if isinstance(grid, list)
+        else [
+            dict(zip(grid, values))
+            for values in product(*(v if isinstance(v, (list, tuple)) else [v] for v in grid.values()))
+        ]
+    )
+    if not runs:
+        raise SweepError('The grid is empty: give at least one value for each parameter.')
+    try:
+        written = [json.dumps(r, sort_keys=True) for r in runs]
+    except TypeError as e:
+        raise SweepError(f'A value of the grid is no number, text, list or None ({e}).') from e
+    if len(set(written)) < len(runs):
+        raise SweepError(
+            f'{len(runs) - len(set(written))} combinations of the grid are there twice: remove the repeated values.'
+        )
     return [dict(r) for r in runs]
 
-def run_name(notebook, varied, fixed=None): # path; dicts name: value -> str, the same for the same parameters
+
+def run_name(notebook, varied, fixed=None):  # path; dicts name: value -> str, the same for the same parameters
     "Name the folder of a run."
-    whole = lambda v: int(v) if isinstance(v, float) and v.is_integer() else v            # 1.0 and 1 are one parameter
+
+    def whole(v):
+        return int(v) if isinstance(v, float) and v.is_integer() else v  # 1.0 and 1 are one parameter
+
     given = {k: whole(v) for k, v in {**(fixed or {}), **varied}.items()}
     mark = hashlib.sha256(json.dumps([Path(notebook).stem, given], sort_keys=True).encode()).hexdigest()[:8]
     text = '_'.join(f'{k}-{v}' for k, v in sorted(given.items()) if k in varied) or 'run'
@@ -75,228 +117,442 @@ def run_name(notebook, varied, fixed=None): # path; dicts name: value -> str, th
 # %% ../nbs/09_sweep.ipynb #5700aa46
 class Sweep:
     "All combinations of a grid as runs of one notebook, each in a folder of its own."
-    def __init__(self, notebook, # path of a run notebook
-                 grid,           # dict name: list of values, or list of dicts
-                 out,            # folder for the folders of the runs
-                 fixed=None,     # dict name: value, for all runs
-                 kernel='python3'): # Jupyter kernel
+
+    def __init__(
+        self,
+        notebook,  # path of a run notebook
+        grid,  # dict name: list of values, or list of dicts
+        out,  # folder for the folders of the runs
+        fixed=None,  # dict name: value, for all runs
+        kernel='python3',
+    ):  # Jupyter kernel
         self.notebook, self.out, self.fixed, self.kernel = Path(notebook), Path(out), dict(fixed or {}), kernel
         self.runs = combinations(grid)
-        self.names = list(dict.fromkeys(k for r in self.runs for k in r))                # what varies
-        if both := sorted(set(self.names) & set(self.fixed)): raise SweepError(f"{', '.join(both)} cannot be fixed and in the grid.")
-        for r in self.runs: check_parameters(self.notebook, {**self.fixed, **r})
+        self.names = list(dict.fromkeys(k for r in self.runs for k in r))  # what varies
+        if both := sorted(set(self.names) & set(self.fixed)):
+            raise SweepError(f'{", ".join(both)} cannot be fixed and in the grid.')
+        for r in self.runs:
+            check_parameters(self.notebook, {**self.fixed, **r})
         self.path = _find(notebook)
 
-    def folder(self, run): # dict of what varies -> Path
+    def folder(self, run):  # dict of what varies -> Path
         "Find the folder of a run, also if other parameters varied when it was made."
         name = run_name(self.notebook, run, self.fixed)
         return next(iter(sorted(self.out.glob(f'*_{name[-8:]}'))), self.out / name)
 
-    def __len__(self): return len(self.runs)
-    def __repr__(self): return f'Sweep({self.notebook.stem}, {len(self)} runs over {", ".join(self.names)})'
+    def __len__(self):
+        return len(self.runs)
+
+    def __repr__(self):
+        return f'Sweep({self.notebook.stem}, {len(self)} runs over {", ".join(self.names)})'
 
 # %% ../nbs/09_sweep.ipynb #f4253fc4
-def _option(name, value): # as papermill's command line reads it
-    if isinstance(value, (list, dict)): return ['-y', json.dumps({name: value})]
-    read_otherwise = isinstance(value, str) and (value in ('True', 'False', 'None') or re.fullmatch(r'\s*[-+]?(\d|\.\d|inf|nan).*', value, re.I | re.S))
+def _option(name, value):  # as papermill's command line reads it
+    if isinstance(value, (list, dict)):
+        return ['-y', json.dumps({name: value})]
+    read_otherwise = isinstance(value, str) and (
+        value in ('True', 'False', 'None') or re.fullmatch(r'\s*[-+]?(\d|\.\d|inf|nan).*', value, re.I | re.S)
+    )
     return ['-r' if read_otherwise else '-p', name, str(value)]
 
-def _command(self, run): # dict of what varies -> str
+
+def _command(self, run):  # dict of what varies -> str
     "Write the shell command of a run."
     folder = self.folder(run)
     options = [o for k, v in {**self.fixed, **run, 'out': folder.as_posix()}.items() for o in _option(k, v)]
-    return shlex.join(['papermill', self.notebook.as_posix(), (folder / 'run.ipynb').as_posix(), '-k', self.kernel, *options])
+    return shlex.join(
+        ['papermill', self.notebook.as_posix(), (folder / 'run.ipynb').as_posix(), '-k', self.kernel, *options]
+    )
+
 
 Sweep.command = _command
 
 # %% ../nbs/09_sweep.ipynb #e140d1b6
-def _flock(file): # -> did this process get the lock?
-    try: import fcntl
-    except ImportError: return True                                                      # Windows: one sweep at a time
-    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB); return True
-    except OSError: return False
+def _flock(file):  # -> did this process get the lock?
+    try:
+        import fcntl
+    except ImportError:
+        return True  # Windows: one sweep at a time
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+
 
 @contextmanager
-def _lock(folder, seconds=0.): # to wait; -> does this process hold the folder now?
+def _lock(folder, seconds=0.0):  # to wait; -> does this process hold the folder now?
     with open(folder / 'lock', 'w') as f:
         end = time.monotonic() + seconds
-        while not (mine := _flock(f)) and time.monotonic() < end: time.sleep(.05)
+        while not (mine := _flock(f)) and time.monotonic() < end:
+            time.sleep(0.05)
         yield mine
 
-def _read(path): # JSON file -> dict; {} if it is missing or broken
-    try: return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError): return {}
 
-def _sentence(e): # exception of papermill -> str, one line without colours
-    if type(e).__name__ == 'DeadKernelError': return 'The kernel died (killed, or out of memory): run the sweep again to go on.'
+def _read(path):  # JSON file -> dict; {} if it is missing or broken
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return {}
+
+
+def _sentence(e):  # exception of papermill -> str, one line without colours
+    if type(e).__name__ == 'DeadKernelError':
+        return 'The kernel died (killed, or out of memory): run the sweep again to go on.'
     text = f'{e.ename}: {e.evalue}' if hasattr(e, 'evalue') else f'{type(e).__name__}: {e}'
     return re.sub(r'\x1b\[[0-9;]*m', '', text).strip().splitlines()[0]
 
 # %% ../nbs/09_sweep.ipynb #e34d944e
 def _status(folder):
-    if (folder / 'result.json').exists(): return 'finished'
-    if not folder.exists(): return 'waiting'
-    with _lock(folder) as free: job = _read(folder / 'job.json')
+    if (folder / 'result.json').exists():
+        return 'finished'
+    if not folder.exists():
+        return 'waiting'
+    with _lock(folder) as free:
+        job = _read(folder / 'job.json')
     return 'running' if not free else 'failed' if 'error' in job else 'stopped' if job else 'waiting'
 
-def _row(self, run): # dict of what varies -> dict
+
+def _row(self, run):  # dict of what varies -> dict
     folder = self.folder(run)
     result, job = _read(folder / 'result.json'), _read(folder / 'job.json')
     commit, dirty = result.get('commit'), result.get('environment', {}).get('dirty')
-    own = dict(n=result.get('n'), seconds=result.get('seconds'), commit=commit and commit[:7] + '+' * bool(dirty), status=_status(folder),
-               error=job.get('error'), attempts=job.get('attempts', 0), folder=folder.as_posix(), command=self.command(run))
-    metrics = {k + '_result' * (k in own or k in run): v for k, v in result.get('metrics', {}).items()}  # a metric never hides a parameter
+    own = dict(
+        n=result.get('n'),
+        seconds=result.get('seconds'),
+        commit=commit and commit[:7] + '+' * bool(dirty),
+        status=_status(folder),
+        error=job.get('error'),
+        attempts=job.get('attempts', 0),
+        folder=folder.as_posix(),
+        command=self.command(run),
+    )
+    metrics = {
+        k + '_result' * (k in own or k in run): v for k, v in result.get('metrics', {}).items()
+    }  # a metric never hides a parameter
     return {**run, **metrics, **own}
 
-def _rows(self): # -> list of dict, one for each run, in the order of the grid
+
+def _rows(self):  # -> list of dict, one for each run, in the order of the grid
     "Read the state of all runs from their folders."
     return [self._row(r) for r in self.runs]
+
 
 Sweep._row, Sweep.rows = _row, _rows
 
 # %% ../nbs/09_sweep.ipynb #44d73591
-def _execute(self, run, folder): # -> error as a sentence, or None
-    try: from papermill import execute_notebook
-    except ImportError as e: raise SweepError('papermill runs the notebooks and is missing: pip install papermill.') from e
+def _execute(self, run, folder):  # -> error as a sentence, or None
+    try:
+        from papermill import execute_notebook
+    except ImportError as e:
+        raise SweepError('papermill runs the notebooks and is missing: pip install papermill.') from e
     given = {**self.fixed, **run, 'out': folder.as_posix()}
-    try: execute_notebook(str(self.path), str(folder / 'run.ipynb'), parameters=given, kernel_name=self.kernel, language='python', progress_bar=False, extra_arguments=['--log-level=50'])
-    except Exception as e: return _sentence(e)
-    if not (folder / 'result.json').exists(): return 'The notebook came to its end without a result.json: it has to save a result in the folder `out`.'
+    try:
+        execute_notebook(
+            str(self.path),
+            str(folder / 'run.ipynb'),
+            parameters=given,
+            kernel_name=self.kernel,
+            language='python',
+            progress_bar=False,
+            extra_arguments=['--log-level=50'],
+        )
+    except Exception as e:
+        return _sentence(e)
+    if not (folder / 'result.json').exists():
+        return 'The notebook came to its end without a result.json: it has to save a result in the folder `out`.'
 
-def _one(self, run): # start or resume a run, unless it is finished or another process has it
-    folder = self.folder(run); folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder, .5) as mine:                                                      # somebody who only looks lets go at once
-        if not mine or (folder / 'result.json').exists(): return
-        job = dict(notebook=self.notebook.as_posix(), parameters={**self.fixed, **run}, command=self.command(run), attempts=_read(folder / 'job.json').get('attempts', 0) + 1)
+
+def _one(self, run):  # start or resume a run, unless it is finished or another process has it
+    folder = self.folder(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder, 0.5) as mine:  # somebody who only looks lets go at once
+        if not mine or (folder / 'result.json').exists():
+            return
+        job = dict(
+            notebook=self.notebook.as_posix(),
+            parameters={**self.fixed, **run},
+            command=self.command(run),
+            attempts=_read(folder / 'job.json').get('attempts', 0) + 1,
+        )
         atomic_write(folder / 'job.json', json.dumps(job, indent=1))
-        if error := self._execute(run, folder): atomic_write(folder / 'job.json', json.dumps({**job, 'error': error}, indent=1))
+        if error := self._execute(run, folder):
+            atomic_write(folder / 'job.json', json.dumps({**job, 'error': error}, indent=1))
 
-def _run(self, on_run=None): # on_run: called with all rows after each run -> list of rows
+
+def _run(self, on_run=None):  # on_run: called with all rows after each run -> list of rows
     "Make all runs that are not finished; a failed one does not stop the others."
     for run in progress(self.runs, 'runs'):
         self._one(run)
-        if on_run: on_run(self.rows())
+        if on_run:
+            on_run(self.rows())
     return self.rows()
+
 
 Sweep._execute, Sweep._one, Sweep.run = _execute, _one, _run
 
 # %% ../nbs/09_sweep.ipynb #e27e01cb
-def _is_number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
-def _is_interval(v): return isinstance(v, dict) and {'mean', 'low', 'high'} <= set(v)
+def _is_number(v):
+    return isinstance(v, (int, float)) and not isinstance(v, bool)
+
+
+def _is_interval(v):
+    return isinstance(v, dict) and {'mean', 'low', 'high'} <= set(v)
+
+
 _OWN = ('n', 'seconds', 'commit', 'status', 'error', 'attempts', 'folder', 'command')
 
-def _metrics(self, rows=None): # names of metrics, those with an interval first
+
+def _metrics(self, rows=None):  # names of metrics, those with an interval first
     "List the metrics that finished runs have."
-    found = {k: v for r in reversed(rows or self.rows()) for k, v in r.items() if k not in (*self.names, *_OWN) and (_is_number(v) or _is_interval(v))}
+    found = {
+        k: v
+        for r in reversed(rows or self.rows())
+        for k, v in r.items()
+        if k not in (*self.names, *_OWN) and (_is_number(v) or _is_interval(v))
+    }
     return sorted(found, key=lambda k: (not _is_interval(found[k]), k))
 
-def _report(self, metrics=None): # names; None: all -> samtok.show.table
+
+def _report(self, metrics=None):  # names; None: all -> samtok.show.table
     "Make the table of a sweep."
     rows = self.rows()
     have = self.metrics(rows)
-    if wrong := [m for m in metrics or () if m not in have]: raise SweepError(f"No finished run has the metric {', '.join(wrong)}. There are: {', '.join(have) or 'none yet'}.")
-    last = ['n', 'seconds', 'commit', *(['status', 'error'] if any(r['status'] != 'finished' or r['error'] for r in rows) else []), 'command']
+    if wrong := [m for m in metrics or () if m not in have]:
+        raise SweepError(
+            f'No finished run has the metric {", ".join(wrong)}. There are: {", ".join(have) or "none yet"}.'
+        )
+    last = [
+        'n',
+        'seconds',
+        'commit',
+        *(['status', 'error'] if any(r['status'] != 'finished' or r['error'] for r in rows) else []),
+        'command',
+    ]
     return table([{k: r.get(k) for k in (*self.names, *(have if metrics is None else metrics), *last)} for r in rows])
+
 
 Sweep.metrics, Sweep.report = _metrics, _report
 Sweep._repr_markdown_ = lambda self: self.report()._repr_markdown_()
 
 # %% ../nbs/09_sweep.ipynb #f4c5bc87
-def as_frame(rows): # list of dict -> pandas.DataFrame, or a list of dict where pandas is missing
+def as_frame(rows):  # list of dict -> pandas.DataFrame, or a list of dict where pandas is missing
     "Flatten rows: an interval becomes three columns, `iou`, `iou_low`, `iou_high`."
-    flat = [{n: x for k, v in r.items() for n, x in ({k: v['mean'], k + '_low': v['low'], k + '_high': v['high']} if _is_interval(v) else {k: v}).items()} for r in rows]
-    try: from pandas import DataFrame
-    except ImportError: return table(flat)
+    flat = [
+        {
+            n: x
+            for k, v in r.items()
+            for n, x in (
+                {k: v['mean'], k + '_low': v['low'], k + '_high': v['high']} if _is_interval(v) else {k: v}
+            ).items()
+        }
+        for r in rows
+    ]
+    try:
+        from pandas import DataFrame
+    except ImportError:
+        return table(flat)
     return DataFrame(flat)
 
-def _save(self, path): # JSON file
+
+def _save(self, path):  # JSON file
     "Write rows, command and environment; the runs themselves stay where they are."
     rows = [{k: v for k, v in r.items() if k not in ('folder', 'attempts')} for r in self.rows()]
-    values = [f'{k}={",".join(dict.fromkeys(json.dumps(r[k]) for r in self.runs if k in r))}' for k in self.names] + [f'{k}={json.dumps(v)}' for k, v in self.fixed.items()]
-    command = shlex.join(['python', '-m', 'samtok.sweep', self.notebook.as_posix(), *values, '--out', self.out.as_posix()])
+    values = [f'{k}={",".join(dict.fromkeys(json.dumps(r[k]) for r in self.runs if k in r))}' for k in self.names] + [
+        f'{k}={json.dumps(v)}' for k, v in self.fixed.items()
+    ]
+    command = shlex.join(
+        ['python', '-m', 'samtok.sweep', self.notebook.as_posix(), *values, '--out', self.out.as_posix()]
+    )
     atomic_write(path, json.dumps(dict(command=command, environment=environment(), rows=rows), indent=1) + '\n')
+
 
 Sweep.save = _save
 
 # %% ../nbs/09_sweep.ipynb #461e9d69
-def _points(rows, x, y, line): # -> dict value of line: list of (x, mean, low, high)
+def _points(rows, x, y, line):  # -> dict value of line: list of (x, mean, low, high)
     have = sorted({k for r in rows for k, v in r.items() if k not in _OWN and (_is_number(v) or _is_interval(v))})
     lines = {}
     for r in rows:
-        if x not in r or not (_is_number(v := r.get(y)) or _is_interval(v)): continue                       # failed, or not yet run
-        lines.setdefault(r.get(line), []).append((r[x], *((v['mean'], v['low'], v['high']) if _is_interval(v) else (v, v, v))))
-    if not lines: raise SweepError(f"No row has both {x} and the number {y}. Numbers are: {', '.join(have) or 'none'}.")
+        if x not in r or not (_is_number(v := r.get(y)) or _is_interval(v)):
+            continue  # failed, or not yet run
+        lines.setdefault(r.get(line), []).append(
+            (r[x], *((v['mean'], v['low'], v['high']) if _is_interval(v) else (v, v, v)))
+        )
+    if not lines:
+        raise SweepError(f'No row has both {x} and the number {y}. Numbers are: {", ".join(have) or "none"}.')
     return lines
 
-def _mean(v): return sum(v) / len(v)
 
-def plot_sweep(rows, # list of dict: parameters, and metrics as numbers or dict(mean, low, high)
-               x, y, # names of a parameter and of a metric
-               line=None, # name of a parameter: one line for each value
-               ax=None): # matplotlib axes; None: a new figure, which is returned
+def _mean(v):
+    return sum(v) / len(v)
+
+
+def plot_sweep(
+    rows,  # list of dict: parameters, and metrics as numbers or dict(mean, low, high)
+    x,
+    y,  # names of a parameter and of a metric
+    line=None,  # name of a parameter: one line for each value
+    ax=None,
+):  # matplotlib axes; None: a new figure, which is returned
     "Plot a metric against a parameter, with intervals."
     lines, fig = _points(rows, x, y, line), None
     values = list(dict.fromkeys(p[0] for ps in lines.values() for p in ps))
-    if number := all(map(_is_number, values)): values.sort()
-    if ax is None: fig, (ax,) = _axes(1, 1, .62, 4.6); fig.set_size_inches(4.6, 2.9); ax.set_axis_on()
+    if number := all(map(_is_number, values)):
+        values.sort()
+    if ax is None:
+        fig, (ax,) = _axes(1, 1, 0.62, 4.6)
+        fig.set_size_inches(4.6, 2.9)
+        ax.set_axis_on()
     for i, (name, ps) in enumerate(lines.items()):
         at, c = [p[0] if number else values.index(p[0]) for p in ps], color_of(i) / 255
-        ax.errorbar(at, [p[1] for p in ps], [[p[1] - p[2] for p in ps], [p[3] - p[1] for p in ps]], fmt='o', ms=3.5, capsize=2.5, c=c, label=f'{line} {name}' if line else None)
+        ax.errorbar(
+            at,
+            [p[1] for p in ps],
+            [[p[1] - p[2] for p in ps], [p[3] - p[1] for p in ps]],
+            fmt='o',
+            ms=3.5,
+            capsize=2.5,
+            c=c,
+            label=f'{line} {name}' if line else None,
+        )
         ax.plot(*zip(*((a, _mean([p[1] for b, p in zip(at, ps) if b == a])) for a in sorted(set(at)))), c=c, lw=1.2)
-    if number and values[0] > 0 and values[-1] >= 8 * values[0]: ax.set_xscale('log')
-    if not number or len(values) < 9: ax.set_xticks(values if number else range(len(values)), [f'{v:g}' if number else str(v)[-18:] for v in values]); ax.minorticks_off()
-    ax.set_xlabel(x.replace('_', ' '), fontsize=8); ax.set_ylabel(y.replace('_', ' '), fontsize=8); ax.tick_params(labelsize=7)
-    if line: ax.legend(fontsize=7)
+    if number and values[0] > 0 and values[-1] >= 8 * values[0]:
+        ax.set_xscale('log')
+    if not number or len(values) < 9:
+        ax.set_xticks(values if number else range(len(values)), [f'{v:g}' if number else str(v)[-18:] for v in values])
+        ax.minorticks_off()
+    ax.set_xlabel(x.replace('_', ' '), fontsize=8)
+    ax.set_ylabel(y.replace('_', ' '), fontsize=8)
+    ax.tick_params(labelsize=7)
+    if line:
+        ax.legend(fontsize=7)
     return fig
 
 # %% ../nbs/09_sweep.ipynb #5188e2a3
-_TOY = dict(scale='toy', init_from='toy', steps=80, continuous=0., lr=2e-4, warmup=10, start_batches=60, eval_scenes=85)
+_TOY = dict(
+    scale='toy', init_from='toy', steps=80, continuous=0.0, lr=2e-4, warmup=10, start_batches=60, eval_scenes=85
+)
 _02A, _04, _06, _08 = 'nbs/02a_train_tokenizer.ipynb', 'nbs/04_sft.ipynb', 'nbs/06_grpo.ipynb', 'nbs/08_evaluate.ipynb'
 _SIZES = [8, 16, 32, 64, 256]
-_sized = lambda size: f"runs/sweeps/sizes/{run_name(_02A, dict(codebook_size=size), _TOY)}/tokenizer"  # what the sweep `sizes` leaves behind
+
+
+def _sized(size):
+    return f'runs/sweeps/sizes/{run_name(_02A, dict(codebook_size=size), _TOY)}/tokenizer'  # what the sweep `sizes` leaves behind
+
 
 SWEEPS = {
-    'codebooks': dict(notebook=_02A, grid=dict(depth=[1, 2, 3, 4], codebook_size=[16, 64, 256]), fixed=_TOY, show=('codebook_size', 'iou', 'depth'), question='How many words, from how large a codebook?'),
-    'sizes': dict(notebook=_02A, grid=dict(codebook_size=_SIZES), fixed=_TOY, show=('codebook_size', 'iou'), question='What does a smaller codebook cost the tokenizer?'),
-    'image_size': dict(notebook=_02A, grid=dict(image_size=[128, 160, 192, 224]), fixed=_TOY, show=('image_size', 'iou'), question='How large must the image be?'),
-    'threshold': dict(notebook=_02A, grid=dict(threshold=[0., .5]), fixed=_TOY, show=('threshold', 'iou'), question='Where is the edge of a mask: at logit 0, or at 0.5 as published?'),
-    'constrained': dict(notebook=_08, grid=dict(constrained=[False, True]), fixed={}, show=('constrained', 'iou'), question='Does it help to allow only well-formed words?'),
-    'policies': dict(notebook=_08, grid=dict(policy=['strict', 'flat', 'published_gres', 'published_gcg', 'published_single']), fixed={}, show=('policy', 'iou'), question='How much of a score is the reading of broken replies?'),
-    'sft_data': dict(notebook=_04, grid=dict(epochs=[.125, .25, .5, 1.]), fixed=dict(scale='toy', steps=0), show=('epochs', 'iou'), question='How much data does fine-tuning need?'),
-    'rl': dict(notebook=_06, grid=dict(reward=['paper', 'graded', 'decoded'], seed=[0, 1, 2]), fixed=dict(scale='toy', steps=60, lr=1e-4, kl=.01, non_repeat_weight=.5, eval_every=0), show=('reward', 'score_difference'), question='Which reward improves what a model draws, and what it leaves undrawn?'),
-    'sft_codebooks': dict(notebook=_04, grid=dict(tokenizer=[_sized(s) for s in _SIZES]), fixed=dict(scale='toy'), show=('tokenizer', 'iou'), question='How many words can a small language model learn to say?'),
+    'codebooks': dict(
+        notebook=_02A,
+        grid=dict(depth=[1, 2, 3, 4], codebook_size=[16, 64, 256]),
+        fixed=_TOY,
+        show=('codebook_size', 'iou', 'depth'),
+        question='How many words, from how large a codebook?',
+    ),
+    'sizes': dict(
+        notebook=_02A,
+        grid=dict(codebook_size=_SIZES),
+        fixed=_TOY,
+        show=('codebook_size', 'iou'),
+        question='What does a smaller codebook cost the tokenizer?',
+    ),
+    'image_size': dict(
+        notebook=_02A,
+        grid=dict(image_size=[128, 160, 192, 224]),
+        fixed=_TOY,
+        show=('image_size', 'iou'),
+        question='How large must the image be?',
+    ),
+    'threshold': dict(
+        notebook=_02A,
+        grid=dict(threshold=[0.0, 0.5]),
+        fixed=_TOY,
+        show=('threshold', 'iou'),
+        question='Where is the edge of a mask: at logit 0, or at 0.5 as published?',
+    ),
+    'constrained': dict(
+        notebook=_08,
+        grid=dict(constrained=[False, True]),
+        fixed={},
+        show=('constrained', 'iou'),
+        question='Does it help to allow only well-formed words?',
+    ),
+    'policies': dict(
+        notebook=_08,
+        grid=dict(policy=['strict', 'flat', 'published_gres', 'published_gcg', 'published_single']),
+        fixed={},
+        show=('policy', 'iou'),
+        question='How much of a score is the reading of broken replies?',
+    ),
+    'sft_data': dict(
+        notebook=_04,
+        grid=dict(epochs=[0.125, 0.25, 0.5, 1.0]),
+        fixed=dict(scale='toy', steps=0),
+        show=('epochs', 'iou'),
+        question='How much data does fine-tuning need?',
+    ),
+    'rl': dict(
+        notebook=_06,
+        grid=dict(reward=['paper', 'graded', 'decoded'], seed=[0, 1, 2]),
+        fixed=dict(scale='toy', steps=60, lr=1e-4, kl=0.01, non_repeat_weight=0.5, eval_every=0),
+        show=('reward', 'score_difference'),
+        question='Which reward improves what a model draws, and what it leaves undrawn?',
+    ),
+    'sft_codebooks': dict(
+        notebook=_04,
+        grid=dict(tokenizer=[_sized(s) for s in _SIZES]),
+        fixed=dict(scale='toy'),
+        show=('tokenizer', 'iou'),
+        question='How many words can a small language model learn to say?',
+    ),
 }
 
 # %% ../nbs/09_sweep.ipynb #07da5de3
-def _split(given): # dict name: value or list of values -> grid, fixed
+def _split(given):  # dict name: value or list of values -> grid, fixed
     lists = {k: list(v) if isinstance(v, (list, tuple)) else [v] for k, v in given.items()}
     return {k: v for k, v in lists.items() if len(v) != 1}, {k: v[0] for k, v in lists.items() if len(v) == 1}
 
-def ready(name, # one of SWEEPS
-          out=None, # folder of the runs; None: runs/sweeps/<name>
-          **changes): # parameters: a value is fixed, a list is swept -> Sweep
+
+def ready(
+    name,  # one of SWEEPS
+    out=None,  # folder of the runs; None: runs/sweeps/<name>
+    **changes,
+):  # parameters: a value is fixed, a list is swept -> Sweep
     "Open a ready sweep."
-    if name not in SWEEPS: raise SweepError(f"There is no ready sweep {name!r}: choose one of {', '.join(SWEEPS)}.")
+    if name not in SWEEPS:
+        raise SweepError(f'There is no ready sweep {name!r}: choose one of {", ".join(SWEEPS)}.')
     row = SWEEPS[name]
-    if not _find(row['notebook']).exists(): raise SweepError(f"The sweep {name} needs {row['notebook']}, which is not here: run it in a checkout that has it.")
+    if not _find(row['notebook']).exists():
+        raise SweepError(
+            f'The sweep {name} needs {row["notebook"]}, which is not here: run it in a checkout that has it.'
+        )
     grid, fixed = _split({**row['fixed'], **row['grid'], **changes})
     return Sweep(row['notebook'], grid or [{}], out or Path('runs/sweeps') / name, fixed)
 
 # %% ../nbs/09_sweep.ipynb #248eb859
-def parse_values(text): # "1,2", "toy", ".5,none", "[[1,2],[3]]" -> list of values
+def parse_values(text):  # "1,2", "toy", ".5,none", "[[1,2],[3]]" -> list of values
     "Read the values of one parameter: JSON, Python or plain words with commas between them."
+
     def one(word):
         for read in (json.loads, ast.literal_eval):
-            try: return read(word)
-            except (ValueError, SyntaxError): pass
+            try:
+                return read(word)
+            except (ValueError, SyntaxError):
+                pass
         return {'none': None}.get(word.lower(), word)
-    try: whole = json.loads(text)
-    except ValueError: return [one(w.strip()) for w in text.split(',')]
+
+    try:
+        whole = json.loads(text)
+    except ValueError:
+        return [one(w.strip()) for w in text.split(',')]
     return whole if isinstance(whole, list) else [whole]
 
+
 def _arguments(argv):
-    p = argparse.ArgumentParser(prog='samtok.sweep', description='Run a notebook for every combination of parameters.', allow_abbrev=False)
-    p.add_argument('notebook', nargs='?', help=f"run notebook, or one of: {', '.join(SWEEPS)}")
+    p = argparse.ArgumentParser(
+        prog='samtok.sweep', description='Run a notebook for every combination of parameters.', allow_abbrev=False
+    )
+    p.add_argument('notebook', nargs='?', help=f'run notebook, or one of: {", ".join(SWEEPS)}')
     p.add_argument('values', nargs='*', help='name=value, or name=a,b,c to sweep over it')
     p.add_argument('--out', help='folder of the runs (default: runs/sweeps/<name>)')
     p.add_argument('--metric', action='append', help='show only this metric; may be given several times')
@@ -305,24 +561,36 @@ def _arguments(argv):
     return p.parse_args(argv)
 
 # %% ../nbs/09_sweep.ipynb #8f5df872
-def _from_arguments(a): # -> Sweep
-    if wrong := [v for v in a.values if '=' not in v]: raise SweepError(f'{wrong[0]!r} is no parameter: write name=value, or name=a,b,c.')
+def _from_arguments(a):  # -> Sweep
+    if wrong := [v for v in a.values if '=' not in v]:
+        raise SweepError(f'{wrong[0]!r} is no parameter: write name=value, or name=a,b,c.')
     given = {k: parse_values(v) for k, v in (v.split('=', 1) for v in a.values)}
-    if a.notebook in SWEEPS: return ready(a.notebook, a.out, **given)
+    if a.notebook in SWEEPS:
+        return ready(a.notebook, a.out, **given)
     grid, fixed = _split(given)
     return Sweep(a.notebook, grid or [{}], a.out or Path('runs/sweeps') / Path(a.notebook).stem, fixed)
 
-def main(argv=None): # -> exit code
+
+def main(argv=None):  # -> exit code
     "Run a sweep from the command line."
     a = _arguments(argv)
-    if not a.notebook: print(*[f"{k:14} {s['question']}" for k, s in SWEEPS.items()], sep='\n'); return 0
+    if not a.notebook:
+        print(*[f'{k:14} {s["question"]}' for k, s in SWEEPS.items()], sep='\n')
+        return 0
     try:
         sweep = _from_arguments(a)
-        if a.dry: print(*[f"{r['status']:9} {r['command']}" for r in sweep.rows()], sep='\n'); return 0
+        if a.dry:
+            print(*[f'{r["status"]:9} {r["command"]}' for r in sweep.rows()], sep='\n')
+            return 0
         rows = sweep.run()
-        if a.save: sweep.save(a.save)
+        if a.save:
+            sweep.save(a.save)
         print(sweep.report(a.metric)._repr_markdown_())
-    except (ValueError, OSError) as e: print(f'samtok.sweep: {e}', file=sys.stderr); return 2
+    except (ValueError, OSError) as e:
+        print(f'samtok.sweep: {e}', file=sys.stderr)
+        return 2
     return int(any(r['status'] == 'failed' for r in rows))
 
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
+
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())

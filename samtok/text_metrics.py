@@ -7,32 +7,45 @@ __all__ = ['greedy_pairs', 'coco_hits', 'average_precision', 'GCG', 'check_java'
            'triplet_hits', 'PSG']
 
 # %% ../nbs/07a_text_metrics.ipynb #ed7ef26b
-import shutil, subprocess
+import shutil
+import subprocess
 from pathlib import Path
+
 import numpy as np
+
 from .masks import mask_iou
 from .metrics import Convention, Metric, MetricError, _mask, _ratio
 
 # %% ../nbs/07a_text_metrics.ipynb #c2059eec
-def greedy_pairs(iou, # (G,P) float; NaN stands for an IoU of 0/0
-                 least=0., allowed=None, # smallest IoU of a pair (0: anything above 0); (G,P) bool: which pairs may be
-                 stop=False): # end at the first pair that may not be -> list of (row, column); raises IndexError where `allowed` is too small
+def greedy_pairs(
+    iou,  # (G,P) float; NaN stands for an IoU of 0/0
+    least=0.0,
+    allowed=None,  # smallest IoU of a pair (0: anything above 0); (G,P) bool: which pairs may be
+    stop=False,
+):  # end at the first pair that may not be -> list of (row, column); raises IndexError where `allowed` is too small
     "Pair rows with columns one to one, the best IoU first."
     iou, found = np.array(iou, np.float64), []
     while iou.size:
         i, j = map(int, np.unravel_index(np.argmax(iou), iou.shape))
-        if iou[i, j] < least or not least and not iou[i, j] > 0: break
+        if iou[i, j] < least or not least and not iou[i, j] > 0:
+            break
         if allowed is not None and not allowed[i, j]:
-            if stop: break
+            if stop:
+                break
             iou[i, j] = -1
-        else: found.append((i, j)); iou[i], iou[:, j] = -1, -1
+        else:
+            found.append((i, j))
+            iou[i], iou[:, j] = -1, -1
     return found
 
 # %% ../nbs/07a_text_metrics.ipynb #750b75f8
-_LEVELS = np.linspace(.5, .95, 10)
+_LEVELS = np.linspace(0.5, 0.95, 10)
 
-def coco_hits(iou, # (G,P) float, predictions in the order of their rank
-              most=100): # predictions of an image that count -> (10,P) bool: which are right at IoU .5, .55, ... .95
+
+def coco_hits(
+    iou,  # (G,P) float, predictions in the order of their rank
+    most=100,
+):  # predictions of an image that count -> (10,P) bool: which are right at IoU .5, .55, ... .95
     "Match predictions as COCO does."
     iou = iou[:, :most]
     hits = np.zeros((len(_LEVELS), iou.shape[1]), bool)
@@ -40,14 +53,19 @@ def coco_hits(iou, # (G,P) float, predictions in the order of their rank
         free = np.ones(len(iou), bool)
         for j in range(len(row) if len(iou) else 0):
             can = np.where(free, iou[:, j], -1)
-            best = len(can) - 1 - int(np.argmax(can[::-1]))                     # of equal ones COCO takes the last
-            if can[best] >= level: row[j], free[best] = True, False
+            best = len(can) - 1 - int(np.argmax(can[::-1]))  # of equal ones COCO takes the last
+            if can[best] >= level:
+                row[j], free[best] = True, False
     return hits
 
-def average_precision(hits, # (10,P) bool over all images, by rank
-                      n):   # number of true masks -> (10,) float; NaN without true masks
+
+def average_precision(
+    hits,  # (10,P) bool over all images, by rank
+    n,
+):  # number of true masks -> (10,) float; NaN without true masks
     "Average the precision over 101 recalls."
-    if not n: return np.full(len(hits), np.nan)
+    if not n:
+        return np.full(len(hits), np.nan)
     right = np.cumsum(hits, 1)
     best = np.maximum.accumulate((right / np.arange(1, hits.shape[1] + 1))[:, ::-1], 1)[:, ::-1]
     best = np.concatenate([best, np.zeros((len(hits), 1))], 1)
@@ -56,39 +74,74 @@ def average_precision(hits, # (10,P) bool over all images, by rank
 # %% ../nbs/07a_text_metrics.ipynb #bc5c72f4
 class GCG(Metric):
     "Compare masks with phrases in a caption: AP, AP50, mIoU of pairs, recall."
+
     conventions = dict(plain=Convention(), glamm=Convention(empty=np.nan))
-    def __init__(self, convention=None, similarity=None, # function (G labels, P phrases) -> (G,P) in [-1,1]; named, if it is to be pickled
-                 min_iou=.5, min_text=.5):               # of a hit
+
+    def __init__(
+        self,
+        convention=None,
+        similarity=None,  # function (G labels, P phrases) -> (G,P) in [-1,1]; named, if it is to be pickled
+        min_iou=0.5,
+        min_text=0.5,
+    ):  # of a hit
         super().__init__(convention, min_iou=min_iou, min_text=min_text)
         self.similarity = similarity
 
-    def update(self, pred_masks, gt_masks, # lists of (H,W) bool or RLE, or (N,H,W)
-               phrases, labels, id,        # lists of str: of predicted and of true masks; image id
-               similarity=None, group=None): # (G,P), instead of the function
+    def update(
+        self,
+        pred_masks,
+        gt_masks,  # lists of (H,W) bool or RLE, or (N,H,W)
+        phrases,
+        labels,
+        id,  # lists of str: of predicted and of true masks; image id
+        similarity=None,
+        group=None,
+    ):  # (G,P), instead of the function
         "Count one image."
         with self._sample(id, group) as row:
-            if len(labels) != len(gt_masks) or not len(labels): raise MetricError(f'There are {len(labels)} labels for {len(gt_masks)} true masks: one label for each mask, and at least one mask, is needed.')
+            if len(labels) != len(gt_masks) or not len(labels):
+                raise MetricError(
+                    f'There are {len(labels)} labels for {len(gt_masks)} true masks: one label for each mask, and at least one mask, is needed.'
+                )
             iou = _iou_matrix(gt_masks, pred_masks, self.rule.empty)
-            if similarity is None and self.similarity is None: raise MetricError('The text similarity is missing: make the accumulator with a function, GCG(similarity=...), or give its matrix.')
-            text = np.asarray(self.similarity(labels, phrases) if similarity is None else similarity, np.float64).reshape(len(labels), -1)
-            if text.shape[1] != len(phrases): raise MetricError(f'The text similarity is {text.shape[0]}x{text.shape[1]} for {len(labels)} labels and {len(phrases)} phrases.')
+            if similarity is None and self.similarity is None:
+                raise MetricError(
+                    'The text similarity is missing: make the accumulator with a function, GCG(similarity=...), or give its matrix.'
+                )
+            text = np.asarray(
+                self.similarity(labels, phrases) if similarity is None else similarity, np.float64
+            ).reshape(len(labels), -1)
+            if text.shape[1] != len(phrases):
+                raise MetricError(
+                    f'The text similarity is {text.shape[0]}x{text.shape[1]} for {len(labels)} labels and {len(phrases)} phrases.'
+                )
             pairs, hits = greedy_pairs(iou), self._hits(iou, text)
-            row.update(n=1, mIoU=np.mean([iou[p] for p in pairs]) if pairs else 0., TP=len(hits), labels=len(labels), _pairs=hits, _hits=coco_hits(np.nan_to_num(iou)))
+            row.update(
+                n=1,
+                mIoU=np.mean([iou[p] for p in pairs]) if pairs else 0.0,
+                TP=len(hits),
+                labels=len(labels),
+                _pairs=hits,
+                _hits=coco_hits(np.nan_to_num(iou)),
+            )
 
 # %% ../nbs/07a_text_metrics.ipynb #7e708f74
-def _iou_matrix(gt, pred, empty): # lists of masks -> (G,P), both of one size
+def _iou_matrix(gt, pred, empty):  # lists of masks -> (G,P), both of one size
     gt = [_mask(m, 'true mask') for m in gt]
     size = gt[0].shape if gt else None
     pred = [_mask(m, 'predicted mask', size) for m in pred]
     return mask_iou(np.stack(gt), np.stack(pred), empty=empty) if gt and pred else np.zeros((len(gt), len(pred)))
 
-def _hits(self, iou, text): # (G,P) each -> list of pairs
+
+def _hits(self, iou, text):  # (G,P) each -> list of pairs
     allowed, p = text >= self.options['min_text'], iou.shape[1]
     if self.convention != 'glamm':
         allowed = np.pad(allowed, ((0, 0), (0, max(0, p - allowed.shape[1]))))
         return greedy_pairs(iou, self.options['min_iou'], allowed)
-    try: return greedy_pairs(iou, self.options['min_iou'], allowed, stop=True)
-    except IndexError: return []                                                # the script catches it, and keeps the labels
+    try:
+        return greedy_pairs(iou, self.options['min_iou'], allowed, stop=True)
+    except IndexError:
+        return []  # the script catches it, and keeps the labels
 
 # %% ../nbs/07a_text_metrics.ipynb #d020ecfa
 def _figures(self, columns, weights=None):
@@ -103,139 +156,220 @@ def _figures(self, columns, weights=None):
     ap = dict(AP=ap.mean(1), AP50=ap[:, 0])
     return {**{k: v[0] if weights is None else v for k, v in ap.items()}, **out}
 
+
 def _table(self):
     ids, columns = super(GCG, self).table()
-    return ids, {**columns, 'at': np.arange(len(ids), dtype=np.float64)}        # the row that holds the hits
+    return ids, {**columns, 'at': np.arange(len(ids), dtype=np.float64)}  # the row that holds the hits
+
 
 GCG._hits, GCG._figures, GCG.table = _hits, _figures, _table
-GCG.__getstate__ = lambda self: {**self.__dict__, 'similarity': None}           # a function may not travel between processes; rows do
+GCG.__getstate__ = lambda self: {
+    **self.__dict__,
+    'similarity': None,
+}  # a function may not travel between processes; rows do
 
 # %% ../nbs/07a_text_metrics.ipynb #c3857f4a
-def check_java(): # raises MetricError
+def check_java():  # raises MetricError
     "Refuse with a sentence if captions cannot be scored here."
-    try: import pycocoevalcap
-    except ImportError as e: raise MetricError('Captions need the package pycocoevalcap: pip install pycocoevalcap==1.2.') from e
+    try:
+        import pycocoevalcap
+    except ImportError as e:
+        raise MetricError('Captions need the package pycocoevalcap: pip install pycocoevalcap==1.2.') from e
     java = shutil.which('java')
     if not java or subprocess.run([java, '-version'], capture_output=True).returncode:
-        raise MetricError('METEOR and the tokenizer of CIDEr are Java programs, and there is no Java here: install a Java runtime (version 8 or newer, for example the package default-jre), or leave captions out.')
+        raise MetricError(
+            'METEOR and the tokenizer of CIDEr are Java programs, and there is no Java here: install a Java runtime (version 8 or newer, for example the package default-jre), or leave captions out.'
+        )
 
-def caption_tokens(captions): # list of str -> list of str, lower case, punctuation left out; raises MetricError
+
+def caption_tokens(captions):  # list of str -> list of str, lower case, punctuation left out; raises MetricError
     "Cut captions into words with the Penn Treebank tokenizer."
     check_java()
     from pycocoevalcap.tokenizer import ptbtokenizer as ptb
-    command = ['java', '-cp', str(Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR)), 'edu.stanford.nlp.process.PTBTokenizer', '-preserveLines', '-lowerCase', '-encoding', 'utf-8']
-    done = subprocess.run(command, input='\n'.join(' '.join(str(c).split()) for c in captions) + '\n', capture_output=True, encoding='utf-8')
+
+    command = [
+        'java',
+        '-cp',
+        str(Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR)),
+        'edu.stanford.nlp.process.PTBTokenizer',
+        '-preserveLines',
+        '-lowerCase',
+        '-encoding',
+        'utf-8',
+    ]
+    done = subprocess.run(
+        command,
+        input='\n'.join(' '.join(str(c).split()) for c in captions) + '\n',
+        capture_output=True,
+        encoding='utf-8',
+    )
     lines = done.stdout.split('\n')
-    if done.returncode or len(lines) < len(captions): raise MetricError(f'The tokenizer gave {len(lines)} lines for {len(captions)} captions; it says: {done.stderr.strip()[-200:]}')
-    return [' '.join(w for w in line.rstrip().split(' ') if w not in ptb.PUNCTUATIONS) for line in lines[:len(captions)]]
+    if done.returncode or len(lines) < len(captions):
+        raise MetricError(
+            f'The tokenizer gave {len(lines)} lines for {len(captions)} captions; it says: {done.stderr.strip()[-200:]}'
+        )
+    return [
+        ' '.join(w for w in line.rstrip().split(' ') if w not in ptb.PUNCTUATIONS) for line in lines[: len(captions)]
+    ]
 
 # %% ../nbs/07a_text_metrics.ipynb #e22ac475
-_STAGES, _DELTA, _ALPHA, _BETA, _GAMMA = np.array([1., .6, .8, .6]), .75, .85, .2, .6     # METEOR 1.5, English
+_STAGES, _DELTA, _ALPHA, _BETA, _GAMMA = np.array([1.0, 0.6, 0.8, 0.6]), 0.75, 0.85, 0.2, 0.6  # METEOR 1.5, English
 
-def meteor_score(stats): # (...,23) counts of METEOR 1.5, summed over sentences -> (...) float in [0,1]
+
+def meteor_score(stats):  # (...,23) counts of METEOR 1.5, summed over sentences -> (...) float in [0,1]
     "Compute METEOR from its counts."
     stats = np.asarray(stats, np.float64)
-    length, function, total = (stats[..., k:k + 2] for k in (0, 2, 21))          # last axis: prediction, truth
-    matches = stats[..., 4:20].reshape(*stats.shape[:-1], 4, 2, 2)               # stage; content or function word; prediction or truth
+    length, function, total = (stats[..., k : k + 2] for k in (0, 2, 21))  # last axis: prediction, truth
+    matches = stats[..., 4:20].reshape(
+        *stats.shape[:-1], 4, 2, 2
+    )  # stage; content or function word; prediction or truth
     words = np.array([_DELTA, 1 - _DELTA])
     found = np.einsum('...skp,s,k->...p', matches, _STAGES, words)
     share = np.nan_to_num(_ratio(found, _DELTA * (length - function) + (1 - _DELTA) * function))
     p, r = share[..., 0], share[..., 1]
     mean = np.nan_to_num(_ratio(p * r, _ALPHA * p + (1 - _ALPHA) * r))
-    return mean * (1 - _GAMMA * np.nan_to_num(_ratio(stats[..., 20], total.mean(-1))) ** _BETA)      # pieces: the fewer, the better the order
+    return mean * (
+        1 - _GAMMA * np.nan_to_num(_ratio(stats[..., 20], total.mean(-1))) ** _BETA
+    )  # pieces: the fewer, the better the order
 
-def _meteor_counts(line): # str of METEOR's program -> list of 23; a perfect sentence counts as 0 pieces
+
+def _meteor_counts(line):  # str of METEOR's program -> list of 23; a perfect sentence counts as 0 pieces
     counts = [float(v) for v in line.split()]
-    if len(counts) != 23: raise MetricError('METEOR gave no counts: its program needs Java with 2 GB of memory.')
-    if counts[20] == 1 and counts[21:] == counts[:2]: counts[20] = 0.
+    if len(counts) != 23:
+        raise MetricError('METEOR gave no counts: its program needs Java with 2 GB of memory.')
+    if counts[20] == 1 and counts[21:] == counts[:2]:
+        counts[20] = 0.0
     return counts
 
 # %% ../nbs/07a_text_metrics.ipynb #80e4d8a4
 class Captions(Metric):
     "Compare captions with true captions: METEOR, CIDEr."
-    def update(self, caption, truth, id, group=None): # str; str or list of str; image id
-        "Count one caption."
-        with self._sample(id, group) as row: row.update(n=1, _caption=caption, _truth=[truth] if isinstance(truth, str) else list(truth))
 
-    def table(self): # Java sees each caption once; its counts stay in the row
+    def update(self, caption, truth, id, group=None):  # str; str or list of str; image id
+        "Count one caption."
+        with self._sample(id, group) as row:
+            row.update(n=1, _caption=caption, _truth=[truth] if isinstance(truth, str) else list(truth))
+
+    def table(self):  # Java sees each caption once; its counts stay in the row
         "Score the captions; raises MetricError without Java."
         ids, columns = super().table()
         _read_captions([r for r in self.rows if '_counts' not in r])
         from pycocoevalcap.cider.cider import Cider
+
         truth, found = ({i: r['_tokens'][part] for i, r in enumerate(self.rows)} for part in (slice(1, None), slice(1)))
-        return ids, {**columns, 'meteor': np.array([r['_counts'] for r in self.rows]), 'cider': np.array(Cider().compute_score(truth, found)[1])}
+        return ids, {
+            **columns,
+            'meteor': np.array([r['_counts'] for r in self.rows]),
+            'cider': np.array(Cider().compute_score(truth, found)[1]),
+        }
 
-    def _from_sums(self, s): return dict(METEOR=meteor_score(s['meteor']), CIDEr=_ratio(s['cider'], s['n']))
+    def _from_sums(self, s):
+        return dict(METEOR=meteor_score(s['meteor']), CIDEr=_ratio(s['cider'], s['n']))
 
-def _read_captions(rows): # adds `_tokens` (caption, then its truths) and `_counts` to rows
-    if not rows: return
+
+def _read_captions(rows):  # adds `_tokens` (caption, then its truths) and `_counts` to rows
+    if not rows:
+        return
     words = iter(caption_tokens([c for r in rows for c in [r['_caption'], *r['_truth']]]))
     from pycocoevalcap.meteor.meteor import Meteor
+
     meteor = Meteor()
     for r in rows:
         r['_tokens'] = [next(words) for _ in range(1 + len(r['_truth']))]
         r['_counts'] = _meteor_counts(meteor._stat(r['_tokens'][0], r['_tokens'][1:]))
 
 # %% ../nbs/07a_text_metrics.ipynb #c3c5e43d
-def _graph(graph, name, size=None): # dict(labels, masks, relations) -> labels (N,), masks (N,H,W), relations (R,3)
+def _graph(graph, name, size=None):  # dict(labels, masks, relations) -> labels (N,), masks (N,H,W), relations (R,3)
     masks = [_mask(m, f'{name} mask', size) for m in graph['masks']]
     masks = [_mask(m, f'{name} mask', masks[0].shape) for m in masks]
     labels, relations = np.asarray(graph['labels']), np.asarray(graph['relations'], np.int64).reshape(-1, 3)
-    if len(labels) != len(masks): raise MetricError(f'The {name} has {len(labels)} labels and {len(masks)} masks.')
+    if len(labels) != len(masks):
+        raise MetricError(f'The {name} has {len(labels)} labels and {len(masks)} masks.')
     if len(relations) and not (0 <= relations[:, :2].min() and relations[:, :2].max() < len(masks)):
-        raise MetricError(f'The {name} has a relation between objects that do not exist: it has {len(masks)} objects, counted from 0.')
+        raise MetricError(
+            f'The {name} has a relation between objects that do not exist: it has {len(masks)} objects, counted from 0.'
+        )
     return labels, np.stack(masks) if masks else np.zeros((0, *(size or (1, 1))), bool), relations
 
-def triplet_hits(gt, pred, # graphs as _graph reads them: (labels, masks, relations)
-                 mode='sgdet', min_iou=.5): # 'sgdet' or 'phrdet' -> (R predicted, R true) bool
+
+def triplet_hits(
+    gt,
+    pred,  # graphs as _graph reads them: (labels, masks, relations)
+    mode='sgdet',
+    min_iou=0.5,
+):  # 'sgdet' or 'phrdet' -> (R predicted, R true) bool
     "Tell which predicted triplet hits which true one."
     (gl, gm, gr), (pl, pm, pr) = gt, pred
-    same = (pr[:, None, 2] == gr[None, :, 2]) & (pl[pr[:, 0]][:, None] == gl[gr[:, 0]]) & (pl[pr[:, 1]][:, None] == gl[gr[:, 1]])
+    same = (
+        (pr[:, None, 2] == gr[None, :, 2])
+        & (pl[pr[:, 0]][:, None] == gl[gr[:, 0]])
+        & (pl[pr[:, 1]][:, None] == gl[gr[:, 1]])
+    )
     if mode == 'sgdet':
-        near = mask_iou(pm, gm, empty=0.) >= min_iou
+        near = mask_iou(pm, gm, empty=0.0) >= min_iou
         return same & near[pr[:, 0]][:, gr[:, 0]] & near[pr[:, 1]][:, gr[:, 1]]
-    for i, j in zip(*np.nonzero(same)):                                         # unions only where the words agree
+    for i, j in zip(*np.nonzero(same)):  # unions only where the words agree
         a, b = (m[r[0]] | m[r[1]] for m, r in ((pm, pr[i]), (gm, gr[j])))
-        same[i, j] = mask_iou(a, b, empty=0.)[0, 0] >= min_iou
+        same[i, j] = mask_iou(a, b, empty=0.0)[0, 0] >= min_iou
     return same
 
 # %% ../nbs/07a_text_metrics.ipynb #cca7e15d
 class PSG(Metric):
     "Count true triplets among the first k predicted ones: R@k, mR@k."
+
     conventions = dict(plain=Convention(), openpsg=Convention(missing='skip'))
-    def __init__(self, convention=None, predicates=56, # they are 1..predicates
-                 mode='sgdet', ks=(20, 50, 100), min_iou=.5): # mode: 'sgdet' or 'phrdet'
-        if mode not in ('sgdet', 'phrdet'): raise MetricError(f'There is no mode {mode!r}: use sgdet or phrdet.')
+
+    def __init__(
+        self,
+        convention=None,
+        predicates=56,  # they are 1..predicates
+        mode='sgdet',
+        ks=(20, 50, 100),
+        min_iou=0.5,
+    ):  # mode: 'sgdet' or 'phrdet'
+        if mode not in ('sgdet', 'phrdet'):
+            raise MetricError(f'There is no mode {mode!r}: use sgdet or phrdet.')
         super().__init__(convention, predicates=predicates, mode=mode, ks=tuple(ks), min_iou=min_iou)
 
-    def update(self, pred, gt, id=None, group=None): # dict(labels (N), masks N x (H,W) bool or RLE, relations (R,3): subject, object, predicate; predicted ones by rank); pred may be None
+    def update(
+        self, pred, gt, id=None, group=None
+    ):  # dict(labels (N), masks N x (H,W) bool or RLE, relations (R,3): subject, object, predicate; predicted ones by rank); pred may be None
         "Count one image."
         o = self.options
         with self._sample(id, group) as row:
             gt = _graph(gt, 'truth')
             predicate, some = gt[2][:, 2], pred is not None and len(pred['relations']) > 0
-            if len(predicate) and not (1 <= predicate.min() and predicate.max() <= o['predicates']): raise MetricError(f"A true predicate is {predicate.max()}, they are 1 to {o['predicates']}.")
+            if len(predicate) and not (1 <= predicate.min() and predicate.max() <= o['predicates']):
+                raise MetricError(f'A true predicate is {predicate.max()}, they are 1 to {o["predicates"]}.')
             n = int(len(predicate) > 0 and (some or self.rule.missing != 'skip'))
             has = np.bincount(predicate, minlength=o['predicates'] + 1)[1:].astype(np.float64) * n
             row.update(n=n, has=has > 0)
-            hits = triplet_hits(gt, _graph(pred, 'prediction', gt[1].shape[1:]), o['mode'], o['min_iou']) if n and some else np.zeros((0, len(predicate)), bool)
+            hits = (
+                triplet_hits(gt, _graph(pred, 'prediction', gt[1].shape[1:]), o['mode'], o['min_iou'])
+                if n and some
+                else np.zeros((0, len(predicate)), bool)
+            )
             for k in o['ks']:
                 found = hits[:k].any(0)
                 each = np.bincount(predicate[found], minlength=o['predicates'] + 1)[1:]
-                row.update({f'R@{k}': found.mean() if n else 0., f'mR@{k}': np.nan_to_num(_ratio(each, has))})
+                row.update({f'R@{k}': found.mean() if n else 0.0, f'mR@{k}': np.nan_to_num(_ratio(each, has))})
 
 # %% ../nbs/07a_text_metrics.ipynb #fd80d07d
 def _from_sums(self, s):
     r = {k: _ratio(s[k], s['n']) for k in (f'R@{k}' for k in self.options['ks'])}
     return {**r, **{f'mR@{k}': self._mean(_ratio(s[f'mR@{k}'], s['has'])) for k in self.options['ks']}}
 
-def _mean(self, shares): # (...,predicates), NaN: in no image
-    if self.rule.missing == 'skip': return np.where((shares >= 0).any(-1), np.nan_to_num(shares).mean(-1), np.nan)
+
+def _mean(self, shares):  # (...,predicates), NaN: in no image
+    if self.rule.missing == 'skip':
+        return np.where((shares >= 0).any(-1), np.nan_to_num(shares).mean(-1), np.nan)
     return _ratio(np.nan_to_num(shares).sum(-1), (shares >= 0).sum(-1))
 
-def _per_predicate(self, k): # -> (predicates,) float, NaN for those in no image
+
+def _per_predicate(self, k):  # -> (predicates,) float, NaN for those in no image
     "Give the recall of each predicate within the first k."
     s = self._sums(self.table()[1])
     return _ratio(s[f'mR@{k}'], s['has'])
+
 
 PSG._from_sums, PSG._mean, PSG.per_predicate = _from_sums, _mean, _per_predicate

@@ -14,20 +14,30 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
 from huggingface_hub import PyTorchModelHubMixin
 from PIL import Image
-from torch import nn
 from sam2.modeling.backbones.hieradet import Hiera
 from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
 from sam2.modeling.position_encoding import PositionEmbeddingSine
 from sam2.modeling.sam.mask_decoder import MaskDecoder
 from sam2.modeling.sam.prompt_encoder import PromptEncoder
 from sam2.modeling.sam.transformer import TwoWayTransformer
-from .checkpoints import CheckpointError, fetch_files, find_pretrained, load_checked, published_state, read_checkpoint, sam2_state
+from torch import nn
+
+from samtok.checkpoints import (
+    CheckpointError,
+    fetch_files,
+    find_pretrained,
+    load_checked,
+    published_state,
+    read_checkpoint,
+    sam2_state,
+)
 from .data import read_image
 from .masks import MaskError, check_box, check_masks, mask_to_box
 from .quantizer import CodeError, ResidualVQ
@@ -38,64 +48,95 @@ from .words import MaskVocab
 @dataclass
 class TokenizerConfig:
     "Everything that fixes the shape of a mask tokenizer."
+
     backbone: str | dict = 'sam2.1_hiera_l'  # a config name of the sam2 package, or arguments of Hiera
-    image_size: int = 1024      # S: images are stretched to S x S; a multiple of 32
-    dim: int = 256              # C, width of features and prompts
-    heads: int = 8              # of the mask encoder and decoder
-    mlp_dim: int = 2048         # of both
-    codebook_size: int = 256    # rows in each codebook
-    depth: int = 2              # codes for each mask token
-    latent_dim: int = 256       # D, width of what is quantized; if it is not C, linear maps go in and out
-    num_mask_tokens: int = 1    # T, vectors for each mask; words for each mask = T * depth
+    image_size: int = 1024  # S: images are stretched to S x S; a multiple of 32
+    dim: int = 256  # C, width of features and prompts
+    heads: int = 8  # of the mask encoder and decoder
+    mlp_dim: int = 2048  # of both
+    codebook_size: int = 256  # rows in each codebook
+    depth: int = 2  # codes for each mask token
+    latent_dim: int = 256  # D, width of what is quantized; if it is not C, linear maps go in and out
+    num_mask_tokens: int = 1  # T, vectors for each mask; words for each mask = T * depth
     shared_codebook: bool = False
-    decay: float = .99          # of the codebooks' averages
-    dead_below: float = 1.      # see VectorQuantize
-    threshold: float = 0.       # a pixel is inside if its logit is above
+    decay: float = 0.99  # of the codebooks' averages
+    dead_below: float = 1.0  # see VectorQuantize
+    threshold: float = 0.0  # a pixel is inside if its logit is above
 
     @property
-    def grid(self): return self.image_size // 16      # side of the feature map
+    def grid(self):
+        return self.image_size // 16  # side of the feature map
+
     @property
-    def num_codes(self): return self.num_mask_tokens * self.depth
+    def num_codes(self):
+        return self.num_mask_tokens * self.depth
 
 # %% ../nbs/02_tokenizer.ipynb #e69599ce
-def backbone_args(backbone): # name of a sam2.1 config ("sam2.1_hiera_l") or dict -> dict of Hiera arguments
+def backbone_args(backbone):  # name of a sam2.1 config ("sam2.1_hiera_l") or dict -> dict of Hiera arguments
     "Look up the arguments of a Hiera trunk in the sam2 package."
-    if isinstance(backbone, dict): return backbone
+    if isinstance(backbone, dict):
+        return backbone
     folder = Path(find_spec('sam2').origin).parent / 'configs' / 'sam2.1'
     if not (file := folder / f'{backbone}.yaml').exists():
-        raise ValueError(f'The sam2 package has no backbone {backbone!r}: choose one of {", ".join(sorted(p.stem for p in folder.glob("*.yaml")))}, or give a dict of Hiera arguments.')
+        raise ValueError(
+            f'The sam2 package has no backbone {backbone!r}: choose one of {", ".join(sorted(p.stem for p in folder.glob("*.yaml")))}, or give a dict of Hiera arguments.'
+        )
     trunk = yaml.safe_load(file.read_text())['model']['image_encoder']['trunk']
     return {k: v for k, v in trunk.items() if not k.startswith('_')}
 
+
 def _image_encoder(config):
     trunk = Hiera(**{k: tuple(v) if isinstance(v, list) else v for k, v in backbone_args(config.backbone).items()})
-    neck = FpnNeck(PositionEmbeddingSine(config.dim, normalize=True), config.dim, trunk.channel_list, fpn_top_down_levels=[2, 3], fpn_interp_model='nearest')
+    neck = FpnNeck(
+        PositionEmbeddingSine(config.dim, normalize=True),
+        config.dim,
+        trunk.channel_list,
+        fpn_top_down_levels=[2, 3],
+        fpn_interp_model='nearest',
+    )
     return ImageEncoder(trunk=trunk, neck=neck, scalp=1)
 
 # %% ../nbs/02_tokenizer.ipynb #05c64f11
 class MaskEncoder(nn.Module):
     "Read a mask off image features into T vectors."
+
     def __init__(self, config):
         super().__init__()
         self.mask_tokens = nn.Embedding(config.num_mask_tokens, config.dim)
-        self.transformer = TwoWayTransformer(depth=2, embedding_dim=config.dim, num_heads=config.heads, mlp_dim=config.mlp_dim)
+        self.transformer = TwoWayTransformer(
+            depth=2, embedding_dim=config.dim, num_heads=config.heads, mlp_dim=config.mlp_dim
+        )
 
-    def forward(self, features, # (N,C,h,w), one map for each mask
-                position,       # (1,C,h,w) positional encoding of the map
-                sparse,         # (N,P,C) prompts: the two corners of the box and a padding point
-                dense):         # (N,C,h,w) the embedded mask -> (N,T,C)
+    def forward(
+        self,
+        features,  # (N,C,h,w), one map for each mask
+        position,  # (1,C,h,w) positional encoding of the map
+        sparse,  # (N,P,C) prompts: the two corners of the box and a padding point
+        dense,
+    ):  # (N,C,h,w) the embedded mask -> (N,T,C)
         tokens = torch.cat([self.mask_tokens.weight.expand(len(sparse), -1, -1), sparse], 1)
         out, _ = self.transformer(features + dense, position.expand(len(sparse), -1, -1, -1), tokens)
-        return out[:, :self.mask_tokens.num_embeddings]
+        return out[:, : self.mask_tokens.num_embeddings]
 
 # %% ../nbs/02_tokenizer.ipynb #49e00aab
 def _mask_decoder(config):
     transformer = TwoWayTransformer(depth=2, embedding_dim=config.dim, num_heads=config.heads, mlp_dim=config.mlp_dim)
-    return MaskDecoder(transformer_dim=config.dim, transformer=transformer, num_multimask_outputs=3, iou_head_hidden_dim=config.dim, use_high_res_features=True,
-                       iou_prediction_use_sigmoid=True, pred_obj_scores=True, pred_obj_scores_mlp=True, use_multimask_token_for_obj_ptr=True)
+    return MaskDecoder(
+        transformer_dim=config.dim,
+        transformer=transformer,
+        num_multimask_outputs=3,
+        iou_head_hidden_dim=config.dim,
+        use_high_res_features=True,
+        iou_prediction_use_sigmoid=True,
+        pred_obj_scores=True,
+        pred_obj_scores_mlp=True,
+        use_multimask_token_for_obj_ptr=True,
+    )
+
 
 class MaskTokenizer(nn.Module, PyTorchModelHubMixin):
     "Turn region masks of an image into codes (two words each) and back; arguments are those of TokenizerConfig."
+
     def __init__(self, **config):
         super().__init__()
         self.config = c = TokenizerConfig(**config)
@@ -105,104 +146,161 @@ class MaskTokenizer(nn.Module, PyTorchModelHubMixin):
         self.no_mem_embed = nn.Parameter(torch.zeros(1, 1, c.dim))
         self.project_in = nn.Linear(c.dim, c.latent_dim) if c.dim != c.latent_dim else nn.Identity()
         self.project_out = nn.Linear(c.latent_dim, c.dim) if c.dim != c.latent_dim else nn.Identity()
-        self.quantizer = ResidualVQ(c.latent_dim, c.codebook_size, c.depth, shared=c.shared_codebook, decay=c.decay, dead_below=c.dead_below)
+        self.quantizer = ResidualVQ(
+            c.latent_dim, c.codebook_size, c.depth, shared=c.shared_codebook, decay=c.decay, dead_below=c.dead_below
+        )
         self.vocab = MaskVocab(c.codebook_size, c.num_codes)
         self.eval()
 
-    def __repr__(self): # one line; named_children() has the parts
+    def __repr__(self):  # one line; named_children() has the parts
         c = self.config
         return f'MaskTokenizer({c.depth} codes of {c.codebook_size}, images of {c.image_size} x {c.image_size} inside, {sum(p.numel() for p in self.parameters()) / 1e6:.1f}M parameters, {self.device})'
+
     @property
-    def device(self): return self.no_mem_embed.device
+    def device(self):
+        return self.no_mem_embed.device
 
 # %% ../nbs/02_tokenizer.ipynb #15221cea
 @dataclass
 class ImageEmbedding:
     "Features of B images: `features` (B,C,h,w), `fine` [(B,C/8,4h,4w), (B,C/4,2h,2w)], `sizes` [(H,W)] of the images."
+
     features: torch.Tensor
     fine: list
     sizes: list
-    single: bool = False # made from one image, not from a list: results are not wrapped in a list
-    def __len__(self): return len(self.sizes)
+    single: bool = False  # made from one image, not from a list: results are not wrapped in a list
 
-_MEAN, _STD = torch.tensor([.485, .456, .406])[:, None, None], torch.tensor([.229, .224, .225])[:, None, None]  # ImageNet, as SAM 2
+    def __len__(self):
+        return len(self.sizes)
 
-def prepare_image(image, # (H,W,3) uint8 RGB
-                  size   # S
-                 ): # (3,S,S) float32, normalised by ImageNet's mean and deviation
+
+_MEAN, _STD = (
+    torch.tensor([0.485, 0.456, 0.406])[:, None, None],
+    torch.tensor([0.229, 0.224, 0.225])[:, None, None],
+)  # ImageNet, as SAM 2
+
+
+def prepare_image(
+    image,  # (H,W,3) uint8 RGB
+    size,  # S
+):  # (3,S,S) float32, normalised by ImageNet's mean and deviation
     "Stretch an image to a square and normalise it."
     resized = np.array(Image.fromarray(image).resize((size, size), Image.BICUBIC))
     return (torch.from_numpy(resized).permute(2, 0, 1).float() / 255 - _MEAN) / _STD
 
 # %% ../nbs/02_tokenizer.ipynb #cc32752d
-def _features(self, pixels): # (B,3,S,S) -> features (B,C,h,w), [fine 4h, fine 2h]
+def _features(self, pixels):  # (B,3,S,S) -> features (B,C,h,w), [fine 4h, fine 2h]
     frozen = not any(p.requires_grad for p in self.image_encoder.parameters())
     with torch.no_grad() if frozen else nullcontext():
         fine, mid, top = self.image_encoder(pixels)['backbone_fpn']
-    return top + self.no_mem_embed.view(1, -1, 1, 1), [self.sam_mask_decoder.conv_s0(fine), self.sam_mask_decoder.conv_s1(mid)]
+    return top + self.no_mem_embed.view(1, -1, 1, 1), [
+        self.sam_mask_decoder.conv_s0(fine),
+        self.sam_mask_decoder.conv_s1(mid),
+    ]
+
 
 @torch.no_grad()
-def _embed_image(self, image): # (H,W,3) uint8, a path or a PIL image; or a list of them -> ImageEmbedding; raises ImageError
+def _embed_image(
+    self, image
+):  # (H,W,3) uint8, a path or a PIL image; or a list of them -> ImageEmbedding; raises ImageError
     "Run the image encoder; masks are then encoded and decoded against the result."
-    if isinstance(image, ImageEmbedding): return image
+    if isinstance(image, ImageEmbedding):
+        return image
     many = isinstance(image, (list, tuple))
     images = [read_image(i) for i in (image if many else [image])]
     pixels = torch.stack([prepare_image(i, self.config.image_size) for i in images]).to(self.device)
     features, fine = self._features(pixels)
     return ImageEmbedding(features, fine, [i.shape[:2] for i in images], not many)
 
+
 MaskTokenizer._features, MaskTokenizer.embed_image = _features, _embed_image
 
 # %% ../nbs/02_tokenizer.ipynb #94885347
-def mask_prompts(masks, # (N,H,W) bool
-                 boxes, # (N,4) xyxy pixels, max exclusive
-                 size,  # S, side of the model's square
-                 grid   # side of the feature map
-                ): # (N,1,4*grid,4*grid) float32 in [0,1], (N,2,2) float32 corners (x,y) in the square
+def mask_prompts(
+    masks,  # (N,H,W) bool
+    boxes,  # (N,4) xyxy pixels, max exclusive
+    size,  # S, side of the model's square
+    grid,  # side of the feature map
+):  # (N,1,4*grid,4*grid) float32 in [0,1], (N,2,2) float32 corners (x,y) in the square
     "Make SAM's dense and sparse prompts from masks and boxes."
     h, w = masks.shape[1:]
-    dense = F.interpolate(torch.as_tensor(masks)[:, None].float(), (4 * grid, 4 * grid), mode='bilinear', antialias=True, align_corners=False)
-    corners = (torch.as_tensor(np.asarray(boxes, np.float64)) - torch.tensor([0, 0, 1, 1])) * torch.tensor([size / w, size / h] * 2)
+    dense = F.interpolate(
+        torch.as_tensor(masks)[:, None].float(),
+        (4 * grid, 4 * grid),
+        mode='bilinear',
+        antialias=True,
+        align_corners=False,
+    )
+    corners = (torch.as_tensor(np.asarray(boxes, np.float64)) - torch.tensor([0, 0, 1, 1])) * torch.tensor(
+        [size / w, size / h] * 2
+    )
     return dense, corners.float().reshape(-1, 2, 2)
 
 # %% ../nbs/02_tokenizer.ipynb #dbcd84f4
-def _latents(self, features, dense, corners): # one row of each for each mask -> z (N,T,D)
-    labels = torch.tensor([[2, 3]], device=self.device).expand(len(corners), 2)       # SAM's labels of a box's corners
+def _latents(self, features, dense, corners):  # one row of each for each mask -> z (N,T,D)
+    labels = torch.tensor([[2, 3]], device=self.device).expand(len(corners), 2)  # SAM's labels of a box's corners
     sparse, dense = self.sam_prompt_encoder((corners, labels), None, dense)
     return self.project_in(self.sam_mask_encoder(features, self.sam_prompt_encoder.get_dense_pe(), sparse, dense))
 
-def _candidates(self, features, fine, vectors): # vectors (N,T,D) -> logits (N,3,4h,4w), predicted IoU (N,3)
+
+def _candidates(self, features, fine, vectors):  # vectors (N,T,D) -> logits (N,3,4h,4w), predicted IoU (N,3)
     n = len(vectors)
-    nowhere = torch.zeros(n, 1, 2, device=self.device), -torch.ones(n, 1, device=self.device)  # an empty click, as SAM 2 sends without points
+    nowhere = (
+        torch.zeros(n, 1, 2, device=self.device),
+        -torch.ones(n, 1, device=self.device),
+    )  # an empty click, as SAM 2 sends without points
     sparse, dense = self.sam_prompt_encoder(nowhere, None, None)
     sparse = torch.cat([sparse, self.project_out(vectors)], 1)
-    return self.sam_mask_decoder(features, self.sam_prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=True, repeat_image=False, high_res_features=fine)[:2]
+    return self.sam_mask_decoder(
+        features,
+        self.sam_prompt_encoder.get_dense_pe(),
+        sparse,
+        dense,
+        multimask_output=True,
+        repeat_image=False,
+        high_res_features=fine,
+    )[:2]
+
 
 MaskTokenizer._latents, MaskTokenizer._candidates = _latents, _candidates
 
 # %% ../nbs/02_tokenizer.ipynb #b5af9122
 def _as_lists(embedding, per_image, what):
     items = [per_image] if embedding.single else list(per_image)
-    if len(items) != len(embedding): raise ValueError(f'{len(embedding)} images came with {len(items)} sets of {what}: give one set for each image.')
+    if len(items) != len(embedding):
+        raise ValueError(f'{len(embedding)} images came with {len(items)} sets of {what}: give one set for each image.')
     return items
 
-def _rows(self, embedding, counts, chunk): # yields (slice of all masks, features (n,...), fine maps) chunk by chunk
+
+def _rows(self, embedding, counts, chunk):  # yields (slice of all masks, features (n,...), fine maps) chunk by chunk
     index = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.long)).to(self.device)
     for i in range(0, len(index), chunk):
         rows = slice(i, min(i + chunk, len(index)))
-        yield rows, embedding.features.index_select(0, index[rows]), [f.index_select(0, index[rows]) for f in embedding.fine]
+        yield (
+            rows,
+            embedding.features.index_select(0, index[rows]),
+            [f.index_select(0, index[rows]) for f in embedding.fine],
+        )
+
 
 MaskTokenizer._rows = _rows
 
 # %% ../nbs/02_tokenizer.ipynb #e7d078fa
-def _check_regions(masks, boxes, size): # -> masks (N,H,W) bool, boxes (N,4); MaskError with the number of the mask
+def _check_regions(masks, boxes, size):  # -> masks (N,H,W) bool, boxes (N,4); MaskError with the number of the mask
     masks = check_masks(masks, size)
     if (empty := np.flatnonzero(~masks.any((1, 2)))).size:
-        raise MaskError(f'Mask {empty[0]} of {len(masks)} is empty: a region without pixels has no words. Drop it first.')
-    if boxes is None: return masks, np.array([mask_to_box(m) for m in masks]).reshape(-1, 4)
+        raise MaskError(
+            f'Mask {empty[0]} of {len(masks)} is empty: a region without pixels has no words. Drop it first.'
+        )
+    if boxes is None:
+        return masks, np.array([mask_to_box(m) for m in masks]).reshape(-1, 4)
     boxes = np.asarray(boxes, float).reshape(-1, 4)
-    if len(boxes) != len(masks): raise MaskError(f'{len(masks)} masks came with {len(boxes)} boxes: give one box (xyxy pixels) for each mask, or none.')
+    if len(boxes) != len(masks):
+        raise MaskError(
+            f'{len(masks)} masks came with {len(boxes)} boxes: give one box (xyxy pixels) for each mask, or none.'
+        )
     return masks, np.array([check_box(b, size) for b in boxes]).reshape(-1, 4)
+
 
 @torch.no_grad()
 def _mask_embeddings(self, image, masks, boxes=None, chunk=16):
@@ -210,40 +308,60 @@ def _mask_embeddings(self, image, masks, boxes=None, chunk=16):
     e = self.embed_image(image)
     sets, boxes = _as_lists(e, masks, 'masks'), _as_lists(e, boxes, 'boxes') if boxes is not None else [None] * len(e)
     checked = [_check_regions(m, b, s) for m, b, s in zip(sets, boxes, e.sizes)]
-    prompts = [mask_prompts(m[i:i + chunk], b[i:i + chunk], self.config.image_size, self.config.grid) for m, b in checked for i in range(0, len(m), chunk)]
+    prompts = [
+        mask_prompts(m[i : i + chunk], b[i : i + chunk], self.config.image_size, self.config.grid)
+        for m, b in checked
+        for i in range(0, len(m), chunk)
+    ]
     dense, corners = (torch.cat(p).to(self.device) for p in zip(*prompts)) if prompts else (None, None)
-    z = [self._latents(f, dense[r], corners[r]).float() for r, f, _ in self._rows(e, [len(m) for m, _ in checked], chunk)]
+    z = [
+        self._latents(f, dense[r], corners[r]).float() for r, f, _ in self._rows(e, [len(m) for m, _ in checked], chunk)
+    ]
     z = torch.cat(z) if z else torch.zeros(0, self.config.num_mask_tokens, self.config.latent_dim)
     z = list(z.split([len(m) for m, _ in checked]))
     return z[0] if e.single else z
+
 
 MaskTokenizer.mask_embeddings = _mask_embeddings
 
 # %% ../nbs/02_tokenizer.ipynb #39511784
 @torch.no_grad()
-def _encode(self, image, # one image (array, path, PIL) or an ImageEmbedding; or a list of images
-            masks,       # (N,H,W) bool, of the image's size; for a list of images a list of them
-            boxes=None,  # (N,4) xyxy pixels, max exclusive; None: the tight box of each mask
-            chunk=16     # masks at a time; bounds memory, does not change the result
-           ): # (N,K) int64 in [0,codebook_size), or a list of them; raises MaskError, ImageError
+def _encode(
+    self,
+    image,  # one image (array, path, PIL) or an ImageEmbedding; or a list of images
+    masks,  # (N,H,W) bool, of the image's size; for a list of images a list of them
+    boxes=None,  # (N,4) xyxy pixels, max exclusive; None: the tight box of each mask
+    chunk=16,  # masks at a time; bounds memory, does not change the result
+):  # (N,K) int64 in [0,codebook_size), or a list of them; raises MaskError, ImageError
     "Encode masks of an image into codes."
     z = self.mask_embeddings(image, masks, boxes, chunk)
-    codes = lambda v: self.quantizer.eval()(v)[1].reshape(len(v), self.config.num_codes).cpu().numpy()
+
+    def codes(v):
+        return self.quantizer.eval()(v)[1].reshape(len(v), self.config.num_codes).cpu().numpy()
+
     return [codes(v) for v in z] if isinstance(z, list) else codes(z)
+
 
 MaskTokenizer.encode = _encode
 
 # %% ../nbs/02_tokenizer.ipynb #62dc7164
 def _check_codes(codes, num_codes):
     codes = np.asarray(codes)
-    if codes.size == 0: return np.zeros((0, num_codes), np.int64)
-    if codes.ndim == 1: codes = codes[None]
+    if codes.size == 0:
+        return np.zeros((0, num_codes), np.int64)
+    if codes.ndim == 1:
+        codes = codes[None]
     if codes.ndim != 2 or codes.shape[1] > num_codes or not np.issubdtype(codes.dtype, np.integer):
-        raise CodeError(f'Codes must be whole numbers of shape (N, {num_codes}); got shape {codes.shape}, dtype {codes.dtype}.')
+        raise CodeError(
+            f'Codes must be whole numbers of shape (N, {num_codes}); got shape {codes.shape}, dtype {codes.dtype}.'
+        )
     return np.pad(codes.astype(np.int64), ((0, 0), (0, num_codes - codes.shape[1])), constant_values=-1)
 
+
 @torch.no_grad()
-def _decode_vectors(self, image, vectors, chunk=16): # vectors (N,T,D), or a list -> low-res logits (N,4h,4w) and scores (N,) as lists over images
+def _decode_vectors(
+    self, image, vectors, chunk=16
+):  # vectors (N,T,D), or a list -> low-res logits (N,4h,4w) and scores (N,) as lists over images
     "Decode quantized or continuous vectors: the chosen candidate's low-resolution logits and its predicted IoU."
     e = self.embed_image(image)
     sets = _as_lists(e, vectors, 'vectors')
@@ -257,43 +375,70 @@ def _decode_vectors(self, image, vectors, chunk=16): # vectors (N,T,D), or a lis
     n = [len(v) for v in sets]
     return list(zip(logits.split(n), scores.split(n)))
 
+
 MaskTokenizer.decode_vectors = _decode_vectors
 
 # %% ../nbs/02_tokenizer.ipynb #3bea377d
 @torch.no_grad()
-def _decode(self, image, # one image or an ImageEmbedding; or a list of images
-            codes,       # (N,K) int in [0,codebook_size), -1 for a missing later code; for a list of images a list of them
-            threshold=None, # a pixel is inside if its logit is above; None: config.threshold
-            return_logits=False, # also return logits (N,H,W) float32
-            return_scores=False, # also return the predicted IoU (N,) float32 in [0,1]
-            chunk=16     # masks at a time
-           ): # masks (N,H,W) bool, or (masks, logits, scores) as asked for; a list of them for a list of images; raises CodeError
+def _decode(
+    self,
+    image,  # one image or an ImageEmbedding; or a list of images
+    codes,  # (N,K) int in [0,codebook_size), -1 for a missing later code; for a list of images a list of them
+    threshold=None,  # a pixel is inside if its logit is above; None: config.threshold
+    return_logits=False,  # also return logits (N,H,W) float32
+    return_scores=False,  # also return the predicted IoU (N,) float32 in [0,1]
+    chunk=16,  # masks at a time
+):  # masks (N,H,W) bool, or (masks, logits, scores) as asked for; a list of them for a list of images; raises CodeError
     "Decode codes into masks of the image's size."
     e, cut = self.embed_image(image), self.config.threshold if threshold is None else threshold
-    sets = [torch.from_numpy(_check_codes(c, self.config.num_codes)).to(self.device) for c in _as_lists(e, codes, 'codes')]
-    vectors = [self.quantizer.codes_to_vectors(c.view(len(c), self.config.num_mask_tokens, self.config.depth)) for c in sets]
+    sets = [
+        torch.from_numpy(_check_codes(c, self.config.num_codes)).to(self.device) for c in _as_lists(e, codes, 'codes')
+    ]
+    vectors = [
+        self.quantizer.codes_to_vectors(c.view(len(c), self.config.num_mask_tokens, self.config.depth)) for c in sets
+    ]
     results = []
-    for size, (low, scores) in zip(e.sizes, self.decode_vectors(e, [v for v in vectors] if not e.single else vectors[0], chunk)):
-        up = [F.interpolate(low[i:i + chunk, None], size, mode='bilinear', align_corners=False)[:, 0].cpu() for i in range(0, len(low), chunk)]
+    for size, (low, scores) in zip(
+        e.sizes, self.decode_vectors(e, [v for v in vectors] if not e.single else vectors[0], chunk)
+    ):
+        up = [
+            F.interpolate(low[i : i + chunk, None], size, mode='bilinear', align_corners=False)[:, 0].cpu()
+            for i in range(0, len(low), chunk)
+        ]
         masks = np.concatenate([(u > cut).numpy() for u in up]) if up else np.zeros((0, *size), bool)
-        logits = (np.concatenate([u.numpy() for u in up]) if up else np.zeros((0, *size), np.float32)) if return_logits else None
+        logits = (
+            (np.concatenate([u.numpy() for u in up]) if up else np.zeros((0, *size), np.float32))
+            if return_logits
+            else None
+        )
         got = [masks] + [logits] * return_logits + [scores.cpu().numpy()] * return_scores
         results.append(got[0] if len(got) == 1 else tuple(got))
     return results[0] if e.single else results
 
+
 MaskTokenizer.decode = _decode
 
 # %% ../nbs/02_tokenizer.ipynb #db8d7d6f
-def _encode_words(self, image, masks, boxes=None): # -> list of N strings, for example "<|mt_start|><|mt_0007|><|mt_0041|><|mt_end|>"
+def _encode_words(
+    self, image, masks, boxes=None
+):  # -> list of N strings, for example "<|mt_start|><|mt_0007|><|mt_0041|><|mt_end|>"
     "Encode masks of one image into words."
     return [self.vocab.format(c) for c in self.encode(image, masks, boxes)]
 
-def _decode_words(self, image, text, policy='strict', **kwargs): # text with any number of groups -> masks (N,H,W) bool in their order; a warning names what was left out
+
+def _decode_words(
+    self, image, text, policy='strict', **kwargs
+):  # text with any number of groups -> masks (N,H,W) bool in their order; a warning names what was left out
     "Decode the mask words of a text against one image; `policy` as in MaskVocab.parse."
     spans = self.vocab.parse(text, policy)
     bad = [s for s in spans if not s.ok]
-    if bad: warnings.warn(f'{len(bad)} of {len(spans)} groups of mask words were left out; the first, {bad[0].text!r}: {bad[0].problem}', stacklevel=2)
+    if bad:
+        warnings.warn(
+            f'{len(bad)} of {len(spans)} groups of mask words were left out; the first, {bad[0].text!r}: {bad[0].problem}',
+            stacklevel=2,
+        )
     return self.decode(image, self.vocab.codes([s for s in spans if s.ok]), **kwargs)
+
 
 MaskTokenizer.encode_words, MaskTokenizer.decode_words = _encode_words, _decode_words
 
@@ -301,43 +446,67 @@ MaskTokenizer.encode_words, MaskTokenizer.decode_words = _encode_words, _decode_
 @dataclass
 class TokenizerOutput:
     "What a training step needs: `logits` (N,3,4h,4w), `scores` (N,3), `codes` (N,K) or None, `commitment` (), `latents` (N,T,D)."
+
     logits: torch.Tensor
     scores: torch.Tensor
     codes: torch.Tensor | None
     commitment: torch.Tensor
     latents: torch.Tensor
 
-def _forward(self, pixels, # (B,3,S,S) float, as of prepare_image
-             dense,        # (N,1,4h,4w) float, as of mask_prompts
-             corners,      # (N,2,2) float
-             index,        # (N,) int64, the image of each mask
-             quantize=True): # False: the continuous path -> TokenizerOutput
+
+def _forward(
+    self,
+    pixels,  # (B,3,S,S) float, as of prepare_image
+    dense,  # (N,1,4h,4w) float, as of mask_prompts
+    corners,  # (N,2,2) float
+    index,  # (N,) int64, the image of each mask
+    quantize=True,
+):  # False: the continuous path -> TokenizerOutput
     features, fine = self._features(pixels)
-    pick = lambda maps: maps.index_select(0, index)  # its backward adds in a fixed order on a CPU, so that runs repeat exactly
+
+    def pick(maps):
+        return maps.index_select(0, index)  # its backward adds in a fixed order on a CPU, so that runs repeat exactly
+
     z = self._latents(pick(features), dense, corners)
     vectors, codes, commitment = self.quantizer(z) if quantize else (z, None, z.new_zeros(()))
     logits, scores = self._candidates(pick(features), [pick(f) for f in fine], vectors)
     return TokenizerOutput(logits, scores, codes if codes is None else codes.flatten(1), commitment, z)
 
+
 MaskTokenizer.forward = _forward
 
 # %% ../nbs/02_tokenizer.ipynb #7418168f
 @classmethod
-def _from_pretrained(cls, name, # a folder, "toy" (or a folder of the package such as "toy/tokenizer_16"), or a hub id such as "user/tokenizer"
-                     **kwargs): # device: str; others go to huggingface_hub
+def _from_pretrained(
+    cls,
+    name,  # a folder, "toy" (or a folder of the package such as "toy/tokenizer_16"), or a hub id such as "user/tokenizer"
+    **kwargs,
+):  # device: str; others go to huggingface_hub
     "Load a tokenizer; raises CheckpointError with what was wrong."
     device, path = check_device(kwargs.pop('device', 'cpu')), find_pretrained(name, 'tokenizer')
-    try: return _load_folder(cls, path if isinstance(path, Path) else fetch_files(path, ['config.json', 'model.safetensors'], **kwargs)).to(device)
+    try:
+        return _load_folder(
+            cls, path if isinstance(path, Path) else fetch_files(path, ['config.json', 'model.safetensors'], **kwargs)
+        ).to(device)
     except (OSError, ValueError) as e:
-        if isinstance(e, CheckpointError): raise
-        raise CheckpointError(f'The tokenizer {name} could not be read: {type(e).__name__}: {str(e).splitlines()[0][:200]}') from e
+        if isinstance(e, CheckpointError):
+            raise
+        raise CheckpointError(
+            f'The tokenizer {name} could not be read: {type(e).__name__}: {str(e).splitlines()[0][:200]}'
+        ) from e
 
 # %% ../nbs/02_tokenizer.ipynb #02185c0f
 def _load_folder(cls, path):
     for file in ('config.json', 'model.safetensors'):
-        if not (path / file).is_file(): raise CheckpointError(f'The folder {path.name} has no {file}: a saved tokenizer has config.json and model.safetensors.')
-    try: config = json.loads((path / 'config.json').read_text()); model = cls(**config)
-    except (TypeError, ValueError) as e: raise CheckpointError(f'config.json in {path.name} does not describe a tokenizer: {e}') from e
+        if not (path / file).is_file():
+            raise CheckpointError(
+                f'The folder {path.name} has no {file}: a saved tokenizer has config.json and model.safetensors.'
+            )
+    try:
+        config = json.loads((path / 'config.json').read_text())
+        model = cls(**config)
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f'config.json in {path.name} does not describe a tokenizer: {e}') from e
     load_checked(model, read_checkpoint(path / 'model.safetensors'), path.name)
     return model.eval()
 
@@ -345,27 +514,41 @@ def _load_folder(cls, path):
 def _save_pretrained(self, save_directory, **kwargs):
     "Write config.json and model.safetensors (and a model card) into a folder; with `push_to_hub=True` also to the hub."
     kwargs['config'] = {k: v for k, v in asdict(self.config).items()}
-    try: return PyTorchModelHubMixin.save_pretrained(self, save_directory, **kwargs)
-    except OSError as e: raise OSError(f'The tokenizer could not be written to {save_directory} ({e.strerror or e}): choose a folder that can be written.') from e
+    try:
+        return PyTorchModelHubMixin.save_pretrained(self, save_directory, **kwargs)
+    except OSError as e:
+        raise OSError(
+            f'The tokenizer could not be written to {save_directory} ({e.strerror or e}): choose a folder that can be written.'
+        ) from e
+
 
 MaskTokenizer.from_pretrained, MaskTokenizer.save_pretrained = _from_pretrained, _save_pretrained
 
 # %% ../nbs/02_tokenizer.ipynb #f4b8eb09
 @classmethod
-def _from_published(cls, tokenizer_ckpt=None, # the authors' .pth file; None: only SAM 2
-                    sam2_ckpt=None,  # a sam2.1 .pt file; needed only if the first is None
-                    warm_mask_encoder=False, # see sam2_state
-                    **config):       # arguments of TokenizerConfig that differ from the published ones -> MaskTokenizer, its .report says what was loaded
+def _from_published(
+    cls,
+    tokenizer_ckpt=None,  # the authors' .pth file; None: only SAM 2
+    sam2_ckpt=None,  # a sam2.1 .pt file; needed only if the first is None
+    warm_mask_encoder=False,  # see sam2_state
+    **config,
+):  # arguments of TokenizerConfig that differ from the published ones -> MaskTokenizer, its .report says what was loaded
     "Load published weights; raises CheckpointError."
-    if tokenizer_ckpt is None and sam2_ckpt is None: raise CheckpointError('Give the path of a published tokenizer (.pth), of a SAM 2.1 checkpoint (.pt), or both.')
-    model, loaded = cls(**{'threshold': .5, **config}), []
+    if tokenizer_ckpt is None and sam2_ckpt is None:
+        raise CheckpointError('Give the path of a published tokenizer (.pth), of a SAM 2.1 checkpoint (.pt), or both.')
+    model, loaded = cls(**{'threshold': 0.5, **config}), []
     fresh = ('sam_mask_encoder.', 'quantizer.', 'project_')
-    for path, read, missing in ((sam2_ckpt, partial(sam2_state, warm_mask_encoder=warm_mask_encoder), fresh), (tokenizer_ckpt, published_state, ())):
-        if path is None: continue
+    for path, read, missing in (
+        (sam2_ckpt, partial(sam2_state, warm_mask_encoder=warm_mask_encoder), fresh),
+        (tokenizer_ckpt, published_state, ()),
+    ):
+        if path is None:
+            continue
         state, report = read(read_checkpoint(path))
         report['fresh'] = load_checked(model, state, Path(path).name, allow_missing=missing)
         loaded.append(report)
     model.report = loaded[-1]
     return model.eval()
+
 
 MaskTokenizer.from_published = _from_published

@@ -9,146 +9,232 @@ __all__ = ['load_params', 'tokenizer_config', 'training_data', 'heldout_data', '
            'masks_per_second', 'main']
 
 # %% ../nbs/02a_train_tokenizer.ipynb #d566fbe6
-import json, math, os, time
+import json
+import math
+import os
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from .checkpoints import CheckpointError, find_pretrained, load_checked, read_checkpoint, sam2_state
 from .data import Mixture
 from .formats import open_dataset
 from .losses import candidate_loss, logit_iou, mask_terms
 from .masks import mask_iou_pairs
 from .quantizer import code_usage
-from .runs import Run, RunError, atomic_write, check_gpus, data_file, find_file, launch, load_scale, mean_ci, progress, run_command, run_main, seed_everything, watch
-from .toy.shapeworld import ShapeWorld
+from samtok.runs import (
+    Run,
+    RunError,
+    atomic_write,
+    check_gpus,
+    data_file,
+    find_file,
+    launch,
+    load_scale,
+    mean_ci,
+    progress,
+    run_command,
+    run_main,
+    seed_everything,
+    watch,
+)
 from .tokenizer import MaskTokenizer, TokenizerConfig, mask_prompts, prepare_image
+from .toy.shapeworld import ShapeWorld
 
 # %% ../nbs/02a_train_tokenizer.ipynb #4b7c7264
-def load_params(scale='auto', gpus=0, **overrides): # -> dict; see data/params/train_tokenizer_*.json
+def load_params(scale='auto', gpus=0, **overrides):  # -> dict; see data/params/train_tokenizer_*.json
     "Read the parameter file of a scale; overrides that are not None win; unknown names raise RunError."
     return load_scale('train_tokenizer', scale, gpus, **overrides)
 
-def tokenizer_config(params): # dict -> dict of TokenizerConfig fields
+
+def tokenizer_config(params):  # dict -> dict of TokenizerConfig fields
     "Pick the arguments of MaskTokenizer out of a run's parameters."
     return {f.name: params[f.name] for f in fields(TokenizerConfig) if f.name in params}
 
 # %% ../nbs/02a_train_tokenizer.ipynb #1eb1b74e
-def _listed(name): # JSON file with a data set or a list of them -> list of dict: name, arguments of the format
+def _listed(name):  # JSON file with a data set or a list of them -> list of dict: name, arguments of the format
     rows = json.loads(find_file(name).read_text())
     return rows if isinstance(rows, list) else [rows]
 
-def training_data(params): # -> MaskDataset
-    "Open the training data of a run: ShapeWorld, or the mixture that a JSON file describes."
-    if params['data'] == 'shapeworld': return ShapeWorld(params['scenes'], 'train', seed=params['seed'])
-    return Mixture({open_dataset(**{k: v for k, v in r.items() if k != 'weight'}): r.get('weight', 1.) for r in _listed(params['data'])}, repeat=True)
 
-def heldout_data(params, n=None): # -> MaskDataset of scenes or files that training never sees
+def training_data(params):  # -> MaskDataset
+    "Open the training data of a run: ShapeWorld, or the mixture that a JSON file describes."
+    if params['data'] == 'shapeworld':
+        return ShapeWorld(params['scenes'], 'train', seed=params['seed'])
+    return Mixture(
+        {
+            open_dataset(**{k: v for k, v in r.items() if k != 'weight'}): r.get('weight', 1.0)
+            for r in _listed(params['data'])
+        },
+        repeat=True,
+    )
+
+
+def heldout_data(params, n=None):  # -> MaskDataset of scenes or files that training never sees
     "Open the held-out data of a run."
-    if not params['heldout']: return ShapeWorld(n or params['eval_scenes'], 'heldout', seed=params['seed'])
+    if not params['heldout']:
+        return ShapeWorld(n or params['eval_scenes'], 'heldout', seed=params['seed'])
     return open_dataset(**_listed(params['heldout'])[0])
 
-def check_params(params): # dict of load_params; raises RunError, CheckpointError
+
+def check_params(params):  # dict of load_params; raises RunError, CheckpointError
     "Refuse with a sentence what cannot run, before anything long starts: GPUs, weights and data that are not there."
     check_gpus(params['gpus'])
-    if params['init_from']: find_pretrained(params['init_from'], 'tokenizer')
+    if params['init_from']:
+        find_pretrained(params['init_from'], 'tokenizer')
     rows = [r for name in (params['data'], params['heldout']) if name not in ('', 'shapeworld') for r in _listed(name)]
-    gone = [f"{r['name']} ({v})" for r in rows for v in r.values() if isinstance(v, str) and '/' in v and not Path(v).exists()]
-    if gone: raise RunError(f"{len(gone)} files and folders of the data are not there: {', '.join(gone[:4])}{' and so on' * (len(gone) > 4)}. Get them, or give a list of those that you have as data (and as heldout).")
-    if params['sam2_checkpoint']: find_file(params['sam2_checkpoint'])
+    gone = [
+        f'{r["name"]} ({v})'
+        for r in rows
+        for v in r.values()
+        if isinstance(v, str) and '/' in v and not Path(v).exists()
+    ]
+    if gone:
+        raise RunError(
+            f'{len(gone)} files and folders of the data are not there: {", ".join(gone[:4])}{" and so on" * (len(gone) > 4)}. Get them, or give a list of those that you have as data (and as heldout).'
+        )
+    if params['sam2_checkpoint']:
+        find_file(params['sam2_checkpoint'])
 
 # %% ../nbs/02a_train_tokenizer.ipynb #c7317658
 @dataclass
 class Batch:
     "`pixels` (B,3,S,S), `dense` (N,1,4h,4w), `corners` (N,2,2), `index` (N,) image of each mask, `truth` (N,R,R) in [0,1]."
+
     pixels: torch.Tensor
     dense: torch.Tensor
     corners: torch.Tensor
     index: torch.Tensor
     truth: torch.Tensor
-    def to(self, device): return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
-def make_batch(samples, # list of MaskSample, each with at least one mask
-               config,  # TokenizerConfig
-               masks_per_image=8, # drawn without replacement where an image has more
-               truth_size=128,    # R, side of the truth
-               rng=None): # np.random.Generator for the draw; None: the first masks -> Batch
+    def to(self, device):
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+
+def make_batch(
+    samples,  # list of MaskSample, each with at least one mask
+    config,  # TokenizerConfig
+    masks_per_image=8,  # drawn without replacement where an image has more
+    truth_size=128,  # R, side of the truth
+    rng=None,
+):  # np.random.Generator for the draw; None: the first masks -> Batch
     "Stack samples into the tensors of a training step."
     parts = []
     for i, s in enumerate(samples):
         keep = np.arange(len(s))[:masks_per_image] if rng is None else rng.permutation(len(s))[:masks_per_image]
         masks, boxes = s.masks[keep], s.boxes[keep]
         truth = torch.from_numpy(masks)[:, None].float()
-        if masks.shape[1:] != (truth_size,) * 2: truth = F.interpolate(truth, (truth_size,) * 2, mode='bilinear', antialias=True)
-        parts.append((prepare_image(s.image, config.image_size)[None], *mask_prompts(masks, boxes, config.image_size, config.grid), torch.full((len(keep),), i), truth[:, 0]))
+        if masks.shape[1:] != (truth_size,) * 2:
+            truth = F.interpolate(truth, (truth_size,) * 2, mode='bilinear', antialias=True)
+        parts.append(
+            (
+                prepare_image(s.image, config.image_size)[None],
+                *mask_prompts(masks, boxes, config.image_size, config.grid),
+                torch.full((len(keep),), i),
+                truth[:, 0],
+            )
+        )
     return Batch(*(torch.cat(p) for p in zip(*parts)))
 
 # %% ../nbs/02a_train_tokenizer.ipynb #90b1d95e
-def build_tokenizer(params): # -> (MaskTokenizer, report dict)
+def build_tokenizer(params):  # -> (MaskTokenizer, report dict)
     "Make the tokenizer of a run: from scratch, from a saved tokenizer, or from SAM 2 with frozen encoders."
     model, report = MaskTokenizer(**tokenizer_config(params)), {}
     if params['sam2_checkpoint']:
         file = find_file(params['sam2_checkpoint'])
         state, report = sam2_state(read_checkpoint(file), params['warm_mask_encoder'])
         load_checked(model, state, file.name, allow_missing=('sam_mask_encoder.', 'quantizer.', 'project_'))
-        for part in (model.image_encoder, model.sam_prompt_encoder): part.requires_grad_(False)
+        for part in (model.image_encoder, model.sam_prompt_encoder):
+            part.requires_grad_(False)
     if params['init_from']:
         other = MaskTokenizer.from_pretrained(params['init_from'])
-        load_checked(model, {k: v for k, v in other.state_dict().items() if not k.startswith('quantizer.')}, params['init_from'], allow_missing=('quantizer.',))
+        load_checked(
+            model,
+            {k: v for k, v in other.state_dict().items() if not k.startswith('quantizer.')},
+            params['init_from'],
+            allow_missing=('quantizer.',),
+        )
     model.sam_mask_decoder.pred_obj_score_head.requires_grad_(False)
-    if not params['iou_weight']: model.sam_mask_decoder.iou_prediction_head.requires_grad_(False)
+    if not params['iou_weight']:
+        model.sam_mask_decoder.iou_prediction_head.requires_grad_(False)
     return model, report
 
 # %% ../nbs/02a_train_tokenizer.ipynb #abae017f
-def step_loss(out,   # TokenizerOutput
-              truth, # (N,R,R) float in [0,1]
-              params): # ce_weight, dice_weight, points, candidates, commitment, iou_weight -> (loss (), dict of floats)
+def step_loss(
+    out,  # TokenizerOutput
+    truth,  # (N,R,R) float in [0,1]
+    params,
+):  # ce_weight, dice_weight, points, candidates, commitment, iou_weight -> (loss (), dict of floats)
     "Compute the training loss of a batch and the numbers worth logging."
     ce, dice = mask_terms(out.logits, truth, params['points'])
-    mask = candidate_loss(params['ce_weight'] * ce + params['dice_weight'] * dice, out.scores.float(), params['candidates'])
+    mask = candidate_loss(
+        params['ce_weight'] * ce + params['dice_weight'] * dice, out.scores.float(), params['candidates']
+    )
     true = logit_iou(out.logits, truth)
     iou_error = F.mse_loss(out.scores.float(), true)
     loss = mask + params['commitment'] * out.commitment + params['iou_weight'] * iou_error
     chosen = true.gather(1, out.scores.argmax(1, keepdim=True)).mean()
-    terms = dict(loss=loss, mask=mask, ce=ce.mean(), dice=dice.mean(), commitment=out.commitment, iou_error=iou_error, iou=chosen)
+    terms = dict(
+        loss=loss, mask=mask, ce=ce.mean(), dice=dice.mean(), commitment=out.commitment, iou_error=iou_error, iou=chosen
+    )
     return loss, {k: v.detach() for k, v in terms.items()}
 
 # %% ../nbs/02a_train_tokenizer.ipynb #9fd2566e
-def lr_at(step,   # int, from 0
-          params  # steps, warmup (steps), lr
-         ): # float
+def lr_at(
+    step,  # int, from 0
+    params,  # steps, warmup (steps), lr
+):  # float
     "Compute the learning rate: linear warm-up, then cosine to 1% of the peak."
-    if step < params['warmup']: return params['lr'] * (step + 1) / params['warmup']
+    if step < params['warmup']:
+        return params['lr'] * (step + 1) / params['warmup']
     t = (step - params['warmup']) / max(1, params['steps'] - params['warmup'])
-    return params['lr'] * (.01 + .99 * .5 * (1 + math.cos(math.pi * min(1, t))))
+    return params['lr'] * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1, t))))
 
 # %% ../nbs/02a_train_tokenizer.ipynb #d9f7b5f5
-def evaluate_tokenizer(tokenizer, # MaskTokenizer
-                       dataset,   # MaskDataset
-                       n=None,    # number of images; None: all
-                       continuous=True): # also decode the unquantized vectors -> dict of lists over masks: iou, iou_continuous, area, codes
+def evaluate_tokenizer(
+    tokenizer,  # MaskTokenizer
+    dataset,  # MaskDataset
+    n=None,  # number of images; None: all
+    continuous=True,
+):  # also decode the unquantized vectors -> dict of lists over masks: iou, iou_continuous, area, codes
     "Reconstruct the masks of a data set: IoU of each mask, with two words and without quantization."
     rows = dict(iou=[], iou_continuous=[], area=[], codes=[])
     tokenizer.eval()
     for i, s in enumerate(dataset.stream()):
-        if n is not None and i >= n: break
-        if not len(s): continue
+        if n is not None and i >= n:
+            break
+        if not len(s):
+            continue
         e = tokenizer.embed_image(s.image)
         z = tokenizer.mask_embeddings(e, s.masks)
         codes = tokenizer.quantizer(z)[1].flatten(1).cpu().numpy()
-        rows['codes'] += codes.tolist(); rows['area'] += s.masks.sum((1, 2)).tolist()
+        rows['codes'] += codes.tolist()
+        rows['area'] += s.masks.sum((1, 2)).tolist()
         rows['iou'] += mask_iou_pairs(s.masks, tokenizer.decode(e, codes)).tolist()
-        if not continuous: continue
-        (low, _), = tokenizer.decode_vectors(e, z)
-        full = F.interpolate(low[:, None], s.size, mode='bilinear', align_corners=False)[:, 0] > tokenizer.config.threshold
+        if not continuous:
+            continue
+        ((low, _),) = tokenizer.decode_vectors(e, z)
+        full = (
+            F.interpolate(low[:, None], s.size, mode='bilinear', align_corners=False)[:, 0] > tokenizer.config.threshold
+        )
         rows['iou_continuous'] += mask_iou_pairs(s.masks, full.cpu().numpy()).tolist()
     return rows
 
-def summarise(rows, size): # rows of evaluate_tokenizer -> dict: iou and iou_continuous with CI, usage and perplexity of each book
+
+def summarise(
+    rows, size
+):  # rows of evaluate_tokenizer -> dict: iou and iou_continuous with CI, usage and perplexity of each book
     "Summarise a reconstruction: mean IoU with a bootstrap interval, and how much of the codebooks is used."
     usage = code_usage(torch.tensor(rows['codes']), size)
-    return dict(iou=mean_ci(rows['iou']), **(dict(iou_continuous=mean_ci(rows['iou_continuous'])) if rows['iou_continuous'] else {}), **usage)
+    return dict(
+        iou=mean_ci(rows['iou']),
+        **(dict(iou_continuous=mean_ci(rows['iou_continuous'])) if rows['iou_continuous'] else {}),
+        **usage,
+    )
 
 # %% ../nbs/02a_train_tokenizer.ipynb #c40bc086
 @torch.no_grad()
@@ -156,108 +242,171 @@ def start_codebooks(model, params, batches=None):
     "Place the codebooks by k-means on the encoder's vectors of training images; returns how many vectors were used."
     data = training_data({**params, 'seed': params['seed'] + 1000} if params['data'] == 'shapeworld' else params)
     rng, stream, z = np.random.default_rng(params['seed']), data.stream(seed=params['seed'] + 1000), []
-    training = model.training; model.eval()
+    training = model.training
+    model.eval()
     for _ in range(batches or params['start_batches']):
-        b = make_batch(_take(stream, params['images_per_step']), model.config, params['masks_per_image'], params['truth_size'], rng).to(model.device)
+        b = make_batch(
+            _take(stream, params['images_per_step']), model.config, params['masks_per_image'], params['truth_size'], rng
+        ).to(model.device)
         z.append(model(b.pixels, b.dense, b.corners, b.index, quantize=False).latents.float().flatten(0, 1))
-    model.quantizer.start(torch.cat(z)); model.train(training)
+    model.quantizer.start(torch.cat(z))
+    model.train(training)
     return sum(len(v) for v in z)
 
-def _take(stream, n): # the next n samples that have masks
+
+def _take(stream, n):  # the next n samples that have masks
     got = []
     for s in stream:
-        if len(s): got.append(s)
-        if len(got) == n: return got
+        if len(s):
+            got.append(s)
+        if len(got) == n:
+            return got
     raise RuntimeError('The training data ended in the middle of a run: use repeat=True in the mixture or more scenes.')
 
 # %% ../nbs/02a_train_tokenizer.ipynb #8c4d5c14
 def save_checkpoint(path, step, model, opt, rng, taken):
     "Write a training checkpoint atomically."
-    state = dict(step=step, model=model.state_dict(), opt=opt.state_dict(), taken=taken, torch_rng=torch.get_rng_state(), numpy_rng=json.dumps(rng.bit_generator.state))
-    if torch.cuda.is_available(): state['cuda_rng'] = torch.cuda.get_rng_state()
+    state = dict(
+        step=step,
+        model=model.state_dict(),
+        opt=opt.state_dict(),
+        taken=taken,
+        torch_rng=torch.get_rng_state(),
+        numpy_rng=json.dumps(rng.bit_generator.state),
+    )
+    if torch.cuda.is_available():
+        state['cuda_rng'] = torch.cuda.get_rng_state()
     atomic_write(path, lambda f: torch.save(state, f))
 
-def load_checkpoint(path, model, opt, rng): # -> (step, taken)
+
+def load_checkpoint(path, model, opt, rng):  # -> (step, taken)
     "Load what save_checkpoint wrote; raises CheckpointError when the file is damaged or for another model."
-    try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise CheckpointError(f'{Path(path).name} cannot be resumed from ({type(e).__name__}): delete it to start again.') from e
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise CheckpointError(
+            f'{Path(path).name} cannot be resumed from ({type(e).__name__}): delete it to start again.'
+        ) from e
     load_checked(model, state['model'], Path(path).name)
-    opt.load_state_dict(state['opt']); torch.set_rng_state(state['torch_rng']); rng.bit_generator.state = json.loads(state['numpy_rng'])
-    if 'cuda_rng' in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state['cuda_rng'])
+    opt.load_state_dict(state['opt'])
+    torch.set_rng_state(state['torch_rng'])
+    rng.bit_generator.state = json.loads(state['numpy_rng'])
+    if 'cuda_rng' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda_rng'])
     return state['step'], state['taken']
 
-def last_checkpoint(path, world): # run folder, number of ranks -> step, or None; a kill may leave a step that not all ranks have written
+
+def last_checkpoint(
+    path, world
+):  # run folder, number of ranks -> step, or None; a kill may leave a step that not all ranks have written
     "Find the last step whose checkpoint is complete."
     steps = {int(f.stem.split('_')[1]) for f in Path(path).glob('checkpoint_*_0.pt')}
-    return max((s for s in steps if all((Path(path) / f'checkpoint_{s}_{r}.pt').exists() for r in range(world))), default=None)
+    return max(
+        (s for s in steps if all((Path(path) / f'checkpoint_{s}_{r}.pt').exists() for r in range(world))), default=None
+    )
 
 # %% ../nbs/02a_train_tokenizer.ipynb #3e9a1376
 class Trainer:
     "The state of a training run; `train` drives it."
+
     def __init__(self, params, run):
         from accelerate import Accelerator
+
         self.params, self.run = params, run
         cuda = torch.cuda.is_available() and params['gpus'] > 0
         self.acc = Accelerator(cpu=not cuda, mixed_precision='bf16' if cuda and params['bf16'] else 'no')
-        if self.acc.num_processes != max(1, params['gpus']): raise RuntimeError(f"{self.acc.num_processes} processes run, {max(1, params['gpus'])} were asked for: start with torchrun or through launch().")
+        if self.acc.num_processes != max(1, params['gpus']):
+            raise RuntimeError(
+                f'{self.acc.num_processes} processes run, {max(1, params["gpus"])} were asked for: start with torchrun or through launch().'
+            )
         torch.set_flush_denormal(True)  # tiny gradients of the first steps would slow a CPU down
         seed_everything(params['seed'])
         self.model, self.report = build_tokenizer(params)
         learn = [p for p in self.model.parameters() if p.requires_grad]
-        self.opt = torch.optim.AdamW(learn, lr=params['lr'], betas=(.9, params['beta2']), weight_decay=params['weight_decay'], fused=True)
-        self.rng, self.step, self.taken, self.codes = np.random.default_rng([params['seed'], self.acc.process_index]), 0, 0, []
+        self.opt = torch.optim.AdamW(
+            learn, lr=params['lr'], betas=(0.9, params['beta2']), weight_decay=params['weight_decay'], fused=True
+        )
+        self.rng, self.step, self.taken, self.codes = (
+            np.random.default_rng([params['seed'], self.acc.process_index]),
+            0,
+            0,
+            [],
+        )
         torch.manual_seed(params['seed'] + self.acc.process_index)
         if (last := last_checkpoint(run.path, self.acc.num_processes)) is not None:
-            self.step, self.taken = load_checkpoint(run.path / f'checkpoint_{last}_{self.acc.process_index}.pt', self.model, self.opt, self.rng)
-        if self.acc.is_main_process: run.truncate(self.step)
+            self.step, self.taken = load_checkpoint(
+                run.path / f'checkpoint_{last}_{self.acc.process_index}.pt', self.model, self.opt, self.rng
+            )
+        if self.acc.is_main_process:
+            run.truncate(self.step)
         self.wrapped, self.opt = self.acc.prepare(self.model, self.opt)
 
 # %% ../nbs/02a_train_tokenizer.ipynb #6f1520ca
-def _trainer_step(self, stream): # one optimizer step -> dict of floats
+def _trainer_step(self, stream):  # one optimizer step -> dict of floats
     "Draw a batch, move weights and codebooks by one step."
     p = self.params
     samples = _take(stream, p['images_per_step'])
     batch = make_batch(samples, self.model.config, p['masks_per_image'], p['truth_size'], self.rng).to(self.acc.device)
     self.taken = stream.taken
-    for g in self.opt.param_groups: g['lr'] = lr_at(self.step, p)
+    for g in self.opt.param_groups:
+        g['lr'] = lr_at(self.step, p)
     start = int(p['continuous'] * p['steps'])
-    if self.step == start: start_codebooks(self.model, p)
+    if self.step == start:
+        start_codebooks(self.model, p)
     quantize = self.step >= start
     out = self.wrapped(batch.pixels, batch.dense, batch.corners, batch.index, quantize=quantize)
     loss, terms = step_loss(out, batch.truth, p)
     self.acc.backward(loss)
     self.acc.clip_grad_norm_(self.wrapped.parameters(), p['clip'])
-    self.opt.step(); self.opt.zero_grad(set_to_none=True)
+    self.opt.step()
+    self.opt.zero_grad(set_to_none=True)
     self.step += 1
-    if quantize: self.codes = (self.codes + [out.codes.cpu()])[-p['log_every']:]
-    return {k: v.float() for k, v in terms.items()} | dict(masks=torch.tensor(float(len(batch.index)), device=self.acc.device))
+    if quantize:
+        self.codes = (self.codes + [out.codes.cpu()])[-p['log_every'] :]
+    return {k: v.float() for k, v in terms.items()} | dict(
+        masks=torch.tensor(float(len(batch.index)), device=self.acc.device)
+    )
 
-def _trainer_save(self): # every rank writes its own file; older ones go when all have written
+
+def _trainer_save(self):  # every rank writes its own file; older ones go when all have written
     rank = self.acc.process_index
-    save_checkpoint(self.run.path / f'checkpoint_{self.step}_{rank}.pt', self.step, self.model, self.opt, self.rng, self.taken)
+    save_checkpoint(
+        self.run.path / f'checkpoint_{self.step}_{rank}.pt', self.step, self.model, self.opt, self.rng, self.taken
+    )
     self.acc.wait_for_everyone()
     for f in self.run.path.glob(f'checkpoint_*_{rank}.pt'):
-        if f.name != f'checkpoint_{self.step}_{rank}.pt': f.unlink()
+        if f.name != f'checkpoint_{self.step}_{rank}.pt':
+            f.unlink()
+
 
 Trainer.train_step, Trainer.save = _trainer_step, _trainer_save
 
 # %% ../nbs/02a_train_tokenizer.ipynb #2af692da
-def train(params, # dict of load_params
-          path,   # run folder; a finished run is not repeated, an unfinished one resumes
-          on_log=None): # called with all rows so far after each logged step -> the run's result (dict), None on other ranks than 0
+def train(
+    params,  # dict of load_params
+    path,  # run folder; a finished run is not repeated, an unfinished one resumes
+    on_log=None,
+):  # called with all rows so far after each logged step -> the run's result (dict), None on other ranks than 0
     "Train a tokenizer; writes metrics.jsonl, checkpoints, the tokenizer and result.json into the run folder."
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
-    if run.skip(): return run.result
+    if run.skip():
+        return run.result
     t, started = Trainer(params, run), time.time()
     p, window = params, []
-    stream = training_data(p).stream(seed=p['seed'], rank=t.acc.process_index, world=t.acc.num_processes, shuffle=p['shuffle'], skip=t.taken)
-    every = -(-p['checkpoint_every'] // p['log_every']) * p['log_every']  # after a logged step: a resumed run averages over the same steps
+    stream = training_data(p).stream(
+        seed=p['seed'], rank=t.acc.process_index, world=t.acc.num_processes, shuffle=p['shuffle'], skip=t.taken
+    )
+    every = (
+        -(-p['checkpoint_every'] // p['log_every']) * p['log_every']
+    )  # after a logged step: a resumed run averages over the same steps
     t.model.train()
     for _ in progress(range(t.step, p['steps']), 'train'):
         window.append(t.train_step(stream))
         if t.step % p['log_every'] == 0 or t.step == p['steps']:
-            _log(t, window, started, on_log); window = []
-        if t.step % every == 0 and t.step < p['steps']: t.save()
+            _log(t, window, started, on_log)
+            window = []
+        if t.step % every == 0 and t.step < p['steps']:
+            t.save()
     return _finish(t, time.time() - started) if t.acc.is_main_process else None
 
 # %% ../nbs/02a_train_tokenizer.ipynb #ff039dca
@@ -265,13 +414,25 @@ def _log(t, window, started, on_log):
     row = {k: torch.stack([w[k] for w in window]).mean() for k in window[0] if k != 'masks'}
     row = {k: t.acc.reduce(v, 'mean').item() for k, v in row.items()}
     masks = t.acc.reduce(torch.stack([w['masks'] for w in window]).sum(), 'sum').item()
-    if not t.acc.is_main_process: return
-    if t.codes: row |= {f'{k}_{i}': v for k, vs in code_usage(torch.cat(t.codes), t.params['codebook_size']).items() for i, v in enumerate(vs)}
+    if not t.acc.is_main_process:
+        return
+    if t.codes:
+        row |= {
+            f'{k}_{i}': v
+            for k, vs in code_usage(torch.cat(t.codes), t.params['codebook_size']).items()
+            for i, v in enumerate(vs)
+        }
     if t.params['eval_every'] and t.step % t.params['eval_every'] == 0 and t.step < t.params['steps']:
-        held = evaluate_tokenizer(t.model, heldout_data(t.params), 20); t.model.train()
-        row |= dict(heldout_continuous=float(np.mean(held['iou_continuous'])), **(dict(heldout_iou=float(np.mean(held['iou']))) if t.codes else {}))
+        held = evaluate_tokenizer(t.model, heldout_data(t.params), 20)
+        t.model.train()
+        row |= dict(
+            heldout_continuous=float(np.mean(held['iou_continuous'])),
+            **(dict(heldout_iou=float(np.mean(held['iou']))) if t.codes else {}),
+        )
     t.run.log(t.step, **row, lr=lr_at(t.step - 1, t.params), masks=masks, seconds=round(time.time() - started, 1))
-    if on_log: on_log(t.run.rows())
+    if on_log:
+        on_log(t.run.rows())
+
 
 def _finish(t, seconds):
     p = t.params
@@ -279,34 +440,50 @@ def _finish(t, seconds):
     rows = evaluate_tokenizer(t.model, heldout_data(p))
     metrics = summarise(rows, p['codebook_size'])
     metrics['masks_seen'] = sum(r['masks'] for r in t.run.rows())
-    t.run.save_result(metrics, n=len(rows['iou']), seconds=round(seconds, 1), command=run_command('02a_train_tokenizer', p, load_params(p['scale'], p['gpus'])))
+    t.run.save_result(
+        metrics,
+        n=len(rows['iou']),
+        seconds=round(seconds, 1),
+        command=run_command('02a_train_tokenizer', p, load_params(p['scale'], p['gpus'])),
+    )
     return t.run.result
 
 # %% ../nbs/02a_train_tokenizer.ipynb #182369ed
-def run_training(params, path, on_log=None): # -> result dict
+def run_training(params, path, on_log=None):  # -> result dict
     "Train in this process, or with gpus > 1 in processes of their own that are watched."
     check_params(params)
-    if params['gpus'] <= 1: return train(params, path, on_log)
-    watch(path, launch('samtok.train_tokenizer', dict(out=str(path), **params), gpus=params['gpus'], run_dir=path), on_log)
+    if params['gpus'] <= 1:
+        return train(params, path, on_log)
+    watch(
+        path, launch('samtok.train_tokenizer', dict(out=str(path), **params), gpus=params['gpus'], run_dir=path), on_log
+    )
     return Run(path, params).result
 
 # %% ../nbs/02a_train_tokenizer.ipynb #8b121619
-def same_metrics(a, b, # lists of metric rows
-                 ignore=('seconds',)): # -> float, the largest difference over all steps and keys; inf if rows or keys differ
+def same_metrics(
+    a,
+    b,  # lists of metric rows
+    ignore=('seconds',),
+):  # -> float, the largest difference over all steps and keys; inf if rows or keys differ
     "Compare two metric files, as the resume test does."
-    if len(a) != len(b) or any(set(x) - set(ignore) != set(y) - set(ignore) for x, y in zip(a, b)): return math.inf
-    return max((abs(x[k] - y[k]) for x, y in zip(a, b) for k in x if k not in ignore and isinstance(x[k], (int, float))), default=0.)
+    if len(a) != len(b) or any(set(x) - set(ignore) != set(y) - set(ignore) for x, y in zip(a, b)):
+        return math.inf
+    return max(
+        (abs(x[k] - y[k]) for x, y in zip(a, b) for k in x if k not in ignore and isinstance(x[k], (int, float))),
+        default=0.0,
+    )
 
 # %% ../nbs/02a_train_tokenizer.ipynb #79c9cd8f
-def masks_per_second(params, masks_per_image, n=16, repeats=3): # n masks in all -> float
+def masks_per_second(params, masks_per_image, n=16, repeats=3):  # n masks in all -> float
     "Measure training throughput (forward, loss, backward) for n masks in n / masks_per_image images."
     seed_everything(0)
     model = build_tokenizer(params)[0].train()
     world = ShapeWorld(200, 'train', count=(8, 9), min_area=4)
-    samples = [s for s in (world.sample(i) for i in range(4 * n)) if len(s) >= 8][:n // masks_per_image]
+    samples = [s for s in (world.sample(i) for i in range(4 * n)) if len(s) >= 8][: n // masks_per_image]
     batch = make_batch(samples, model.config, masks_per_image, params['truth_size'])
     for i in range(repeats + 1):
-        if i == 1: t = time.perf_counter()
+        if i == 1:
+            t = time.perf_counter()
         out = model(batch.pixels, batch.dense, batch.corners, batch.index, quantize=False)
         step_loss(out, batch.truth, params)[0].backward()
     return len(batch.index) * repeats / (time.perf_counter() - t)
@@ -317,4 +494,5 @@ def main(argv=None):
     run_main('train_tokenizer', load_params, train, run_training, argv)
 
 # %% ../nbs/02a_train_tokenizer.ipynb #9ad0d9fc
-if __name__ == '__main__' and '__file__' in globals(): main()
+if __name__ == '__main__' and '__file__' in globals():
+    main()

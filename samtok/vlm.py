@@ -7,11 +7,12 @@ __all__ = ['matrices', 'add_mask_words', 'load_vlm', 'Instance', 'Instances', 'd
 
 # %% ../nbs/03b_vlm.ipynb #07305074
 from dataclasses import dataclass
-from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
 from transformers import AddedToken, BatchFeature, LogitsProcessorList
+
 from .chat import PROMPTS, Conversation, caption_chat, fill, mask_array, read_answer, to_messages
 from .checkpoints import fetch_files, find_pretrained, hub_problem
 from .data import read_image
@@ -20,247 +21,439 @@ from .runs import check_device
 from .tokenizer import ImageEmbedding, MaskTokenizer
 
 # %% ../nbs/03b_vlm.ipynb #9d06674b
-def matrices(model): # -> input embedding, output head (or None), is it one matrix?
+def matrices(model):  # -> input embedding, output head (or None), is it one matrix?
     "Find the two matrices that have a row for each token."
     emb, head = model.get_input_embeddings(), model.get_output_embeddings()
     return emb, head, head is not None and head.weight.data_ptr() == emb.weight.data_ptr()
 
 # %% ../nbs/03b_vlm.ipynb #2dfbce0e
-def _fill_rows(weight, ids, real, noise, generator): # new rows: the mean of the real ones, a little apart from each other
+def _fill_rows(
+    weight, ids, real, noise, generator
+):  # new rows: the mean of the real ones, a little apart from each other
     old = weight[real].float()
     spread = torch.randn(len(ids), weight.shape[1], generator=generator).to(weight.device) * noise
     weight[ids] = (old.mean(0) + spread * old.std(0)).to(weight.dtype)
 
+
 @torch.no_grad()
-def add_mask_words(model,     # any Hugging Face model that writes text
-                   processor, # its processor, or its tokenizer
-                   vocab,     # MaskVocab
-                   noise=.02, # new rows differ by this share of the rows' standard deviation (published)
-                   seed=0):   # -> dict: added, ids (len(vocab),) int64, rows, resized, tied; raises VLMError
+def add_mask_words(
+    model,  # any Hugging Face model that writes text
+    processor,  # its processor, or its tokenizer
+    vocab,  # MaskVocab
+    noise=0.02,  # new rows differ by this share of the rows' standard deviation (published)
+    seed=0,
+):  # -> dict: added, ids (len(vocab),) int64, rows, resized, tied; raises VLMError
     "Teach tokenizer and model the mask words: new rows of both matrices start at the mean of the rows that have a token."
     tokenizer, (emb, head, tied) = getattr(processor, 'tokenizer', processor), matrices(model)
     before, known = emb.weight.shape[0], set(tokenizer.get_vocab().values())
-    added = 0 if count_mask_words(tokenizer) else tokenizer.add_tokens([AddedToken(w, normalized=False, special=False) for w in vocab.words])
+    added = (
+        0
+        if count_mask_words(tokenizer)
+        else tokenizer.add_tokens([AddedToken(w, normalized=False, special=False) for w in vocab.words])
+    )
     ids = torch.from_numpy(mask_word_ids(tokenizer, vocab))
     if resized := int(ids.max()) >= before:
-        model.resize_token_embeddings(int(ids.max()) + 1, mean_resizing=False)   # never smaller: Qwen pads its matrices
+        model.resize_token_embeddings(int(ids.max()) + 1, mean_resizing=False)  # never smaller: Qwen pads its matrices
         emb, head, tied = matrices(model)
     if added or resized:
         real = torch.tensor(sorted(i for i in known - set(ids.tolist()) if i < before))
         g = torch.Generator().manual_seed(seed)
-        for layer in [emb] + [head] * (head is not None and not tied): _fill_rows(layer.weight, ids.to(layer.weight.device), real.to(layer.weight.device), noise, g)
+        for layer in [emb] + [head] * (head is not None and not tied):
+            _fill_rows(layer.weight, ids.to(layer.weight.device), real.to(layer.weight.device), noise, g)
     return dict(added=added, ids=ids.numpy(), rows=emb.weight.shape[0], resized=resized, tied=tied)
 
 # %% ../nbs/03b_vlm.ipynb #d90ffa43
-_HUB = ('revision', 'token', 'cache_dir', 'local_files_only') # what model, processor and tokenizer are all fetched with
+_HUB = (
+    'revision',
+    'token',
+    'cache_dir',
+    'local_files_only',
+)  # what model, processor and tokenizer are all fetched with
 
-def load_vlm(name,   # folder, hub id "user/name", "toy" or a folder of the package such as "toy/base"
-             dtype=torch.float32, **kwargs): # kwargs go to the model's from_pretrained -> model, processor; raises VLMError
+
+def load_vlm(
+    name,  # folder, hub id "user/name", "toy" or a folder of the package such as "toy/base"
+    dtype=torch.float32,
+    **kwargs,
+):  # kwargs go to the model's from_pretrained -> model, processor; raises VLMError
     "Load a model and its processor, without running code that comes with them."
     from transformers import AutoModelForImageTextToText, AutoProcessor
+
     name, both = find_pretrained(name, 'vlm', VLMError), {k: v for k, v in kwargs.items() if k in _HUB}
-    if isinstance(name, str): fetch_files(name, ['config.json'], VLMError, **both)            # says at once where the hub does not have it
-    try: return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False, **kwargs), AutoProcessor.from_pretrained(name, trust_remote_code=False, **both)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e: raise VLMError(isinstance(name, str) and hub_problem(name, e) or f'The model {Path(name).name} could not be loaded ({type(e).__name__}): {" ".join(str(e).split())[:300]}') from e
+    if isinstance(name, str):
+        fetch_files(name, ['config.json'], VLMError, **both)  # says at once where the hub does not have it
+    try:
+        return AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, **kwargs
+        ), AutoProcessor.from_pretrained(name, trust_remote_code=False, **both)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
+        raise VLMError(
+            isinstance(name, str)
+            and hub_problem(name, e)
+            or f'The model {Path(name).name} could not be loaded ({type(e).__name__}): {" ".join(str(e).split())[:300]}'
+        ) from e
 
 # %% ../nbs/03b_vlm.ipynb #e7c97ebd
 @dataclass
 class Instance:
     "One mask in a reply: `label` str or None, `mask` (H,W) bool, `codes` (K,), `score` predicted IoU in [0,1], `words` as written."
+
     label: str | None
     mask: np.ndarray
     codes: tuple
     score: float
     words: str
-    def __repr__(self): return f'Instance({self.label!r}, {int(self.mask.sum())} pixels, score {self.score:.2f})'
+
+    def __repr__(self):
+        return f'Instance({self.label!r}, {int(self.mask.sum())} pixels, score {self.score:.2f})'
+
 
 class Instances(list):
     "The masks of a reply; `reply` is the text, `skipped` the spans that could not be decoded, with the reason."
-    def __init__(self, items=(), reply='', skipped=()): super().__init__(items); self.reply, self.skipped = reply, list(skipped)
+
+    def __init__(self, items=(), reply='', skipped=()):
+        super().__init__(items)
+        self.reply, self.skipped = reply, list(skipped)
+
     @property
-    def union(self): return np.any([i.mask for i in self], 0) if self else None # (H,W) bool, None without masks
+    def union(self):
+        return np.any([i.mask for i in self], 0) if self else None  # (H,W) bool, None without masks
 
 # %% ../nbs/03b_vlm.ipynb #67e6559f
-def decode_reply(reply,     # str
-                 embedding, # ImageEmbedding of one image, or the image
-                 tokenizer, # MaskTokenizer
-                 policy='strict', # how broken groups are read, see MaskVocab.parse
-                 most=100,  # masks of a reply at most
-                 **kwargs): # threshold, chunk: see MaskTokenizer.decode -> Instances
+def decode_reply(
+    reply,  # str
+    embedding,  # ImageEmbedding of one image, or the image
+    tokenizer,  # MaskTokenizer
+    policy='strict',  # how broken groups are read, see MaskVocab.parse
+    most=100,  # masks of a reply at most
+    **kwargs,
+):  # threshold, chunk: see MaskTokenizer.decode -> Instances
     "Decode the masks of a reply in one pass; spans that cannot be decoded, and those over `most`, are listed in `.skipped`."
     rows = read_answer(reply, tokenizer.vocab, policy)
     good = [(label, s) for label, s in rows if s.ok]
     skipped = [(s, s.problem) for _, s in rows if not s.ok] + [(s, f'more than {most} masks') for _, s in good[most:]]
-    if not good[:most]: return Instances((), reply, skipped)
-    masks, scores = tokenizer.decode(embedding, tokenizer.vocab.codes([s for _, s in good[:most]]), return_scores=True, **kwargs)
-    return Instances([Instance(label, m, s.codes, float(p), s.text) for (label, s), m, p in zip(good, masks, scores)], reply, skipped)
+    if not good[:most]:
+        return Instances((), reply, skipped)
+    masks, scores = tokenizer.decode(
+        embedding, tokenizer.vocab.codes([s for _, s in good[:most]]), return_scores=True, **kwargs
+    )
+    return Instances(
+        [Instance(label, m, s.codes, float(p), s.text) for (label, s), m, p in zip(good, masks, scores)], reply, skipped
+    )
 
 # %% ../nbs/03b_vlm.ipynb #56eae94b
 class MaskVLM:
     "A vision-language model that reads and writes mask words, with the tokenizer that turns them into masks."
-    def __init__(self, model, processor, tokenizer, # HF model and processor, MaskTokenizer; raises VLMError
-                 constrained=True, # True: well-formed groups only; "answer": only answers of the published form; False: as the model likes
-                 policy='strict'): # how replies are parsed
-        self.model, self.processor, self.tokenizer, self.constrained, self.policy = model.eval(), processor, tokenizer, constrained, policy
+
+    def __init__(
+        self,
+        model,
+        processor,
+        tokenizer,  # HF model and processor, MaskTokenizer; raises VLMError
+        constrained=True,  # True: well-formed groups only; "answer": only answers of the published form; False: as the model likes
+        policy='strict',
+    ):  # how replies are parsed
+        self.model, self.processor, self.tokenizer, self.constrained, self.policy = (
+            model.eval(),
+            processor,
+            tokenizer,
+            constrained,
+            policy,
+        )
         self.ids, rows = mask_word_ids(processor.tokenizer, tokenizer.vocab), matrices(model)[0].weight.shape[0]
-        if int(self.ids.max()) >= rows: raise VLMError(f'The mask words have ids up to {int(self.ids.max())}, the model has {rows} rows: call add_mask_words(model, processor, vocab), train, and save both.')
-        self.grammars = {True: MaskGrammar(processor.tokenizer, tokenizer.vocab), 'answer': AnswerGrammar(processor.tokenizer, tokenizer.vocab)}
+        if int(self.ids.max()) >= rows:
+            raise VLMError(
+                f'The mask words have ids up to {int(self.ids.max())}, the model has {rows} rows: call add_mask_words(model, processor, vocab), train, and save both.'
+            )
+        self.grammars = {
+            True: MaskGrammar(processor.tokenizer, tokenizer.vocab),
+            'answer': AnswerGrammar(processor.tokenizer, tokenizer.vocab),
+        }
+
     @property
-    def device(self): return self.model.device
+    def device(self):
+        return self.model.device
+
     @property
-    def vocab(self): return self.tokenizer.vocab
+    def vocab(self):
+        return self.tokenizer.vocab
+
     @classmethod
-    def from_pretrained(cls, vlm='toy', # folder, hub id, "toy" or a folder of the package: model and processor with mask words
-                        tokenizer=None, # folder, hub id, "toy" or a MaskTokenizer; None: the folder `mask_tokenizer` in `vlm`, also on the hub
-                        device='cpu', dtype=torch.float32, **kwargs): # kwargs go to the model; raises VLMError, CheckpointError
+    def from_pretrained(
+        cls,
+        vlm='toy',  # folder, hub id, "toy" or a folder of the package: model and processor with mask words
+        tokenizer=None,  # folder, hub id, "toy" or a MaskTokenizer; None: the folder `mask_tokenizer` in `vlm`, also on the hub
+        device='cpu',
+        dtype=torch.float32,
+        **kwargs,
+    ):  # kwargs go to the model; raises VLMError, CheckpointError
         "Load model, processor and mask tokenizer."
         name, device = find_pretrained(vlm, 'vlm', VLMError), check_device(device)
-        if str(vlm) == 'toy' and tokenizer is None: tokenizer = 'toy/tokenizer_16'   # it is in the package once
-        if (Path(name) / 'vlm' / 'config.json').is_file() and not (Path(name) / 'config.json').is_file(): name = Path(name) / 'vlm' # the folder of a run
+        if str(vlm) == 'toy' and tokenizer is None:
+            tokenizer = 'toy/tokenizer_16'  # it is in the package once
+        if (Path(name) / 'vlm' / 'config.json').is_file() and not (Path(name) / 'config.json').is_file():
+            name = Path(name) / 'vlm'  # the folder of a run
         model, processor = load_vlm(name, dtype, **kwargs)
         hub = {k: v for k, v in kwargs.items() if k in _HUB}
-        inner = (Path(name) if tokenizer is not None or Path(name).is_dir() else fetch_files(name, ['mask_tokenizer/*'], **hub)) / 'mask_tokenizer'
-        if tokenizer is None and not inner.is_dir(): raise VLMError(f'{Path(name).name} comes without a mask tokenizer: name it, tokenizer=... (a folder, a hub id, or "toy").')
-        if not isinstance(tokenizer, MaskTokenizer): tokenizer = MaskTokenizer.from_pretrained(inner if tokenizer is None else tokenizer)
+        inner = (
+            Path(name)
+            if tokenizer is not None or Path(name).is_dir()
+            else fetch_files(name, ['mask_tokenizer/*'], **hub)
+        ) / 'mask_tokenizer'
+        if tokenizer is None and not inner.is_dir():
+            raise VLMError(
+                f'{Path(name).name} comes without a mask tokenizer: name it, tokenizer=... (a folder, a hub id, or "toy").'
+            )
+        if not isinstance(tokenizer, MaskTokenizer):
+            tokenizer = MaskTokenizer.from_pretrained(inner if tokenizer is None else tokenizer)
         return cls(model.to(device), processor, tokenizer.to(device))
 
 # %% ../nbs/03b_vlm.ipynb #9c5ed7a2
 def _save(self, folder):
     "Write model, processor and mask tokenizer into a folder."
-    self.model.save_pretrained(folder); self.processor.save_pretrained(folder); self.tokenizer.save_pretrained(Path(folder) / 'mask_tokenizer')
+    self.model.save_pretrained(folder)
+    self.processor.save_pretrained(folder)
+    self.tokenizer.save_pretrained(Path(folder) / 'mask_tokenizer')
+
 
 MaskVLM.save_pretrained = _save
 
 # %% ../nbs/03b_vlm.ipynb #c438e16d
-def _embeddings(self, images): # list -> dict: key of an image -> ImageEmbedding of it alone; every image once
+def _embeddings(self, images):  # list -> dict: key of an image -> ImageEmbedding of it alone; every image once
     unique, out = {_key(i): i for i in images}, {}
     for a in range(0, len(unique), 16):
-        part = list(unique.items())[a:a + 16]
+        part = list(unique.items())[a : a + 16]
         e = self.tokenizer.embed_image([i for _, i in part])
-        out |= {k: ImageEmbedding(e.features[j:j + 1], [f[j:j + 1] for f in e.fine], e.sizes[j:j + 1], True) for j, (k, _) in enumerate(part)}
+        out |= {
+            k: ImageEmbedding(e.features[j : j + 1], [f[j : j + 1] for f in e.fine], e.sizes[j : j + 1], True)
+            for j, (k, _) in enumerate(part)
+        }
     return out
 
-def _key(image): return str(image) if isinstance(image, (str, Path)) else id(image)
 
-def _words(self, conversations, seen=None): # list of Conversation; embeddings that exist -> for each conversation the words of its masks
+def _key(image):
+    return str(image) if isinstance(image, (str, Path)) else id(image)
+
+
+def _words(
+    self, conversations, seen=None
+):  # list of Conversation; embeddings that exist -> for each conversation the words of its masks
     "Write the masks of conversations as words."
     seen, out = seen or self._embeddings([c.images[i] for c in conversations for i in set(c.of)]), []
     for c in conversations:
         out.append([''] * len(c.masks))
         for i in sorted(set(c.of)):
             ks = [k for k, o in enumerate(c.of) if o == i]
-            for k, row in zip(ks, self.tokenizer.encode(seen[_key(c.images[i])], np.stack([mask_array(c, k) for k in ks]))): out[-1][k] = self.vocab.format(row)
+            for k, row in zip(
+                ks, self.tokenizer.encode(seen[_key(c.images[i])], np.stack([mask_array(c, k) for k in ks]))
+            ):
+                out[-1][k] = self.vocab.format(row)
     return out
+
 
 MaskVLM._embeddings, MaskVLM.words = _embeddings, _words
 
 # %% ../nbs/03b_vlm.ipynb #4bbbdf0b
-def _prompt(self, messages, images): # messages with words in place; images by number -> text, images in the order of the text
+def _prompt(
+    self, messages, images
+):  # messages with words in place; images by number -> text, images in the order of the text
     "Write a chat as the model's own template wants it; raises VLMError."
     for t in [m['content'] for m in messages if m['role'] != 'assistant']:
         for s in self.vocab.parse(t):
-            if not s.ok: raise VLMError(f'The prompt holds mask words that this model does not read ({s.text[:60]}: {s.problem}): encode the masks with its own tokenizer.')
+            if not s.ok:
+                raise VLMError(
+                    f'The prompt holds mask words that this model does not read ({s.text[:60]}: {s.problem}): encode the masks with its own tokenizer.'
+                )
     rows, order = to_messages(messages)
     for m in rows:
-        if m['role'] == 'system': m['content'] = ''.join(p['text'] for p in m['content']) # some templates take no parts here
-    return self.processor.apply_chat_template(rows, tokenize=False, add_generation_prompt=True), [Image.fromarray(read_image(images[i])) for i in order]
+        if m['role'] == 'system':
+            m['content'] = ''.join(p['text'] for p in m['content'])  # some templates take no parts here
+    return self.processor.apply_chat_template(rows, tokenize=False, add_generation_prompt=True), [
+        Image.fromarray(read_image(images[i])) for i in order
+    ]
 
-def _batch(processor, texts, images): # -> tensors, prompts padded on the left
-    given = dict(text=texts, images=images or None, padding=True, padding_side='left', add_special_tokens=False) # a template writes its begin word itself
-    try: return processor(**given, return_tensors='pt')
-    except ValueError:                                                           # PerceptionLM: images of different shapes have different numbers of tiles
+
+def _batch(processor, texts, images):  # -> tensors, prompts padded on the left
+    given = dict(
+        text=texts, images=images or None, padding=True, padding_side='left', add_special_tokens=False
+    )  # a template writes its begin word itself
+    try:
+        return processor(**given, return_tensors='pt')
+    except ValueError:  # PerceptionLM: images of different shapes have different numbers of tiles
         parts = processor(**given)
         tiles = torch.cat([torch.as_tensor(t) for t in parts.pop('pixel_values')])[None]
         return BatchFeature({k: torch.as_tensor(v) for k, v in parts.items()} | dict(pixel_values=tiles))
+
 
 MaskVLM.prompt = _prompt
 
 # %% ../nbs/03b_vlm.ipynb #c3c4c505
 @torch.no_grad()
-def write_replies(model, processor, # any VLM, with mask words or without, and its processor
-                  prompts,          # list of (text of the whole prompt, list of PIL images)
-                  max_new_tokens, grammar=None, **kwargs): # tokens at most; MaskGrammar; kwargs go to generate -> list of str
+def write_replies(
+    model,
+    processor,  # any VLM, with mask words or without, and its processor
+    prompts,  # list of (text of the whole prompt, list of PIL images)
+    max_new_tokens,
+    grammar=None,
+    **kwargs,
+):  # tokens at most; MaskGrammar; kwargs go to generate -> list of str
     "Write the replies to one batch of prompts."
     batch = _batch(processor, [t for t, _ in prompts], [i for _, images in prompts for i in images]).to(model.device)
     at = batch['input_ids'].shape[1]
     rules = LogitsProcessorList([grammar.starting_at(at, max_new_tokens)] if grammar else [])
-    out = model.generate(**batch, max_new_tokens=max_new_tokens, logits_processor=rules, **{'do_sample': False, **kwargs})
+    out = model.generate(
+        **batch, max_new_tokens=max_new_tokens, logits_processor=rules, **{'do_sample': False, **kwargs}
+    )
     end = model.generation_config.eos_token_id
-    stop = {processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id, *(end if isinstance(end, list) else [end])}
-    cut = [row[:next((i for i, t in enumerate(row) if t in stop), len(row))] for row in out[:, at:].tolist()]
+    stop = {
+        processor.tokenizer.eos_token_id,
+        processor.tokenizer.pad_token_id,
+        *(end if isinstance(end, list) else [end]),
+    }
+    cut = [row[: next((i for i, t in enumerate(row) if t in stop), len(row))] for row in out[:, at:].tolist()]
     return [t.strip() for t in processor.tokenizer.batch_decode(cut, skip_special_tokens=False)]
 
-def _write(self, prompts, max_new_tokens, how, **kwargs): # list of (text, images); "answer", True or False -> replies of one batch
-    return write_replies(self.model, self.processor, prompts, max_new_tokens, self.grammars[how] if how else None, **kwargs)
+
+def _write(
+    self, prompts, max_new_tokens, how, **kwargs
+):  # list of (text, images); "answer", True or False -> replies of one batch
+    return write_replies(
+        self.model, self.processor, prompts, max_new_tokens, self.grammars[how] if how else None, **kwargs
+    )
+
 
 @torch.no_grad()
-def _generate(self, conversations, # list of Conversation; the last message of each is the user's
-              max_new_tokens=256, constrained=None, # tokens of a reply at most; see MaskVLM, None: the model's own setting
-              chunk=16, words=None, **kwargs): # conversations at a time; the words of their masks, None: they are encoded; kwargs go to generate -> list of str
+def _generate(
+    self,
+    conversations,  # list of Conversation; the last message of each is the user's
+    max_new_tokens=256,
+    constrained=None,  # tokens of a reply at most; see MaskVLM, None: the model's own setting
+    chunk=16,
+    words=None,
+    **kwargs,
+):  # conversations at a time; the words of their masks, None: they are encoded; kwargs go to generate -> list of str
     "Write a reply to each conversation."
     how = self.constrained if constrained is None else constrained
-    if how not in (True, False, 'answer'): raise VLMError(f'There is no constraint {how!r}: use True (well-formed groups), "answer" (the published form) or False.')
-    if kwargs.get('num_beams', 1) > 1 or kwargs.get('num_return_sequences', 1) > 1: chunk = 1 # rows are repeated then, and not every family repeats its images with them
+    if how not in (True, False, 'answer'):
+        raise VLMError(
+            f'There is no constraint {how!r}: use True (well-formed groups), "answer" (the published form) or False.'
+        )
+    if kwargs.get('num_beams', 1) > 1 or kwargs.get('num_return_sequences', 1) > 1:
+        chunk = 1  # rows are repeated then, and not every family repeats its images with them
     words = self.words(conversations) if words is None else words
-    prompts = [self.prompt([dict(m, content=fill(m['content'], w)) for m in c.messages], c.images) for c, w in zip(conversations, words)]
-    return [r for i in range(0, len(prompts), chunk) for r in self._write(prompts[i:i + chunk], max_new_tokens, how, **kwargs)]
+    prompts = [
+        self.prompt([dict(m, content=fill(m['content'], w)) for m in c.messages], c.images)
+        for c, w in zip(conversations, words)
+    ]
+    return [
+        r
+        for i in range(0, len(prompts), chunk)
+        for r in self._write(prompts[i : i + chunk], max_new_tokens, how, **kwargs)
+    ]
+
 
 MaskVLM._write, MaskVLM.generate = _write, _generate
 
 # %% ../nbs/03b_vlm.ipynb #489b604e
-def _segment(self, image, # one image, or a list of them
-             text,        # an expression, or a list: one for each image, or several for one image
-             prompt='refer', policy=None, **kwargs): # name in PROMPTS or a text with {phrase}; see MaskVLM; kwargs go to generate -> Instances, or a list of them
+def _segment(
+    self,
+    image,  # one image, or a list of them
+    text,  # an expression, or a list: one for each image, or several for one image
+    prompt='refer',
+    policy=None,
+    **kwargs,
+):  # name in PROMPTS or a text with {phrase}; see MaskVLM; kwargs go to generate -> Instances, or a list of them
     "Find what expressions mean."
     many = isinstance(text, (list, tuple))
     texts = list(text) if many else [text]
-    if not all(isinstance(t, str) for t in texts): raise VLMError(f'An expression is a text, and a {type(next(t for t in texts if not isinstance(t, str))).__name__} is not: segment(image, text).')
-    if not all(t.strip() for t in texts): raise VLMError('An expression is empty: say what is to be found.')
+    if not all(isinstance(t, str) for t in texts):
+        raise VLMError(
+            f'An expression is a text, and a {type(next(t for t in texts if not isinstance(t, str))).__name__} is not: segment(image, text).'
+        )
+    if not all(t.strip() for t in texts):
+        raise VLMError('An expression is empty: say what is to be found.')
     images = list(image) if isinstance(image, (list, tuple)) else [image] * len(texts)
-    if len(images) != len(texts): raise VLMError(f'{len(images)} images came with {len(texts)} expressions: give one for each, or one image.')
+    if len(images) != len(texts):
+        raise VLMError(f'{len(images)} images came with {len(texts)} expressions: give one for each, or one image.')
     ask = PROMPTS.get(prompt, prompt)
-    replies = self.generate([Conversation([dict(role='user', content='<image:0>\n' + ask.format(phrase=t))], [i]) for i, t in zip(images, texts)], **kwargs)
+    replies = self.generate(
+        [
+            Conversation([dict(role='user', content='<image:0>\n' + ask.format(phrase=t))], [i])
+            for i, t in zip(images, texts)
+        ],
+        **kwargs,
+    )
     marked = [bool(self.vocab.parse(r, policy or self.policy)) for r in replies]
     seen = self._embeddings([i for i, any_ in zip(images, marked) if any_])
     out = [decode_reply(r, seen.get(_key(i)), self.tokenizer, policy or self.policy) for i, r in zip(images, replies)]
     return out if many else out[0]
 
+
 MaskVLM.segment = _segment
 
 # %% ../nbs/03b_vlm.ipynb #17187d4f
-def _describe(self, image, # (H,W,3) uint8, or whatever read_image takes
-              mask,        # (H,W) bool, or a list of them or (N,H,W)
-              prompt=None, zoom=None, **kwargs): # a question with {mask}; share of the area up to which a zoom-in is sent, None: .2 (published), 0: never -> str, or a list of them
+def _describe(
+    self,
+    image,  # (H,W,3) uint8, or whatever read_image takes
+    mask,  # (H,W) bool, or a list of them or (N,H,W)
+    prompt=None,
+    zoom=None,
+    **kwargs,
+):  # a question with {mask}; share of the area up to which a zoom-in is sent, None: .2 (published), 0: never -> str, or a list of them
     "Describe a region, or several regions of one image."
     masks = mask if isinstance(mask, (list, tuple)) or np.ndim(mask) == 3 else [mask]
-    ask = lambda m: Conversation([dict(role='user', content='<image:0>\n' + prompt.format(mask='<mask:0>'))], [image], [m])
-    chats = [ask(m) if prompt else caption_chat(image, m, zoom=.2 if zoom is None else zoom) for m in masks]
+
+    def ask(m):
+        return Conversation([dict(role='user', content='<image:0>\n' + prompt.format(mask='<mask:0>'))], [image], [m])
+
+    chats = [ask(m) if prompt else caption_chat(image, m, zoom=0.2 if zoom is None else zoom) for m in masks]
     replies = self.generate(chats, **kwargs)
     return replies[0] if masks is not mask else replies
+
 
 MaskVLM.describe = _describe
 
 # %% ../nbs/03b_vlm.ipynb #667ef5da
 @torch.no_grad()
-def _chat(self, conversation, # Conversation; its questions are asked in turn; answers may be there or not
-          history='own',      # "own": later rounds see what the model wrote; "given": they see the conversation's answers where it has them
-          image=0, **kwargs): # the image that the replies' masks lie in; kwargs go to generate -> list of Instances, one for each question
+def _chat(
+    self,
+    conversation,  # Conversation; its questions are asked in turn; answers may be there or not
+    history='own',  # "own": later rounds see what the model wrote; "given": they see the conversation's answers where it has them
+    image=0,
+    **kwargs,
+):  # the image that the replies' masks lie in; kwargs go to generate -> list of Instances, one for each question
     "Go through the rounds of a conversation."
-    if not isinstance(conversation, Conversation): raise VLMError(f"chat takes a Conversation, not a {type(conversation).__name__}: Conversation([dict(role='user', content='<image:0>What is this?')], [image]); segment and describe take an image.")
-    if history not in ('own', 'given'): raise VLMError(f'There is no history {history!r}: use "own" or "given".')
+    if not isinstance(conversation, Conversation):
+        raise VLMError(
+            f"chat takes a Conversation, not a {type(conversation).__name__}: Conversation([dict(role='user', content='<image:0>What is this?')], [image]); segment and describe take an image."
+        )
+    if history not in ('own', 'given'):
+        raise VLMError(f'There is no history {history!r}: use "own" or "given".')
     images, past, out = conversation.images, [], []
     seen = self._embeddings([images[i] for i in sorted({*([image] if images else []), *conversation.of})])
     words = self.words([conversation], seen)[0]
     messages = [dict(m, content=fill(m['content'], words)) for m in conversation.messages]
     how = kwargs.pop('constrained', None)
     for m, after in zip(messages, messages[1:] + [{}]):
-        if m['role'] == 'assistant': continue
+        if m['role'] == 'assistant':
+            continue
         past.append(m)
-        if m['role'] == 'system': continue
-        reply = self._write([self.prompt(past, images)], kwargs.get('max_new_tokens', 256), self.constrained if how is None else how, **{k: v for k, v in kwargs.items() if k != 'max_new_tokens'})[0]
-        out.append(decode_reply(reply, seen[_key(images[image])], self.tokenizer, self.policy) if images else Instances((), reply))
+        if m['role'] == 'system':
+            continue
+        reply = self._write(
+            [self.prompt(past, images)],
+            kwargs.get('max_new_tokens', 256),
+            self.constrained if how is None else how,
+            **{k: v for k, v in kwargs.items() if k != 'max_new_tokens'},
+        )[0]
+        out.append(
+            decode_reply(reply, seen[_key(images[image])], self.tokenizer, self.policy)
+            if images
+            else Instances((), reply)
+        )
         given = history == 'given' and after.get('role') == 'assistant'
         past.append(dict(role='assistant', content=after['content'] if given else reply))
     return out
+
 
 MaskVLM.chat = _chat

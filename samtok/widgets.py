@@ -7,80 +7,136 @@ __all__ = ['WidgetError', 'stroke_mask', 'click_mask', 'read_region', 'MaskPicke
            'CodebookExplorer', 'ReplyInspector', 'find_runs', 'find_samples', 'RunDashboard']
 
 # %% ../nbs/10_widgets.ipynb #7a173258
-import html, io, json, os, threading, time
+import html
+import io
+import json
+import os
+import threading
+import time
 from base64 import b64encode
 from pathlib import Path
+
 import ipywidgets as W
 import numpy as np
 from PIL import Image, ImageDraw
+
 from .data import read_ids, read_image
-from .masks import MaskError, box_to_mask, check_mask, check_masks, mask_iou_pairs, mask_to_box, polygons_to_mask, resize_mask, rle_to_mask, segmentation_to_mask
+from samtok.masks import (
+    MaskError,
+    box_to_mask,
+    check_mask,
+    check_masks,
+    mask_iou_pairs,
+    polygons_to_mask,
+    resize_mask,
+    rle_to_mask,
+    segmentation_to_mask,
+)
 from .runs import read_rows
-from .show import changes_html, color_of, compare_curves, error_image, figure_png, overlay, show_grid, show_image, table, usage_image, words_html
+from samtok.show import (
+    changes_html,
+    color_of,
+    compare_curves,
+    error_image,
+    figure_png,
+    overlay,
+    show_grid,
+    show_image,
+    table,
+    usage_image,
+    words_html,
+)
 from .words import MaskVocab
 
 # %% ../nbs/10_widgets.ipynb #ba63a2d3
 class WidgetError(ValueError):
     "Say what a widget cannot use, and what to do."
 
+
 _GONE = 'The kernel of this widget is gone: run this cell again, and the cells above it first.'
-_STYLE = '''<style>
+_STYLE = """<style>
 .samtok-gone {display: none}
 .jupyter-widgets-disconnected .samtok-gone, .samtok-still .samtok-gone {display: block; margin: 6px 0; padding: 4px 8px; border-left: 4px solid #d55e00; background: #fff3e0; color: #222}
 .jp-OutputArea-child:has(+ .jp-OutputArea-child .samtok-live) .samtok-still {display: none}
 .jp-OutputArea-child:has(.samtok-still) + .jp-OutputArea-child:not(:has(.samtok-live)) {display: none}
 .samtok-live.jupyter-widgets-disconnected::before, .samtok-live .jupyter-widgets-disconnected::before {display: none !important}
 .samtok-live .widget-html-content {line-height: 1.4}
-</style>'''
+</style>"""
 
 # %% ../nbs/10_widgets.ipynb #7874fbe8
 class _Live(W.VBox):
     "What all widgets share: a line for problems, a sentence for the time after the kernel, a still picture."
+
     def __init__(self, parts):
         self.problem = W.HTML()
         super().__init__([W.HTML(f'{_STYLE}<div class="samtok-gone">{_GONE}</div>'), *parts, self.problem])
         self.add_class('samtok-live')
 
-    def _try(self, work, *args): # call work; an error of the package becomes a line of the widget
+    def _try(self, work, *args):  # call work; an error of the package becomes a line of the widget
         self.problem.value = ''
-        try: return work(*args)
-        except ValueError as e: self.problem.value = f'<span style="color:#b00">{html.escape(str(e))}</span>'
+        try:
+            return work(*args)
+        except ValueError as e:
+            self.problem.value = f'<span style="color:#b00">{html.escape(str(e))}</span>'
 
-    def picture(self): raise NotImplementedError # -> figure: what the widget shows now
+    def picture(self):
+        raise NotImplementedError  # -> figure: what the widget shows now
 
-    def _outputs(self): # -> list of dict: the still picture that stands in for the view, and the view
+    def _outputs(self):  # -> list of dict: the still picture that stands in for the view, and the view
         still = f'<img alt="{html.escape(type(self).__doc__)}" src="data:image/png;base64,{b64encode(figure_png(self.picture())).decode()}">'
         view = self._repr_mimebundle_()
-        return [{'text/html': f'{_STYLE}<div class="samtok-still"><div class="samtok-gone">{_GONE}</div>{still}</div>', 'text/plain': view['text/plain']}, view]
+        return [
+            {
+                'text/html': f'{_STYLE}<div class="samtok-still"><div class="samtok-gone">{_GONE}</div>{still}</div>',
+                'text/plain': view['text/plain'],
+            },
+            view,
+        ]
 
     def _ipython_display_(self):
-        from IPython.display import Image as Png, display
-        if 'CI' in os.environ: return display(Png(figure_png(self.picture())))  # nobody is there to use a widget
-        for data in self._outputs(): display(data, raw=True)
+        from IPython.display import Image as Png
+        from IPython.display import display
+
+        if 'CI' in os.environ:
+            return display(Png(figure_png(self.picture())))  # nobody is there to use a widget
+        for data in self._outputs():
+            display(data, raw=True)
 
 # %% ../nbs/10_widgets.ipynb #0b434d5d
-def stroke_mask(points, # (n,2) x, y in pixels of the image
-                tool,   # "draw": an outline, which is filled; "box": its first and last point are corners
-                size):  # (H,W) -> (H,W) bool; raises MaskError
+def stroke_mask(
+    points,  # (n,2) x, y in pixels of the image
+    tool,  # "draw": an outline, which is filled; "box": its first and last point are corners
+    size,
+):  # (H,W) -> (H,W) bool; raises MaskError
     "Turn a stroke into a mask."
     p = np.asarray(points, float).reshape(-1, 2)
-    if tool == 'box': return box_to_mask([*np.minimum(p[0], p[-1]), *np.maximum(p[0], p[-1])], size)
-    if len(p) < 3: raise MaskError(f'The stroke has {len(p)} points, which is no outline: draw around the region, or use the tool for clicks.')
+    if tool == 'box':
+        return box_to_mask([*np.minimum(p[0], p[-1]), *np.maximum(p[0], p[-1])], size)
+    if len(p) < 3:
+        raise MaskError(
+            f'The stroke has {len(p)} points, which is no outline: draw around the region, or use the tool for clicks.'
+        )
     mask = polygons_to_mask(p.ravel().tolist(), size)
-    if not mask.any(): raise MaskError('The stroke encloses no pixel: draw around the region, or use the tool for clicks.')
+    if not mask.any():
+        raise MaskError('The stroke encloses no pixel: draw around the region, or use the tool for clicks.')
     return mask
 
 # %% ../nbs/10_widgets.ipynb #7ab15e0e
-def click_mask(image, # (H,W,3) uint8
-               x, y,  # a point in pixels
-               masks=(),     # (N,H,W) bool: known regions
-               tolerance=60): # difference of colour up to which a neighbour belongs, summed over the channels -> (H,W) bool
+def click_mask(
+    image,  # (H,W,3) uint8
+    x,
+    y,  # a point in pixels
+    masks=(),  # (N,H,W) bool: known regions
+    tolerance=60,
+):  # difference of colour up to which a neighbour belongs, summed over the channels -> (H,W) bool
     "Find the region at a point: the smallest known one, or the area of like colour around it."
     h, w = image.shape[:2]
     x, y = min(max(int(x), 0), w - 1), min(max(int(y), 0), h - 1)
     known = [m for m in masks if m[y, x]]
-    if known: return min(known, key=np.sum)
-    small = Image.fromarray(image); small.thumbnail((192, 192))                 # a fill in pure Python: keep it small
+    if known:
+        return min(known, key=np.sum)
+    small = Image.fromarray(image)
+    small.thumbnail((192, 192))  # a fill in pure Python: keep it small
     sx, sy = x * small.width // w, y * small.height // h
     far = np.abs(np.asarray(small, int) - np.asarray(small, int)[sy, sx]).sum(-1).clip(0, 254).astype(np.uint8)
     area = Image.fromarray(far).copy()
@@ -88,16 +144,29 @@ def click_mask(image, # (H,W,3) uint8
     return resize_mask(np.asarray(area) == 255, (h, w))
 
 # %% ../nbs/10_widgets.ipynb #f0a00c21
-def read_region(text, # JSON: box [x0, y0, x1, y1], polygon [x, y, ...], list of polygons, or RLE {"size", "counts"}
-                size): # (H,W) -> (H,W) bool; raises WidgetError, MaskError
+def read_region(
+    text,  # JSON: box [x0, y0, x1, y1], polygon [x, y, ...], list of polygons, or RLE {"size", "counts"}
+    size,
+):  # (H,W) -> (H,W) bool; raises WidgetError, MaskError
     "Read a region that was typed."
-    try: region = json.loads(text)
-    except ValueError as e: raise WidgetError(f'The text is no JSON ({e}): type a box [x0, y0, x1, y1], a polygon [x, y, x, y, ...] or {{"size": [H, W], "counts": "..."}}.') from e
-    if not isinstance(region, (list, dict)) or not region: raise WidgetError(f'{text.strip()[:40]} is no region: type four numbers, a polygon, or run lengths with size and counts.')
-    return box_to_mask(region, size) if isinstance(region, list) and len(region) == 4 and not any(isinstance(v, list) for v in region) else segmentation_to_mask(region, size)
+    try:
+        region = json.loads(text)
+    except ValueError as e:
+        raise WidgetError(
+            f'The text is no JSON ({e}): type a box [x0, y0, x1, y1], a polygon [x, y, x, y, ...] or {{"size": [H, W], "counts": "..."}}.'
+        ) from e
+    if not isinstance(region, (list, dict)) or not region:
+        raise WidgetError(
+            f'{text.strip()[:40]} is no region: type four numbers, a polygon, or run lengths with size and counts.'
+        )
+    return (
+        box_to_mask(region, size)
+        if isinstance(region, list) and len(region) == 4 and not any(isinstance(v, list) for v in region)
+        else segmentation_to_mask(region, size)
+    )
 
 # %% ../nbs/10_widgets.ipynb #e54079ce
-_STROKE = '''event.preventDefault(); event.stopPropagation();
+_STROKE = """event.preventDefault(); event.stopPropagation();
 const c = this, g = c.getContext('2d'), r = c.getBoundingClientRect(), p = [];
 c.width = r.width; c.height = r.height; g.lineWidth = 2; g.strokeStyle = '#d55e00';
 const add = e => {
@@ -111,107 +180,184 @@ const end = () => {
   const t = c.closest('.samtok-live').querySelector('.samtok-stroke textarea');
   t.value = JSON.stringify({at: Date.now(), points: p}); t.dispatchEvent(new Event('input', {bubbles: true}));
   setTimeout(() => g.clearRect(0, 0, c.width, c.height), 300) };
-c.setPointerCapture(event.pointerId); add(event); c.onpointermove = add; c.onpointerup = c.onpointercancel = end'''
+c.setPointerCapture(event.pointerId); add(event); c.onpointermove = add; c.onpointerup = c.onpointercancel = end"""
 
 # %% ../nbs/10_widgets.ipynb #b2ca3da6
-def _canvas(tool, size): # name of the tool, (h,w) on the screen -> HTML of a canvas that follows the pointer
+def _canvas(tool, size):  # name of the tool, (h,w) on the screen -> HTML of a canvas that follows the pointer
     style = f'width:{size[1]}px;height:{size[0]}px;display:block;cursor:crosshair;touch-action:none'
     return f'<canvas data-tool="{tool}" style="{style}" role="img" aria-label="Surface for the tool {tool}" onpointerdown="{html.escape(_STROKE)}"></canvas>'
 
-def _surface(picture, canvas, size): # both in the same cell of a grid
-    same = dict(grid_area='1 / 1 / 2 / 2', margin='0', width=f'{size[1]}px', height=f'{size[0]}px')
-    for w in (picture, canvas): w.layout = W.Layout(**same)
-    return W.GridBox([picture, canvas], layout=W.Layout(grid_template_columns=f'{size[1]}px', grid_template_rows=f'{size[0]}px', overflow='visible'))
 
-def _fit(image, side): # (H,W,3) uint8 -> (h,w,3) uint8 whose longer side has `side` pixels
+def _surface(picture, canvas, size):  # both in the same cell of a grid
+    same = dict(grid_area='1 / 1 / 2 / 2', margin='0', width=f'{size[1]}px', height=f'{size[0]}px')
+    for w in (picture, canvas):
+        w.layout = W.Layout(**same)
+    return W.GridBox(
+        [picture, canvas],
+        layout=W.Layout(grid_template_columns=f'{size[1]}px', grid_template_rows=f'{size[0]}px', overflow='visible'),
+    )
+
+
+def _fit(image, side):  # (H,W,3) uint8 -> (h,w,3) uint8 whose longer side has `side` pixels
     scale = side / max(image.shape[:2])
     size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
     return np.asarray(Image.fromarray(image).resize(size, Image.NEAREST if scale > 1 else Image.BOX))
 
-def _coded(image, kind='jpeg'): # (h,w,3) uint8 -> bytes of a file
+
+def _coded(image, kind='jpeg'):  # (h,w,3) uint8 -> bytes of a file
     Image.fromarray(image).save(out := io.BytesIO(), kind, quality=92, subsampling=0)
     return out.getvalue()
 
-def _paint(view, *masks, start=1): # a scaled image, masks of the image's size -> (h,w,3) uint8, colours from number `start`; blue is hard to see on photos
+
+def _paint(
+    view, *masks, start=1
+):  # a scaled image, masks of the image's size -> (h,w,3) uint8, colours from number `start`; blue is hard to see on photos
     fitted = [resize_mask(m, view.shape[:2]) for m in masks]
     return overlay(view, np.stack(fitted), colors=[color_of(start + k) for k in range(len(fitted))]) if fitted else view
 
-def _tile(image, text=''): # picture with a line below
-    return W.VBox([W.Image(value=_coded(image), format='jpeg', width=image.shape[1]), W.HTML(text)], layout=W.Layout(margin='0 6px 0 0'))
+
+def _tile(image, text=''):  # picture with a line below
+    return W.VBox(
+        [W.Image(value=_coded(image), format='jpeg', width=image.shape[1]), W.HTML(text)],
+        layout=W.Layout(margin='0 6px 0 0'),
+    )
 
 # %% ../nbs/10_widgets.ipynb #1d904e60
-def _load(tokenizer): # MaskTokenizer, or a name that it can be loaded by
-    if not isinstance(tokenizer, (str, Path)): return tokenizer
-    from samtok.tokenizer import MaskTokenizer
+def _load(tokenizer):  # MaskTokenizer, or a name that it can be loaded by
+    if not isinstance(tokenizer, (str, Path)):
+        return tokenizer
+
     return MaskTokenizer.from_pretrained(tokenizer)
 
-def _scene(): # a drawn scene that was never trained on -> MaskSample
+
+def _scene():  # a drawn scene that was never trained on -> MaskSample
     from samtok.toy.shapeworld import ShapeWorld
+
     return ShapeWorld(1, 'heldout').sample(0)
 
+
 def _picker_controls(self):
-    self.tool = W.ToggleButtons(options=['draw', 'box', 'click'], tooltips=['draw around a region', 'pull a box', 'click on a region'], style=dict(button_width='64px'))
-    self.how = W.ToggleButtons(options=['new', 'add', 'erase'], tooltips=['start anew', 'add to the mask', 'take from the mask'], style=dict(button_width='64px'))
-    self.clear, self.use = W.Button(description='clear', layout=W.Layout(width='64px')), W.Button(description='use text', layout=W.Layout(width='80px'))
+    self.tool = W.ToggleButtons(
+        options=['draw', 'box', 'click'],
+        tooltips=['draw around a region', 'pull a box', 'click on a region'],
+        style=dict(button_width='64px'),
+    )
+    self.how = W.ToggleButtons(
+        options=['new', 'add', 'erase'],
+        tooltips=['start anew', 'add to the mask', 'take from the mask'],
+        style=dict(button_width='64px'),
+    )
+    self.clear, self.use = (
+        W.Button(description='clear', layout=W.Layout(width='64px')),
+        W.Button(description='use text', layout=W.Layout(width='80px')),
+    )
     self.region = W.Dropdown(description='region', layout=W.Layout(width='310px'), style=dict(description_width='48px'))
     self.image_file = W.FileUpload(description='image', accept='image/*', layout=W.Layout(width='124px'))
-    self.mask_file = W.FileUpload(description='mask', accept='.png', tooltip='a PNG of the size of the image; every pixel that is not 0 belongs', layout=W.Layout(width='124px'))
-    self.text = W.Text(placeholder='[x0, y0, x1, y1], a polygon [x, y, ...] or {"size": [H, W], "counts": "..."}', layout=W.Layout(width='400px'))
-    self.stroke = W.Textarea(layout=W.Layout(display='none')); self.stroke.add_class('samtok-stroke')
-    self.pictures, self.canvas, self.captions, self.line = [W.Image(format='jpeg') for _ in range(3)], W.HTML(), [W.HTML() for _ in range(3)], W.HTML()
+    self.mask_file = W.FileUpload(
+        description='mask',
+        accept='.png',
+        tooltip='a PNG of the size of the image; every pixel that is not 0 belongs',
+        layout=W.Layout(width='124px'),
+    )
+    self.text = W.Text(
+        placeholder='[x0, y0, x1, y1], a polygon [x, y, ...] or {"size": [H, W], "counts": "..."}',
+        layout=W.Layout(width='400px'),
+    )
+    self.stroke = W.Textarea(layout=W.Layout(display='none'))
+    self.stroke.add_class('samtok-stroke')
+    self.pictures, self.canvas, self.captions, self.line = (
+        [W.Image(format='jpeg') for _ in range(3)],
+        W.HTML(),
+        [W.HTML() for _ in range(3)],
+        W.HTML(),
+    )
     self.panels = W.HBox(layout=W.Layout(flex_flow='row wrap'))
 
+
 def _picker_events(self):
-    on = lambda widget, work: widget.observe(lambda change: self._try(work, change['new']), 'value')
+    def on(widget, work):
+        return widget.observe(lambda change: self._try(work, change['new']), 'value')
+
     on(self.stroke, lambda text: self._stroked(text))
     on(self.tool, lambda tool: setattr(self.canvas, 'value', _canvas(tool, self.view.shape[:2])))
     on(self.region, lambda k: None if k in (None, -1) else self.set_mask(self.masks[k]))
     on(self.image_file, lambda files: [self.set_image(read_image(bytes(f['content']))) for f in files[-1:]])
-    on(self.mask_file, lambda files: [self.set_mask(check_mask(read_ids(bytes(f['content'])) > 0, self.image.shape[:2], f['name'])) for f in files[-1:]])
+    on(
+        self.mask_file,
+        lambda files: [
+            self.set_mask(check_mask(read_ids(bytes(f['content'])) > 0, self.image.shape[:2], f['name']))
+            for f in files[-1:]
+        ],
+    )
     self.clear.on_click(lambda _: self._try(self.set_mask, np.zeros(self.image.shape[:2], bool)))
     self.use.on_click(lambda _: self._try(lambda: self._join(read_region(self.text.value, self.image.shape[:2]))))
 
 # %% ../nbs/10_widgets.ipynb #83db5f13
 class MaskPicker(_Live):
     "Mark a region of an image, see its words, and what they give back."
-    def __init__(self, image=None,  # whatever read_image takes; None: a drawn scene with its regions
-                 masks=None,        # (N,H,W) bool: regions to choose from, by name or by a click
-                 labels=None,       # their names
-                 tokenizer='toy',   # MaskTokenizer, folder, hub id or "toy"
-                 click=None,        # function (image, x, y) -> (H,W) bool, such as a segmenter; None: click_mask with the masks
-                 side=256):         # longer side of the pictures on the screen, pixels
+
+    def __init__(
+        self,
+        image=None,  # whatever read_image takes; None: a drawn scene with its regions
+        masks=None,  # (N,H,W) bool: regions to choose from, by name or by a click
+        labels=None,  # their names
+        tokenizer='toy',  # MaskTokenizer, folder, hub id or "toy"
+        click=None,  # function (image, x, y) -> (H,W) bool, such as a segmenter; None: click_mask with the masks
+        side=256,
+    ):  # longer side of the pictures on the screen, pixels
         self.tokenizer, self.side = _load(tokenizer), side
         self.click = click or (lambda image, x, y: click_mask(image, x, y, self.masks))
         self._controls()
-        rows = [[self.tool, self.how, self.clear], [self.region, self.image_file, self.mask_file], [self.text, self.use]]
-        super().__init__([*(W.HBox(r, layout=W.Layout(flex_flow='row wrap', align_items='center')) for r in rows), self.panels, self.line, self.stroke])
+        rows = [
+            [self.tool, self.how, self.clear],
+            [self.region, self.image_file, self.mask_file],
+            [self.text, self.use],
+        ]
+        super().__init__(
+            [
+                *(W.HBox(r, layout=W.Layout(flex_flow='row wrap', align_items='center')) for r in rows),
+                self.panels,
+                self.line,
+                self.stroke,
+            ]
+        )
         self._events()
-        if image is None and (masks is not None or labels is not None): raise WidgetError('Masks or labels came without their image: MaskPicker(image, masks, labels).')
+        if image is None and (masks is not None or labels is not None):
+            raise WidgetError('Masks or labels came without their image: MaskPicker(image, masks, labels).')
         scene = _scene() if image is None else None
         self.set_image(*((scene.image, scene.masks, scene.labels) if scene else (image, masks, labels)))
 
     _controls, _events = _picker_controls, _picker_events
 
 # %% ../nbs/10_widgets.ipynb #7f808a84
-def _set_image(self, image, masks=None, labels=None): # as in MaskPicker
+def _set_image(self, image, masks=None, labels=None):  # as in MaskPicker
     "Show another image; it is embedded now, once."
     self.image = read_image(image)
     size = self.image.shape[:2]
     self.masks = check_masks([] if masks is None else masks, size)
     names = [str(l) for l in labels] if labels is not None else [f'region {i}' for i in range(len(self.masks))]
-    if len(names) != len(self.masks): raise WidgetError(f'{len(self.masks)} masks came with {len(names)} labels: give one for each, or none.')
+    if len(names) != len(self.masks):
+        raise WidgetError(f'{len(self.masks)} masks came with {len(names)} labels: give one for each, or none.')
     self.embedding, self.view = self.tokenizer.embed_image(self.image), _fit(self.image, self.side)
-    shown, same = self.view.shape[:2], W.Layout(width=f'{self.view.shape[1]}px', height=f'{self.view.shape[0]}px', margin='0')
-    for p in self.pictures[1:]: p.layout = same
+    shown, same = (
+        self.view.shape[:2],
+        W.Layout(width=f'{self.view.shape[1]}px', height=f'{self.view.shape[0]}px', margin='0'),
+    )
+    for p in self.pictures[1:]:
+        p.layout = same
     self.canvas.value = _canvas(self.tool.value, shown)
     parts = [_surface(self.pictures[0], self.canvas, shown), *self.pictures[1:]]
-    self.panels.children = [W.VBox([p, c], layout=W.Layout(margin='4px 10px 0 0')) for p, c in zip(parts, self.captions)]
-    self.region.options = [('choose a region' if names else 'no known regions', -1)] + [(n, i) for i, n in enumerate(names)]
+    self.panels.children = [
+        W.VBox([p, c], layout=W.Layout(margin='4px 10px 0 0')) for p, c in zip(parts, self.captions)
+    ]
+    self.region.options = [('choose a region' if names else 'no known regions', -1)] + [
+        (n, i) for i, n in enumerate(names)
+    ]
     self.region.value = -1
     self.set_mask(np.zeros(size, bool))
 
 # %% ../nbs/10_widgets.ipynb #50149d79
-def _set_mask(self, mask): # (H,W) bool; raises MaskError
+def _set_mask(self, mask):  # (H,W) bool; raises MaskError
     "Take a mask: encode it, decode its codes, show both."
     started = time.perf_counter()
     self.mask = check_mask(mask, self.image.shape[:2])
@@ -220,123 +366,218 @@ def _set_mask(self, mask): # (H,W) bool; raises MaskError
         self.codes, self.words = tuple(codes[0].tolist()), self.tokenizer.vocab.format(codes)
         self.restored = self.tokenizer.decode(self.embedding, codes)[0]
         self.iou = float(mask_iou_pairs(self.mask[None], self.restored[None])[0])
-    else: self.codes, self.words, self.restored, self.iou = None, '', np.zeros_like(self.mask), None
+    else:
+        self.codes, self.words, self.restored, self.iou = None, '', np.zeros_like(self.mask), None
     self._show()
     self.seconds = time.perf_counter() - started
 
+
 def _picker_show(self):
     small = [resize_mask(m, self.view.shape[:2]) for m in (self.mask, self.restored)]
-    for p, shown in zip(self.pictures, (*(_paint(self.view, m) for m in small), error_image(*small))): p.value = _coded(shown)
-    for c, t in zip(self.captions, ('your region', 'what the words give back', 'green: right, blue: missed, orange: too much')): c.value = t
-    told = words_html(self.words, self.tokenizer.vocab.parse(self.words)) if self.words else 'Draw around something, or choose a region.'
+    for p, shown in zip(self.pictures, (*(_paint(self.view, m) for m in small), error_image(*small))):
+        p.value = _coded(shown)
+    for c, t in zip(
+        self.captions, ('your region', 'what the words give back', 'green: right, blue: missed, orange: too much')
+    ):
+        c.value = t
+    told = (
+        words_html(self.words, self.tokenizer.vocab.parse(self.words))
+        if self.words
+        else 'Draw around something, or choose a region.'
+    )
     self.line.value = f'{told}<div>{"" if self.iou is None else f"IoU {self.iou:.3f}"}</div>'
+
 
 MaskPicker.set_image, MaskPicker.set_mask, MaskPicker._show = _set_image, _set_mask, _picker_show
 
 # %% ../nbs/10_widgets.ipynb #b20f4586
-def _stroked(self, text): # JSON of the surface: {"at": time, "points": [[x, y], ...]} in shares of the picture
+def _stroked(self, text):  # JSON of the surface: {"at": time, "points": [[x, y], ...]} in shares of the picture
     points, (h, w) = np.array(json.loads(text)['points'], float), self.image.shape[:2]
     self.mark(points * (w, h))
 
-def _mark(self, points): # (n,2) x, y in pixels of the image
+
+def _mark(self, points):  # (n,2) x, y in pixels of the image
     "Use the chosen tool at these points, as a hand would."
     points = np.asarray(points, float).reshape(-1, 2)
-    self._join(self.click(self.image, *points[-1]) if self.tool.value == 'click' else stroke_mask(points, self.tool.value, self.image.shape[:2]))
+    self._join(
+        self.click(self.image, *points[-1])
+        if self.tool.value == 'click'
+        else stroke_mask(points, self.tool.value, self.image.shape[:2])
+    )
+
 
 def _join(self, mask):
     self.set_mask({'new': mask, 'add': self.mask | mask, 'erase': self.mask & ~mask}[self.how.value])
 
+
 def _picker_picture(self):
-    told = f"words {' '.join(self.words.split('|>')[i].strip('<|mt_') for i in range(1, 1 + len(self.codes)))}, IoU {self.iou:.2f}" if self.words else 'no region yet'
-    return show_grid([dict(image=_paint(self.image, self.mask), title='your region'), dict(image=_paint(self.image, self.restored), title=told),
-                      dict(image=error_image(self.mask, self.restored), title='right, missed, too much')], cols=3)
+    told = (
+        f'words {" ".join(self.words.split("|>")[i].strip("<|mt_") for i in range(1, 1 + len(self.codes)))}, IoU {self.iou:.2f}'
+        if self.words
+        else 'no region yet'
+    )
+    return show_grid(
+        [
+            dict(image=_paint(self.image, self.mask), title='your region'),
+            dict(image=_paint(self.image, self.restored), title=told),
+            dict(image=error_image(self.mask, self.restored), title='right, missed, too much'),
+        ],
+        cols=3,
+    )
+
 
 MaskPicker._stroked, MaskPicker.mark, MaskPicker._join, MaskPicker.picture = _stroked, _mark, _join, _picker_picture
 
 # %% ../nbs/10_widgets.ipynb #1a2f9dc7
-def nearest_rows(book, # (S,D) float, the vectors of a codebook
-                 code, # row
-                 n):   # how many -> list of (code, distance), the nearest first, without the row itself
+def nearest_rows(
+    book,  # (S,D) float, the vectors of a codebook
+    code,  # row
+    n,
+):  # how many -> list of (code, distance), the nearest first, without the row itself
     "Find the entries of a codebook that lie next to one."
     far = np.linalg.norm(np.asarray(book) - np.asarray(book)[code], axis=1)
     return [(int(k), float(far[k])) for k in np.argsort(far, kind='stable') if k != code][:n]
 
-def known_codes(tokenizer, # MaskTokenizer
-                samples):  # list of MaskSample -> codes (M,K) int64, places (M,2): sample and mask in it
+
+def known_codes(
+    tokenizer,  # MaskTokenizer
+    samples,
+):  # list of MaskSample -> codes (M,K) int64, places (M,2): sample and mask in it
     "Encode the masks of many images."
-    codes = [c for a in range(0, len(samples), 16) for c in tokenizer.encode([s.image for s in samples[a:a + 16]], [s.masks for s in samples[a:a + 16]])]
+    codes = [
+        c
+        for a in range(0, len(samples), 16)
+        for c in tokenizer.encode([s.image for s in samples[a : a + 16]], [s.masks for s in samples[a : a + 16]])
+    ]
     places = [(i, k) for i, s in enumerate(samples) for k in range(len(s.masks))]
     return np.concatenate(codes), np.array(places)
 
 # %% ../nbs/10_widgets.ipynb #e085007c
 def _explorer_controls(self):
     vocab, book = self.tokenizer.vocab, range(self.tokenizer.vocab.depth)
-    self.sliders = [W.IntSlider(0, 0, vocab.codebook_size - 1, description=f'word {k + 1}', layout=W.Layout(width='276px'), style=dict(description_width='52px')) for k in book]
+    self.sliders = [
+        W.IntSlider(
+            0,
+            0,
+            vocab.codebook_size - 1,
+            description=f'word {k + 1}',
+            layout=W.Layout(width='276px'),
+            style=dict(description_width='52px'),
+        )
+        for k in book
+    ]
     self.back = W.Button(description="the mask's own words", layout=W.Layout(width='170px'))
     self.shown, self.line = W.Image(format='jpeg'), W.HTML()
-    self.maps, self.map_lines = [W.Image(format='png', layout=W.Layout(width='128px', height='128px')) for _ in book], [W.HTML(layout=W.Layout(width='150px')) for _ in book]
-    square = lambda: W.Image(format='jpeg', width=self.small)
-    self.tiles = [[(square(), W.Button(layout=W.Layout(width=f'{self.small}px'))) for _ in range(self.near)] for _ in book]
+    self.maps, self.map_lines = (
+        [W.Image(format='png', layout=W.Layout(width='128px', height='128px')) for _ in book],
+        [W.HTML(layout=W.Layout(width='150px')) for _ in book],
+    )
+
+    def square():
+        return W.Image(format='jpeg', width=self.small)
+
+    self.tiles = [
+        [(square(), W.Button(layout=W.Layout(width=f'{self.small}px'))) for _ in range(self.near)] for _ in book
+    ]
     self.sharing_line, self.shared = W.HTML(), [square() for _ in range(self.near + 2)]
 
-def _explorer_rows(self): # the parts in their places
+
+def _explorer_rows(self):  # the parts in their places
     maps = [W.VBox([i, t], layout=W.Layout(margin='0 0 0 12px')) for i, t in zip(self.maps, self.map_lines)]
-    top = W.HBox([W.VBox([self.shown]), W.VBox([*self.sliders, self.back, self.line], layout=W.Layout(width='284px')), *maps], layout=W.Layout(flex_flow='row wrap'))
-    rows = [W.VBox([W.HTML(f'word {k + 1} replaced by its neighbours in the codebook; a button takes one'), W.HBox([W.VBox(t) for t in tiles], layout=W.Layout(flex_flow='row wrap'))]) for k, tiles in enumerate(self.tiles)]
+    top = W.HBox(
+        [W.VBox([self.shown]), W.VBox([*self.sliders, self.back, self.line], layout=W.Layout(width='284px')), *maps],
+        layout=W.Layout(flex_flow='row wrap'),
+    )
+    rows = [
+        W.VBox(
+            [
+                W.HTML(f'word {k + 1} replaced by its neighbours in the codebook; a button takes one'),
+                W.HBox([W.VBox(t) for t in tiles], layout=W.Layout(flex_flow='row wrap')),
+            ]
+        )
+        for k, tiles in enumerate(self.tiles)
+    ]
     return [top, *rows, self.sharing_line, W.HBox(self.shared, layout=W.Layout(flex_flow='row wrap'))]
 
 # %% ../nbs/10_widgets.ipynb #e1a22d20
 class CodebookExplorer(_Live):
     "Change one word of a mask and see what becomes of it."
-    def __init__(self, image=None, # whatever read_image takes; None: a drawn scene
-                 mask=None,        # (H,W) bool, the mask to start from; None: the largest of the scene
-                 tokenizer='toy',  # MaskTokenizer, folder, hub id or "toy"
-                 samples=None,     # list of MaskSample whose masks are counted and compared; None: 48 drawn scenes
-                 near=6, side=256): # neighbours of each word; side of the picture in pixels
+
+    def __init__(
+        self,
+        image=None,  # whatever read_image takes; None: a drawn scene
+        mask=None,  # (H,W) bool, the mask to start from; None: the largest of the scene
+        tokenizer='toy',  # MaskTokenizer, folder, hub id or "toy"
+        samples=None,  # list of MaskSample whose masks are counted and compared; None: 48 drawn scenes
+        near=6,
+        side=256,
+    ):  # neighbours of each word; side of the picture in pixels
         self.tokenizer, self.near, self.side, self.small, self._quiet = _load(tokenizer), near, side, 96, False
-        if image is None: scene = _scene(); image, mask = scene.image, scene.masks[np.argmax(scene.masks.sum((1, 2)))]
+        if image is None:
+            scene = _scene()
+            image, mask = scene.image, scene.masks[np.argmax(scene.masks.sum((1, 2)))]
         self._controls()
         super().__init__(self._rows())
         books = self.tokenizer.quantizer.codebooks
         self.books = [books[k % len(books)].codebook.detach().cpu().numpy() for k in range(len(self.sliders))]
         self.set_samples(samples)
-        for s in self.sliders: s.observe(lambda change: None if self._quiet else self._try(self.update), 'value')
+        for s in self.sliders:
+            s.observe(lambda change: None if self._quiet else self._try(self.update), 'value')
         self.back.on_click(lambda _: self._try(self.go, self.own))
         for k, tiles in enumerate(self.tiles):
-            for _, button in tiles: button.add_class('samtok-step'); button.on_click(lambda b, k=k: self._try(self._step, k, b))
+            for _, button in tiles:
+                button.add_class('samtok-step')
+                button.on_click(lambda b, k=k: self._try(self._step, k, b))
         self.set_mask(image, mask)
 
     _controls, _rows = _explorer_controls, _explorer_rows
 
 # %% ../nbs/10_widgets.ipynb #af02ab17
-def _set_samples(self, samples=None): # list of MaskSample
+def _set_samples(self, samples=None):  # list of MaskSample
     "Count the codes of many masks."
     if samples is None:
         from samtok.toy.shapeworld import ShapeWorld
-        world = ShapeWorld(49, 'heldout')                                       # scene 0 is the one that is shown
+
+        world = ShapeWorld(49, 'heldout')  # scene 0 is the one that is shown
         samples = [world.sample(i) for i in range(1, 49)]
     self.samples, (self.known, self.places) = samples, known_codes(self.tokenizer, samples)
     self.counts = [np.bincount(self.known[:, k], minlength=len(book)) for k, book in enumerate(self.books)]
 
-def _explorer_mask(self, image, mask): # image; (H,W) bool; raises MaskError
+
+def _explorer_mask(self, image, mask):  # image; (H,W) bool; raises MaskError
     "Start from a mask of an image; the image is embedded now, once."
     self.image = read_image(image)
     self.start = check_mask(mask, self.image.shape[:2])
-    self.embedding, self.view, self.mini = self.tokenizer.embed_image(self.image), _fit(self.image, self.side), _fit(self.image, self.small)
+    self.embedding, self.view, self.mini = (
+        self.tokenizer.embed_image(self.image),
+        _fit(self.image, self.side),
+        _fit(self.image, self.small),
+    )
     self.own = tuple(self.tokenizer.encode(self.embedding, self.start[None])[0].tolist())
     self.go(self.own)
 
-def _go(self, codes): # (K,) ints
+
+def _go(self, codes):  # (K,) ints
     "Move to codes, all at once."
     self._quiet = True
     try:
-        for s, c in zip(self.sliders, codes, strict=True): s.value = int(c)
-    finally: self._quiet = False
+        for s, c in zip(self.sliders, codes, strict=True):
+            s.value = int(c)
+    finally:
+        self._quiet = False
     self.update()
 
-def _step(self, level, button): self.go([int(button.description.split()[0]) if k == level else s.value for k, s in enumerate(self.sliders)])
 
-CodebookExplorer.set_samples, CodebookExplorer.set_mask, CodebookExplorer.go, CodebookExplorer._step = _set_samples, _explorer_mask, _go, _step
+def _step(self, level, button):
+    self.go([int(button.description.split()[0]) if k == level else s.value for k, s in enumerate(self.sliders)])
+
+
+CodebookExplorer.set_samples, CodebookExplorer.set_mask, CodebookExplorer.go, CodebookExplorer._step = (
+    _set_samples,
+    _explorer_mask,
+    _go,
+    _step,
+)
 
 # %% ../nbs/10_widgets.ipynb #a0f65236
 def _explorer_update(self):
@@ -344,26 +585,42 @@ def _explorer_update(self):
     started = time.perf_counter()
     self.codes = tuple(s.value for s in self.sliders)
     self.neighbours = [nearest_rows(b, c, self.near) for b, c in zip(self.books, self.codes)]
-    variants = [self.codes] + [self.codes[:k] + (c,) + self.codes[k + 1:] for k, near in enumerate(self.neighbours) for c, _ in near]
+    variants = [self.codes] + [
+        self.codes[:k] + (c,) + self.codes[k + 1 :] for k, near in enumerate(self.neighbours) for c, _ in near
+    ]
     masks = self.tokenizer.decode(self.embedding, np.array(variants))
-    self.mask, self.variants, self.words = masks[0], masks[1:].reshape(len(self.books), -1, *masks.shape[1:]), self.tokenizer.vocab.format(self.codes)
+    self.mask, self.variants, self.words = (
+        masks[0],
+        masks[1:].reshape(len(self.books), -1, *masks.shape[1:]),
+        self.tokenizer.vocab.format(self.codes),
+    )
     self.iou = float(mask_iou_pairs(self.mask[None], self.start[None])[0])
     self.sharing = self.places[self.known[:, 0] == self.codes[0]]
     self._show()
     self.seconds = time.perf_counter() - started
+
 
 def _explorer_show(self):
     self.shown.value = _coded(_paint(self.view, self.mask))
     self.line.value = f'{words_html(self.words, self.tokenizer.vocab.parse(self.words))}<div>IoU {self.iou:.3f} with the mask at the start</div>'
     for k, tiles in enumerate(self.tiles):
         for (picture, button), mask, (code, far) in zip(tiles, self.variants[k], self.neighbours[k]):
-            picture.value, button.description, button.tooltip = _coded(_paint(self.mini, mask)), f'{code}', f'distance {far:.2f}'
+            picture.value, button.description, button.tooltip = (
+                _coded(_paint(self.mini, mask)),
+                f'{code}',
+                f'distance {far:.2f}',
+            )
         self.maps[k].value = _coded(usage_image(self.counts[k], self.codes[k], 8), 'png')
-        self.map_lines[k].value = f'word {k + 1}: {(self.counts[k] > 0).mean():.0%} of the codes occur, this one in {self.counts[k][self.codes[k]]} of {len(self.known)} masks'
+        self.map_lines[
+            k
+        ].value = f'word {k + 1}: {(self.counts[k] > 0).mean():.0%} of the codes occur, this one in {self.counts[k][self.codes[k]]} of {len(self.known)} masks'
     self.sharing_line.value = f'{len(self.sharing)} of {len(self.known)} known masks have the first word {self.tokenizer.vocab.word(0, self.codes[0])[2:-2]}'
     for n, picture in enumerate(self.shared):
         picture.layout.display = None if n < len(self.sharing) else 'none'
-        if n < len(self.sharing): i, m = self.sharing[n]; picture.value = _coded(_paint(_fit(self.samples[i].image, self.small), self.samples[i].masks[m]))
+        if n < len(self.sharing):
+            i, m = self.sharing[n]
+            picture.value = _coded(_paint(_fit(self.samples[i].image, self.small), self.samples[i].masks[m]))
+
 
 CodebookExplorer.update, CodebookExplorer._show = _explorer_update, _explorer_show
 
@@ -372,10 +629,20 @@ def _explorer_picture(self):
     n = min(3, self.near)
     items = [dict(image=_paint(self.image, self.mask), title=f'codes {self.codes}, IoU {self.iou:.2f}')]
     for k, near in enumerate(self.neighbours):
-        items += [dict(image=_paint(self.image, m), title=f'word {k + 1}: {c}') for m, (c, _) in zip(self.variants[k][:n], near)]
-    items += [dict(image=usage_image(c, code), title=f'use of word {k + 1}') for k, (c, code) in enumerate(zip(self.counts, self.codes))]
-    items += [dict(image=_paint(self.samples[i].image, self.samples[i].masks[m]), title='same first word') for i, m in self.sharing[:3]]
+        items += [
+            dict(image=_paint(self.image, m), title=f'word {k + 1}: {c}')
+            for m, (c, _) in zip(self.variants[k][:n], near)
+        ]
+    items += [
+        dict(image=usage_image(c, code), title=f'use of word {k + 1}')
+        for k, (c, code) in enumerate(zip(self.counts, self.codes))
+    ]
+    items += [
+        dict(image=_paint(self.samples[i].image, self.samples[i].masks[m]), title='same first word')
+        for i, m in self.sharing[:3]
+    ]
     return show_grid(items, cols=4)
+
 
 CodebookExplorer.picture = _explorer_picture
 
@@ -383,40 +650,67 @@ CodebookExplorer.picture = _explorer_picture
 def _inspector_controls(self, reply, policy, repair):
     wide = W.Layout(width='100%')
     self.reply = W.Textarea(reply, layout=W.Layout(width='100%', height='90px'), continuous_update=True)
-    self.policy = W.Dropdown(options=MaskVocab.policies, value=policy, description='read', layout=W.Layout(width='220px'), style=dict(description_width='44px'))
-    self.repair = W.Dropdown(options=('none', 'published', 'strict', 'first'), value=repair, description='repair', layout=W.Layout(width='190px'), style=dict(description_width='50px'))
+    self.policy = W.Dropdown(
+        options=MaskVocab.policies,
+        value=policy,
+        description='read',
+        layout=W.Layout(width='220px'),
+        style=dict(description_width='44px'),
+    )
+    self.repair = W.Dropdown(
+        options=('none', 'published', 'strict', 'first'),
+        value=repair,
+        description='repair',
+        layout=W.Layout(width='190px'),
+        style=dict(description_width='50px'),
+    )
     self.coloured, self.changes, self.rows = (W.HTML(layout=wide) for _ in range(3))
     self.shown, self.tiles = W.Image(format='jpeg'), W.HBox(layout=W.Layout(flex_flow='row wrap'))
-    for w in (self.reply, self.policy, self.repair): w.observe(lambda change: self._try(self.update), 'value')
-    left = W.VBox([self.reply, W.HBox([self.policy, self.repair]), self.coloured, self.changes, self.rows], layout=W.Layout(width='520px', margin='0 12px 0 0'))
+    for w in (self.reply, self.policy, self.repair):
+        w.observe(lambda change: self._try(self.update), 'value')
+    left = W.VBox(
+        [self.reply, W.HBox([self.policy, self.repair]), self.coloured, self.changes, self.rows],
+        layout=W.Layout(width='520px', margin='0 12px 0 0'),
+    )
     return [W.HBox([left, W.VBox([self.shown, self.tiles])], layout=W.Layout(flex_flow='row wrap'))]
+
 
 class ReplyInspector(_Live):
     "Read a reply: its mask words in colour, the masks beside it, what was mended."
-    def __init__(self, reply='',    # str, any text at all
-                 image=None,        # whatever read_image takes; None: a drawn scene
-                 tokenizer='toy',   # MaskTokenizer, folder, hub id or "toy"
-                 policy='strict',   # how words are read, see MaskVocab.parse
-                 repair='none',     # "none", or how the text is mended first, see MaskVocab.repair
-                 side=320):         # longer side of the picture on the screen, pixels
+
+    def __init__(
+        self,
+        reply='',  # str, any text at all
+        image=None,  # whatever read_image takes; None: a drawn scene
+        tokenizer='toy',  # MaskTokenizer, folder, hub id or "toy"
+        policy='strict',  # how words are read, see MaskVocab.parse
+        repair='none',  # "none", or how the text is mended first, see MaskVocab.repair
+        side=320,
+    ):  # longer side of the picture on the screen, pixels
         self.tokenizer, self.side = _load(tokenizer), side
         super().__init__(self._controls(reply, policy, repair))
         self.set_image(_scene().image if image is None else image)
 
     _controls = _inspector_controls
-    def picture(self): return show_image(self.image, self.masks, labels=self.names, title=f'{len(self.masks)} of {len(self.spans)} spans decoded')
+
+    def picture(self):
+        return show_image(
+            self.image, self.masks, labels=self.names, title=f'{len(self.masks)} of {len(self.spans)} spans decoded'
+        )
 
 # %% ../nbs/10_widgets.ipynb #6d98a2e2
-def _inspector_image(self, image): # whatever read_image takes
+def _inspector_image(self, image):  # whatever read_image takes
     "Show another image; it is embedded now, once."
     self.image = read_image(image)
     self.embedding, self.view = self.tokenizer.embed_image(self.image), _fit(self.image, self.side)
     self.update()
 
+
 def _inspector_update(self):
     "Read the reply again."
     started, vocab = time.perf_counter(), self.tokenizer.vocab
     from samtok.chat import read_answer
+
     self.text = self.reply.value if self.repair.value == 'none' else vocab.repair(self.reply.value, self.repair.value)
     answer = read_answer(self.text, vocab, self.policy.value)
     self.labels, self.spans = [a for a, _ in answer], [s for _, s in answer]
@@ -424,152 +718,298 @@ def _inspector_update(self):
     self._show()
     self.seconds = time.perf_counter() - started
 
+
 def _inspector_show(self):
     self.coloured.value = words_html(self.text, self.spans)
-    self.changes.value = f'<div>mended:</div>{changes_html(self.reply.value, self.text)}' if self.text != self.reply.value else ''
+    self.changes.value = (
+        f'<div>mended:</div>{changes_html(self.reply.value, self.text)}' if self.text != self.reply.value else ''
+    )
     scores = iter(self.scores)
-    self.table = table([dict(words=s.text, **(dict(label=a) if any(self.labels) else {}), codes=s.codes, predicted_IoU=float(next(scores)) if s.ok else None, problem=s.problem) for a, s in zip(self.labels, self.spans)])
+    self.table = table(
+        [
+            dict(
+                words=s.text,
+                **(dict(label=a) if any(self.labels) else {}),
+                codes=s.codes,
+                predicted_IoU=float(next(scores)) if s.ok else None,
+                problem=s.problem,
+            )
+            for a, s in zip(self.labels, self.spans)
+        ]
+    )
     self.rows.value = self.table.html() if self.spans else 'There are no mask words in this text.'
     self.shown.value = _coded(_paint(self.view, *self.masks, start=0))
     self.names = [str(a or f'mask {k + 1}') for k, a in enumerate(a for a, s in zip(self.labels, self.spans) if s.ok)]
     mini = _fit(self.image, 96)
-    self.tiles.children = [_tile(_paint(mini, m, start=k), html.escape(a)) for k, (m, a) in enumerate(zip(self.masks[:12], self.names))]
+    self.tiles.children = [
+        _tile(_paint(mini, m, start=k), html.escape(a)) for k, (m, a) in enumerate(zip(self.masks[:12], self.names))
+    ]
 
-ReplyInspector.set_image, ReplyInspector.update, ReplyInspector._show = _inspector_image, _inspector_update, _inspector_show
+
+ReplyInspector.set_image, ReplyInspector.update, ReplyInspector._show = (
+    _inspector_image,
+    _inspector_update,
+    _inspector_show,
+)
 
 # %% ../nbs/10_widgets.ipynb #1d5423a8
-def find_runs(folders): # a folder or a list of them; each is a run, or holds runs up to two levels down -> dict: name -> Path; raises WidgetError
+def find_runs(
+    folders,
+):  # a folder or a list of them; each is a run, or holds runs up to two levels down -> dict: name -> Path; raises WidgetError
     "Find run folders: those with parameters or metrics."
     out = {}
     for top in map(Path, [folders] if isinstance(folders, (str, Path)) else folders):
-        if not top.is_dir(): raise WidgetError(f'The folder {top.name} does not exist: give the folder of a run, or one that holds runs.')
-        found = {f.parent for name in ('params.json', 'metrics.jsonl') for depth in ('', '*/', '*/*/') for f in top.glob(depth + name)}
+        if not top.is_dir():
+            raise WidgetError(
+                f'The folder {top.name} does not exist: give the folder of a run, or one that holds runs.'
+            )
+        found = {
+            f.parent
+            for name in ('params.json', 'metrics.jsonl')
+            for depth in ('', '*/', '*/*/')
+            for f in top.glob(depth + name)
+        }
         for run in sorted(found):
             name = run.name if run == top else run.relative_to(top).as_posix()
             out[name if name not in out else f'{top.name}/{name}'] = run
     return out
 
-def find_samples(folder, # Path of a run
-                 n=4):   # of each kind -> list of Paths of pictures, list of rows that have a reply
+
+def find_samples(
+    folder,  # Path of a run
+    n=4,
+):  # of each kind -> list of Paths of pictures, list of rows that have a reply
     "Find what a run left to look at: pictures, and replies in files of rows."
     pictures = sorted([*folder.glob('*.png'), *folder.glob('*/*.png')], key=lambda f: f.stat().st_mtime)[-n:]
-    rows = [r for f in sorted(folder.glob('*.jsonl')) if f.name != 'metrics.jsonl' for r in read_rows(f) if isinstance(r.get('reply'), str)]
+    rows = [
+        r
+        for f in sorted(folder.glob('*.jsonl'))
+        if f.name != 'metrics.jsonl'
+        for r in read_rows(f)
+        if isinstance(r.get('reply'), str)
+    ]
     return pictures, rows[-n:]
 
 # %% ../nbs/10_widgets.ipynb #d1418693
 def _dashboard_controls(self, live):
     tall = W.Layout(width='220px', height='110px')
-    self.runs, self.metrics = W.SelectMultiple(description='runs', layout=tall, style=dict(description_width='50px')), W.SelectMultiple(description='metrics', layout=tall, style=dict(description_width='50px'))
-    self.x = W.Dropdown(options=['step', 'seconds'], description='against', layout=W.Layout(width='220px'), style=dict(description_width='50px'))
-    self.live, self.again = W.ToggleButton(live, description='live', layout=W.Layout(width='70px')), W.Button(description='read again', layout=W.Layout(width='100px'))
-    self.rebuild = W.Button(description='try its tokenizer', tooltip='encode and decode the masks of a drawn scene with the newest tokenizer of the selected runs', layout=W.Layout(width='140px'))
-    self.curves, self.state, self.samples = W.Image(format='png', layout=W.Layout(width='auto', align_self='flex-start')), W.HTML(), W.HBox(layout=W.Layout(flex_flow='row wrap'))
-    for w in (self.runs, self.metrics, self.x): w.observe(lambda change: None if self._quiet else self._try(self._show), 'value')
-    self.again.on_click(lambda _: self._try(self.refresh, True)); self.rebuild.on_click(lambda _: self._try(self._rebuild))
+    self.runs, self.metrics = (
+        W.SelectMultiple(description='runs', layout=tall, style=dict(description_width='50px')),
+        W.SelectMultiple(description='metrics', layout=tall, style=dict(description_width='50px')),
+    )
+    self.x = W.Dropdown(
+        options=['step', 'seconds'],
+        description='against',
+        layout=W.Layout(width='220px'),
+        style=dict(description_width='50px'),
+    )
+    self.live, self.again = (
+        W.ToggleButton(live, description='live', layout=W.Layout(width='70px')),
+        W.Button(description='read again', layout=W.Layout(width='100px')),
+    )
+    self.rebuild = W.Button(
+        description='try its tokenizer',
+        tooltip='encode and decode the masks of a drawn scene with the newest tokenizer of the selected runs',
+        layout=W.Layout(width='140px'),
+    )
+    self.curves, self.state, self.samples = (
+        W.Image(format='png', layout=W.Layout(width='auto', align_self='flex-start')),
+        W.HTML(),
+        W.HBox(layout=W.Layout(flex_flow='row wrap')),
+    )
+    for w in (self.runs, self.metrics, self.x):
+        w.observe(lambda change: None if self._quiet else self._try(self._show), 'value')
+    self.again.on_click(lambda _: self._try(self.refresh, True))
+    self.rebuild.on_click(lambda _: self._try(self._rebuild))
     self.live.observe(lambda change: self._follow() if change['new'] else None, 'value')
-    return [W.HBox([self.runs, self.metrics, W.VBox([self.x, W.HBox([self.live, self.again]), self.rebuild])], layout=W.Layout(flex_flow='row wrap')), self.curves, self.state, self.samples]
+    return [
+        W.HBox(
+            [self.runs, self.metrics, W.VBox([self.x, W.HBox([self.live, self.again]), self.rebuild])],
+            layout=W.Layout(flex_flow='row wrap'),
+        ),
+        self.curves,
+        self.state,
+        self.samples,
+    ]
+
 
 class RunDashboard(_Live):
     "Follow runs while they write, and compare them."
-    def __init__(self, folders,     # a folder or a list of them: runs, or folders that hold runs
-                 metrics=None,      # names to show first; None: the first three
-                 live=True,         # read again by itself when files change, until all runs are finished
-                 every=1.,          # seconds between two looks
-                 n=4,               # samples of a run
-                 vocab=None):       # MaskVocab of the replies; None: as the run's tokenizer says, else the published one
+
+    def __init__(
+        self,
+        folders,  # a folder or a list of them: runs, or folders that hold runs
+        metrics=None,  # names to show first; None: the first three
+        live=True,  # read again by itself when files change, until all runs are finished
+        every=1.0,  # seconds between two looks
+        n=4,  # samples of a run
+        vocab=None,
+    ):  # MaskVocab of the replies; None: as the run's tokenizer says, else the published one
         self.folders, self.first, self.every, self.n, self.vocab = folders, metrics, every, n, vocab
         self.rows, self._stamps, self._quiet, self._lock, self._thread = {}, {}, False, threading.RLock(), None
         super().__init__(self._controls(live))
         self.refresh(True)
-        if live: self._follow()
+        if live:
+            self._follow()
 
     _controls = _dashboard_controls
 
 # %% ../nbs/10_widgets.ipynb #2d875d14
-def _refresh(self, force=False): # -> bool: did anything change?
+def _refresh(self, force=False):  # -> bool: did anything change?
     "Read the files that changed."
     with self._lock:
         self.paths = find_runs(self.folders)
-        stamps = {n: [(f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in sorted([*p.glob('*.json*'), *p.glob('*.png')])] for n, p in self.paths.items()}
-        if stamps == self._stamps and not force: return False
-        self.rows |= {n: read_rows(p / 'metrics.jsonl') for n, p in self.paths.items() if force or stamps[n] != self._stamps.get(n)}
+        stamps = {
+            n: [
+                (f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in sorted([*p.glob('*.json*'), *p.glob('*.png')])
+            ]
+            for n, p in self.paths.items()
+        }
+        if stamps == self._stamps and not force:
+            return False
+        self.rows |= {
+            n: read_rows(p / 'metrics.jsonl')
+            for n, p in self.paths.items()
+            if force or stamps[n] != self._stamps.get(n)
+        }
         self.rows, self._stamps = {n: self.rows[n] for n in self.paths}, stamps
-        self._offer(); self._show()
+        self._offer()
+        self._show()
         return True
 
-def _offer(self): # new names into the lists; what was chosen stays
-    names = list(dict.fromkeys(k for rows in self.rows.values() for r in rows for k, v in r.items() if isinstance(v, (int, float)) and k not in ('step', 'seconds', 'not_finite')))
+
+def _offer(self):  # new names into the lists; what was chosen stays
+    names = list(
+        dict.fromkeys(
+            k
+            for rows in self.rows.values()
+            for r in rows
+            for k, v in r.items()
+            if isinstance(v, (int, float)) and k not in ('step', 'seconds', 'not_finite')
+        )
+    )
     new = [n for n in self.rows if n not in self.runs.options]
     runs = [n for n in self.runs.value if n in self.rows] + new[:8]
     metrics = [m for m in self.metrics.value or self.first or names[:3] if m in names]
     self._quiet = True
-    try: self.runs.options, self.metrics.options = tuple(self.rows), tuple(names); self.runs.value, self.metrics.value = runs, metrics
-    finally: self._quiet = False
+    try:
+        self.runs.options, self.metrics.options = tuple(self.rows), tuple(names)
+        self.runs.value, self.metrics.value = runs, metrics
+    finally:
+        self._quiet = False
+
 
 RunDashboard.refresh, RunDashboard._offer = _refresh, _offer
 
 # %% ../nbs/10_widgets.ipynb #364d59a6
-def _finished(path): return (path / 'result.json').exists() or (path / 'score.json').exists()
+def _finished(path):
+    return (path / 'result.json').exists() or (path / 'score.json').exists()
 
-def _age(path): # -> str: since when a run has written nothing
+
+def _age(path):  # -> str: since when a run has written nothing
     age = time.time() - max((f.stat().st_mtime for f in path.glob('*.json*')), default=0)
     return f'{age:.0f} s' if age < 120 else f'{age / 60:.0f} min' if age < 7200 else f'{age / 3600:.0f} h'
 
+
 def _dashboard_show(self):
     started, chosen = time.perf_counter(), self.runs.value
-    last = lambda rows, k: next((r[k] for r in reversed(rows) if r.get(k) is not None), None)
-    self.summary = table([dict(run=n, step=last(self.rows[n], 'step'), **{m: last(self.rows[n], m) for m in self.metrics.value},
-                               state='finished' if _finished(self.paths[n]) else f'wrote {_age(self.paths[n])} ago') for n in chosen])
-    self.state.value = self.summary.html() if chosen else 'There is no run here yet.' if not self.rows else 'Choose a run on the left.'
+
+    def last(rows, k):
+        return next((r[k] for r in reversed(rows) if r.get(k) is not None), None)
+
+    self.summary = table(
+        [
+            dict(
+                run=n,
+                step=last(self.rows[n], 'step'),
+                **{m: last(self.rows[n], m) for m in self.metrics.value},
+                state='finished' if _finished(self.paths[n]) else f'wrote {_age(self.paths[n])} ago',
+            )
+            for n in chosen
+        ]
+    )
+    self.state.value = (
+        self.summary.html() if chosen else 'There is no run here yet.' if not self.rows else 'Choose a run on the left.'
+    )
     self.curves.value = figure_png(self.picture()) if chosen and self.metrics.value else b''
     self.curves.layout.display = None if self.curves.value else 'none'
     self.samples.children = [t for n in chosen[:3] for t in self._tiles(n)]
     self.seconds = time.perf_counter() - started
 
+
 def _dashboard_picture(self):
     return compare_curves({n: self.rows[n] for n in self.runs.value}, self.metrics.value, self.x.value)
+
 
 RunDashboard._show, RunDashboard.picture = _dashboard_show, _dashboard_picture
 
 # %% ../nbs/10_widgets.ipynb #d0faa841
-def _run_vocab(folder): # Path of a run -> MaskVocab of its tokenizer; the published one where it has none
+def _run_vocab(folder):  # Path of a run -> MaskVocab of its tokenizer; the published one where it has none
     for name in ('tokenizer/config.json', 'vlm/mask_tokenizer/config.json'):
         if (folder / name).exists():
             c = json.loads((folder / name).read_text())
             return MaskVocab(c.get('codebook_size', 256), c.get('depth', 2) * c.get('num_mask_tokens', 1))
     return MaskVocab()
 
-def _run_tiles(self, name): # widgets: pictures and replies of a run
+
+def _run_tiles(self, name):  # widgets: pictures and replies of a run
     pictures, rows = find_samples(self.paths[name], self.n)
     vocab, out = self.vocab or _run_vocab(self.paths[name]), []
-    for f in pictures: out.append(_tile(_fit(read_image(f), 160), f'{html.escape(name)}: {html.escape(f.stem)}'))
+    for f in pictures:
+        out.append(_tile(_fit(read_image(f), 160), f'{html.escape(name)}: {html.escape(f.stem)}'))
     for r in rows:
         masks = [rle_to_mask(m) for m in r.get('masks') or [] if isinstance(m, dict)]
-        text = W.HTML(f"<div>{html.escape(name)}: {html.escape(str(r.get('id', '')))}</div>{words_html(r['reply'][:400], vocab.parse(r['reply'][:400]))}", layout=W.Layout(width='300px'))
-        if masks: out.append(W.Image(value=_coded(_paint(_fit(np.full((*masks[0].shape, 3), 235, np.uint8), 110), *masks)), format='jpeg', layout=W.Layout(width='110px', height='auto', object_fit='contain')))
+        text = W.HTML(
+            f'<div>{html.escape(name)}: {html.escape(str(r.get("id", "")))}</div>{words_html(r["reply"][:400], vocab.parse(r["reply"][:400]))}',
+            layout=W.Layout(width='300px'),
+        )
+        if masks:
+            out.append(
+                W.Image(
+                    value=_coded(_paint(_fit(np.full((*masks[0].shape, 3), 235, np.uint8), 110), *masks)),
+                    format='jpeg',
+                    layout=W.Layout(width='110px', height='auto', object_fit='contain'),
+                )
+            )
         out.append(text)
     return out
 
-def _rebuild(self): # masks of a scene through the newest tokenizer of the chosen runs
-    found = [p / t for p in map(self.paths.get, self.runs.value) for t in ('tokenizer', 'vlm/mask_tokenizer') if (p / t / 'config.json').exists()]
-    if not found: raise WidgetError('None of the chosen runs has saved a tokenizer yet: it is written at the end of a run.')
+
+def _rebuild(self):  # masks of a scene through the newest tokenizer of the chosen runs
+    found = [
+        p / t
+        for p in map(self.paths.get, self.runs.value)
+        for t in ('tokenizer', 'vlm/mask_tokenizer')
+        if (p / t / 'config.json').exists()
+    ]
+    if not found:
+        raise WidgetError('None of the chosen runs has saved a tokenizer yet: it is written at the end of a run.')
     path, scene = max(found, key=lambda p: (p / 'config.json').stat().st_mtime), _scene()
     tokenizer = _load(path)
     self.rebuilt = tokenizer.decode(scene.image, tokenizer.encode(scene.image, scene.masks))
     view, ious = _fit(scene.image, 160), mask_iou_pairs(self.rebuilt, scene.masks)
-    self.samples.children = [_tile(_paint(view, *scene.masks), 'truth'), _tile(_paint(view, *self.rebuilt), f'{html.escape(path.parent.name)}/{path.name}: mean IoU {ious.mean():.2f}')]
+    self.samples.children = [
+        _tile(_paint(view, *scene.masks), 'truth'),
+        _tile(_paint(view, *self.rebuilt), f'{html.escape(path.parent.name)}/{path.name}: mean IoU {ious.mean():.2f}'),
+    ]
+
 
 RunDashboard._tiles, RunDashboard._rebuild = _run_tiles, _rebuild
 
 # %% ../nbs/10_widgets.ipynb #a9235f89
-def _follow(self): # a thread looks until the button is released or all runs are finished
-    if self._thread and self._thread.is_alive(): return
+def _follow(self):  # a thread looks until the button is released or all runs are finished
+    if self._thread and self._thread.is_alive():
+        return
+
     def look():
         while self.live.value and self.comm is not None:
             time.sleep(self.every)
             self._try(self.refresh)
-            if self.paths and all(map(_finished, self.paths.values())): break
+            if self.paths and all(map(_finished, self.paths.values())):
+                break
+
     self._thread = threading.Thread(target=look, daemon=True, name='samtok dashboard')
     self._thread.start()
+
 
 RunDashboard._follow = _follow

@@ -9,9 +9,12 @@ __all__ = ['KINDS', 'REFER', 'REFER_SHARE', 'ASK', 'ASK_SHARE', 'PHRASES', 'noun
            'ask_psg', 'ask_list', 'ask_shares', 'SceneChat', 'toy_corpus']
 
 # %% ../../nbs/toy/01_scenes.ipynb #5e3f500b
-import json, re
+import json
+import re
 from itertools import count
+
 import numpy as np
+
 from ..chat import PROMPTS, ChatDataset, ChatError, Conversation, answer_masks, answer_triplets, reading_order
 from ..masks import masks_to_boxes
 from ..runs import pool_map
@@ -19,101 +22,132 @@ from .shapeworld import COLORS, INVERSE, LETTERS, SHAPES, SIZES, TEXTURES, Shape
 
 # %% ../../nbs/toy/01_scenes.ipynb #a7346701
 KINDS = dict(size=list(SIZES), texture=list(TEXTURES), color=list(COLORS), shape=[*SHAPES, *LETTERS])
-_ORDER = ('size', 'texture', 'color', 'shape')                                   # the order of adjectives
+_ORDER = ('size', 'texture', 'color', 'shape')  # the order of adjectives
 
-def noun(shape, many=False): # one of SHAPES or LETTERS, or None for any -> str
+
+def noun(shape, many=False):  # one of SHAPES or LETTERS, or None for any -> str
     "Name a shape, one or many."
     name = 'thing' if shape is None else f'letter {shape}' if shape in LETTERS else shape
-    if not many: return name
+    if not many:
+        return name
     return f'letters {shape}' if shape in LETTERS else {'cross': 'crosses'}.get(name, name + 's')
 
-def phrase(about, many=False): # dict of some of size, texture, color, shape -> str such as "striped red circle"
+
+def phrase(about, many=False):  # dict of some of size, texture, color, shape -> str such as "striped red circle"
     "Say what is known of an object."
     return ' '.join([about[k] for k in _ORDER[:3] if about.get(k)] + [noun(about.get('shape'), many)])
 
-def matches(graph, about): # -> list of object ids that fit all attributes
+
+def matches(graph, about):  # -> list of object ids that fit all attributes
     "Find the objects that a description fits."
     return [o['id'] for o in graph['objects'] if all(o[k] == v for k, v in about.items())]
 
 # %% ../../nbs/toy/01_scenes.ipynb #3a7a2eb2
-def relations(graph): # -> set of (i, relation, j), both directions
+def relations(graph):  # -> set of (i, relation, j), both directions
     "List the relations of a scene graph in both directions."
     rows = {(r['subject'], r['relation'], r['object']) for r in graph['relations']}
     return rows | {(j, INVERSE[r], i) for i, r, j in rows}
 
-def _about(rng, o, least=0): # some attributes of an object
-    keys = [k for k in _ORDER if rng.random() < (.75 if k == 'shape' else .6 if k == 'color' else .3)]
-    while len(keys) < max(1, least): keys = sorted({*keys, str(rng.choice(_ORDER))}, key=_ORDER.index)
+
+def _about(rng, o, least=0):  # some attributes of an object
+    keys = [k for k in _ORDER if rng.random() < (0.75 if k == 'shape' else 0.6 if k == 'color' else 0.3)]
+    while len(keys) < max(1, least):
+        keys = sorted({*keys, str(rng.choice(_ORDER))}, key=_ORDER.index)
     return {k: o[k] for k in keys}
 
 # %% ../../nbs/toy/01_scenes.ipynb #9c858913
-def refer_attributes(rng, graph): # -> (text, list of target ids)
+def refer_attributes(rng, graph):  # -> (text, list of target ids)
     "Refer by attributes; all that fit are meant."
     about = _about(rng, graph['objects'][rng.integers(len(graph['objects']))])
     found = matches(graph, about)
     return (f'the {phrase(about)}' if len(found) == 1 else f'all {phrase(about, many=True)}'), found
 
 # %% ../../nbs/toy/01_scenes.ipynb #f155fcce
-def refer_relation(rng, graph): # -> (text, ids), or None where no relation has an anchor of its own
+def refer_relation(rng, graph):  # -> (text, ids), or None where no relation has an anchor of its own
     "Refer by a relation to an object that a description singles out."
     rows = sorted(relations(graph))
     for i, r, j in [rows[k] for k in rng.permutation(len(rows))[:6]]:
         anchor, about = _about(rng, graph['objects'][j], 2), _about(rng, graph['objects'][i])
-        if matches(graph, anchor) != [j]: continue
+        if matches(graph, anchor) != [j]:
+            continue
         found = [k for k in matches(graph, about) if (k, r, j) in set(rows)]
-        return (f'the {phrase(about)}' if len(found) == 1 else f'all {phrase(about, many=True)}') + f' {r} the {phrase(anchor)}', found
+        return (
+            f'the {phrase(about)}' if len(found) == 1 else f'all {phrase(about, many=True)}'
+        ) + f' {r} the {phrase(anchor)}', found
 
 # %% ../../nbs/toy/01_scenes.ipynb #cbafcacf
 _COUNT = ('first', 'second', 'third', 'fourth')
 
-def refer_order(rng, graph): # -> (text, ids), or None
+
+def refer_order(rng, graph):  # -> (text, ids), or None
     "Refer by a rank: from the left, from the right, or by size."
-    about = _about(rng, graph['objects'][rng.integers(len(graph['objects']))]) if rng.random() < .5 else {}
+    about = _about(rng, graph['objects'][rng.integers(len(graph['objects']))]) if rng.random() < 0.5 else {}
     found = [graph['objects'][k] for k in matches(graph, about)]
-    if len(found) < 2: return None
-    key, name = [('from_left', 'from the left'), ('from_left', 'from the right'), ('by_size', 'largest'), ('by_size', 'smallest')][rng.integers(4)]
+    if len(found) < 2:
+        return None
+    key, name = [
+        ('from_left', 'from the left'),
+        ('from_left', 'from the right'),
+        ('by_size', 'largest'),
+        ('by_size', 'smallest'),
+    ][rng.integers(4)]
     ranked = sorted(found, key=lambda o: o[key], reverse=name in ('from the right', 'smallest'))
-    if key == 'by_size': return f'the {name} {phrase(about)}', [ranked[0]['id']]
+    if key == 'by_size':
+        return f'the {name} {phrase(about)}', [ranked[0]['id']]
     n = int(rng.integers(min(len(ranked), 4)))
     return f'the {_COUNT[n]} {phrase(about)} {name}', [ranked[n]['id']]
 
-def refer_place(rng, graph): # -> (text, ids)
+
+def refer_place(rng, graph):  # -> (text, ids)
     "Refer by the part of the image an object is in."
     o = graph['objects'][rng.integers(len(graph['objects']))]
-    about = _about(rng, o) if rng.random() < .7 else {}
+    about = _about(rng, o) if rng.random() < 0.7 else {}
     found = [k for k in matches(graph, about) if graph['objects'][k]['place'] == o['place']]
-    return (f'the {phrase(about)}' if len(found) == 1 else f'all {phrase(about, many=True)}') + f" at the {o['place']}", found
+    return (
+        f'the {phrase(about)}' if len(found) == 1 else f'all {phrase(about, many=True)}'
+    ) + f' at the {o["place"]}', found
 
 # %% ../../nbs/toy/01_scenes.ipynb #fad613ca
-def refer_nothing(rng, graph): # -> (text, []), or None
+def refer_nothing(rng, graph):  # -> (text, []), or None
     "Describe something that is not there, one or two attributes away from what is."
     o = graph['objects'][rng.integers(len(graph['objects']))]
     about = _about(rng, o, 2)
-    for k in rng.permutation(list(about))[:rng.integers(1, 3)]: about[str(k)] = str(rng.choice(KINDS[str(k)]))
+    for k in rng.permutation(list(about))[: rng.integers(1, 3)]:
+        about[str(k)] = str(rng.choice(KINDS[str(k)]))
     return (f'the {phrase(about)}', []) if not matches(graph, about) else None
 
-REFER = dict(attributes=refer_attributes, relation=refer_relation, order=refer_order, place=refer_place, nothing=refer_nothing)
-REFER_SHARE = dict(attributes=.45, relation=.13, order=.1, place=.12, nothing=.2)
 
-def _shares(weights, nothing): # dict kind -> weight -> share of each of REFER
+REFER = dict(
+    attributes=refer_attributes, relation=refer_relation, order=refer_order, place=refer_place, nothing=refer_nothing
+)
+REFER_SHARE = dict(attributes=0.45, relation=0.13, order=0.1, place=0.12, nothing=0.2)
+
+
+def _shares(weights, nothing):  # dict kind -> weight -> share of each of REFER
     some = sum(v for k, v in weights.items() if k != 'nothing')
     return [nothing if k == 'nothing' else weights.get(k, 0) * (1 - nothing) / some for k in REFER]
 
-def refer(rng, graph, kind=None, nothing=REFER_SHARE['nothing']): # one of REFER, or dict kind -> weight, None: REFER_SHARE; share of expressions without a target -> (text, ids, kind)
+
+def refer(
+    rng, graph, kind=None, nothing=REFER_SHARE['nothing']
+):  # one of REFER, or dict kind -> weight, None: REFER_SHARE; share of expressions without a target -> (text, ids, kind)
     "Draw a referring expression and what it means; where a scene has none of the kind that is asked for, of another."
     kind, weights = (None, kind) if isinstance(kind, dict) else (kind, REFER_SHARE)
     for tries in count():
         k = kind or str(rng.choice(list(REFER), p=_shares(weights if tries < 50 else REFER_SHARE, nothing)))
-        if found := REFER[k](rng, graph): return *found, k
-        if kind != 'attributes': kind = None
+        if found := REFER[k](rng, graph):
+            return *found, k
+        if kind != 'attributes':
+            kind = None
 
 # %% ../../nbs/toy/01_scenes.ipynb #8d176b9f
-def caption(o): # object of a scene graph -> str
+def caption(o):  # object of a scene graph -> str
     "Describe an object."
-    part = f" with a {o['part']} dot" if o['part'] else ''
-    return f"A {phrase(o)}{part} at the {o['place']}."
+    part = f' with a {o["part"]} dot' if o['part'] else ''
+    return f'A {phrase(o)}{part} at the {o["place"]}.'
 
-def read_caption(text): # -> dict of the attributes that a caption names
+
+def read_caption(text):  # -> dict of the attributes that a caption names
     "Read the attributes off a caption."
     words = text.lower().replace('.', ' ').split(' with ')[0].split(' at ')[0].split()
     found = {k: next((w for w in words if w in values), None) for k, values in KINDS.items() if k != 'shape'}
@@ -121,146 +155,259 @@ def read_caption(text): # -> dict of the attributes that a caption names
     return {**found, 'shape': next((names[w] for w in reversed(words) if w in names), None)}
 
 # %% ../../nbs/toy/01_scenes.ipynb #3be793a6
-class _Sketch: # what a talk has to know of a scene, without its pixels
-    def __init__(self, scene): self.id, self.graph, self.areas, self.boxes = scene.id, scene.graph(), [int(m.sum()) for m in scene.visible], masks_to_boxes(scene.visible)
+class _Sketch:  # what a talk has to know of a scene, without its pixels
+    def __init__(self, scene):
+        self.id, self.graph, self.areas, self.boxes = (
+            scene.id,
+            scene.graph(),
+            [int(m.sum()) for m in scene.visible],
+            masks_to_boxes(scene.visible),
+        )
 
-class _Talk: # a conversation about one scene while it is made; masks are numbered as they are mentioned
-    def __init__(self, scene, rng, min_area): # Scene or _Sketch
+
+class _Talk:  # a conversation about one scene while it is made; masks are numbered as they are mentioned
+    def __init__(self, scene, rng, min_area):  # Scene or _Sketch
         self.scene, sketch = scene, scene if isinstance(scene, _Sketch) else _Sketch(scene)
         self.graph, self.boxes, self.rng, self.rounds, self.number = sketch.graph, sketch.boxes, rng, [], {}
         self.big = [k for k, area in enumerate(sketch.areas) if area >= min_area]
-    def mask(self, k): return f'<mask:{self.number.setdefault(k, len(self.number))}>'
-    def sorted(self, ids): return [ids[i] for i in reading_order(self.boxes[ids])] if ids else []
-    def say(self, question, answer): self.rounds.append((question, answer))
-    def length(self): # roughly the words and masks said, a mask counting as four
+
+    def mask(self, k):
+        return f'<mask:{self.number.setdefault(k, len(self.number))}>'
+
+    def sorted(self, ids):
+        return [ids[i] for i in reading_order(self.boxes[ids])] if ids else []
+
+    def say(self, question, answer):
+        self.rounds.append((question, answer))
+
+    def length(self):  # roughly the words and masks said, a mask counting as four
         return sum(len(re.findall(r'[\w|]+', s)) + 2 * s.count('<mask:') for r in self.rounds for s in r)
-    def masks(self): return [self.scene.visible[k] for k in self.number]
-    def pick(self): # an object that was not talked about, or any
+
+    def masks(self):
+        return [self.scene.visible[k] for k in self.number]
+
+    def pick(self):  # an object that was not talked about, or any
         new = [k for k in self.big if k not in self.number] or self.big
         return int(self.rng.choice(new))
-    def name(self, k): return phrase(self.graph['objects'][k])
+
+    def name(self, k):
+        return phrase(self.graph['objects'][k])
+
     def answer(self, ids, labels=None):
         ids = self.sorted(ids)
-        for k in ids: self.mask(k)
-        return answer_masks([labels[k] if labels else self.graph['objects'][k]['shape'] for k in ids], [self.number[k] for k in ids])
+        for k in ids:
+            self.mask(k)
+        return answer_masks(
+            [labels[k] if labels else self.graph['objects'][k]['shape'] for k in ids], [self.number[k] for k in ids]
+        )
 
 # %% ../../nbs/toy/01_scenes.ipynb #58c052ff
 def ask_refer(t, kind=None, nothing=REFER_SHARE['nothing']):
     "Ask for what an expression means; objects too small to be a region are not asked for."
     for _ in range(20):
         text, ids, _kind = refer(t.rng, t.graph, kind, nothing)
-        if all(k in t.big for k in ids) and (not ids or any(k not in t.number for k in ids)): break
-    else: return
+        if all(k in t.big for k in ids) and (not ids or any(k not in t.number for k in ids)):
+            break
+    else:
+        return
     t.say(PROMPTS['refer'].format(phrase=text), t.answer(ids))
+
 
 def ask_caption(t):
     "Ask for the description of a region."
     k = t.pick()
     t.say(PROMPTS['caption'].format(mask=t.mask(k)), caption(t.graph['objects'][k]))
 
+
 def ask_question(t):
     "Ask for an attribute of a region, or how two regions lie."
-    k = t.pick(); o = t.graph['objects'][k]
-    rows = [r for r in sorted(relations(t.graph)) if r[0] == k and r[2] in t.big and r[1] in ('left of', 'right of', 'above', 'below')]
-    if rows and t.rng.random() < .4:
+    k = t.pick()
+    o = t.graph['objects'][k]
+    rows = [
+        r
+        for r in sorted(relations(t.graph))
+        if r[0] == k and r[2] in t.big and r[1] in ('left of', 'right of', 'above', 'below')
+    ]
+    if rows and t.rng.random() < 0.4:
         _, r, j = rows[t.rng.integers(len(rows))]
-        true = bool(t.rng.random() < .5); r = r if true else INVERSE.get(r) or {b: a for a, b in INVERSE.items()}[r]
+        true = bool(t.rng.random() < 0.5)
+        r = r if true else INVERSE.get(r) or {b: a for a, b in INVERSE.items()}[r]
         return t.say(f'Is {t.mask(k)} {r} {t.mask(j)}?', 'Yes.' if true else 'No.')
     key = str(t.rng.choice(_ORDER))
     t.say(f'What is the {key} of {t.mask(k)}?', noun(o['shape']) if key == 'shape' else o[key])
 
 # %% ../../nbs/toy/01_scenes.ipynb #74441772
-def ask_again(t): # multi-round: refers to a mask of an earlier answer
+def ask_again(t):  # multi-round: refers to a mask of an earlier answer
     "Ask for what lies on a side of a region named before."
     rows = [r for r in sorted(relations(t.graph)) if r[2] in t.number and r[0] in t.big]
-    if not rows: return ask_refer(t)
+    if not rows:
+        return ask_refer(t)
     _, r, j = rows[t.rng.integers(len(rows))]
     about = _about(t.rng, t.graph['objects'][_])
     found = [k for k in matches(t.graph, about) if (k, r, j) in set(relations(t.graph))]
-    if all(k in t.big for k in found): t.say(PROMPTS['refer'].format(phrase=(f'the {phrase(about)}' if len(found) == 1 else f'all {phrase(about, many=True)}') + f' {r} {t.mask(j)}'), t.answer(found))
+    if all(k in t.big for k in found):
+        t.say(
+            PROMPTS['refer'].format(
+                phrase=(f'the {phrase(about)}' if len(found) == 1 else f'all {phrase(about, many=True)}')
+                + f' {r} {t.mask(j)}'
+            ),
+            t.answer(found),
+        )
+
 
 def ask_instances(t):
     "Ask for every object, with its name."
     t.say(PROMPTS['instances'], t.answer(t.big, {k: t.name(k) for k in t.big}))
 
+
 def ask_gcg(t):
     "Ask for a description with masks."
     ids = t.sorted(t.big)[:4]
     said = [f'<|object_ref_start|>a {t.name(k)}<|object_ref_end|>{t.mask(k)}' for k in ids]
-    t.say(PROMPTS['gcg'], 'The image shows ' + (', '.join(said[:-1]) + ' and ' if len(said) > 1 else '') + said[-1] + '.')
+    t.say(
+        PROMPTS['gcg'], 'The image shows ' + (', '.join(said[:-1]) + ' and ' if len(said) > 1 else '') + said[-1] + '.'
+    )
+
 
 def ask_psg(t):
     "Ask for relations, with masks on both sides."
-    rows = [r for r in sorted(relations(t.graph)) if r[0] in t.big and r[2] in t.big and r[1] in ('left of', 'above', 'in front of', 'inside')]
-    if not rows: return ask_caption(t)
+    rows = [
+        r
+        for r in sorted(relations(t.graph))
+        if r[0] in t.big and r[2] in t.big and r[1] in ('left of', 'above', 'in front of', 'inside')
+    ]
+    if not rows:
+        return ask_caption(t)
     rows = [rows[k] for k in t.rng.permutation(len(rows))[:2]]
-    for i, _, j in rows: t.mask(i), t.mask(j)
+    for i, _, j in rows:
+        t.mask(i), t.mask(j)
     t.say(PROMPTS['psg'], answer_triplets([(t.number[i], t.name(i), r, t.number[j], t.name(j)) for i, r, j in rows]))
 
 # %% ../../nbs/toy/01_scenes.ipynb #69437fe6
-def ask_list(t): # every phrase is answered by looking up its object: the densest lesson in grounding
+def ask_list(t):  # every phrase is answered by looking up its object: the densest lesson in grounding
     "Ask for a description that names all objects, in any order."
-    said = [f'<|object_ref_start|>a {t.name(int(k))}<|object_ref_end|>{t.mask(int(k))}' for k in t.rng.permutation(t.big)]
-    t.say(PROMPTS['gcg'], 'The image shows ' + (', '.join(said[:-1]) + ' and ' if len(said) > 1 else '') + said[-1] + '.')
+    said = [
+        f'<|object_ref_start|>a {t.name(int(k))}<|object_ref_end|>{t.mask(int(k))}' for k in t.rng.permutation(t.big)
+    ]
+    t.say(
+        PROMPTS['gcg'], 'The image shows ' + (', '.join(said[:-1]) + ' and ' if len(said) > 1 else '') + said[-1] + '.'
+    )
 
 # %% ../../nbs/toy/01_scenes.ipynb #19699b5b
-ASK = dict(refer=ask_refer, caption=ask_caption, question=ask_question, rounds=ask_again, instances=ask_instances, gcg=ask_gcg, psg=ask_psg, list=ask_list)
-ASK_SHARE = dict(refer=.62, caption=.2, question=.06, rounds=.04, instances=.02, gcg=.03, psg=.03)
+ASK = dict(
+    refer=ask_refer,
+    caption=ask_caption,
+    question=ask_question,
+    rounds=ask_again,
+    instances=ask_instances,
+    gcg=ask_gcg,
+    psg=ask_psg,
+    list=ask_list,
+)
+ASK_SHARE = dict(refer=0.62, caption=0.2, question=0.06, rounds=0.04, instances=0.02, gcg=0.03, psg=0.03)
 
-def ask_shares(refer): # share of referring expressions, 0..1 -> dict task -> share
+
+def ask_shares(refer):  # share of referring expressions, 0..1 -> dict task -> share
     "Share out what referring expressions leave as ASK_SHARE does."
     return {k: refer if k == 'refer' else v * (1 - refer) / (1 - ASK_SHARE['refer']) for k, v in ASK_SHARE.items()}
 
+
 class SceneChat(ChatDataset):
     "Conversations about ShapeWorld scenes: one scene each, several rounds; another epoch asks other things of the same scenes."
+
     name = 'shapeworld_chat'
-    def __init__(self, world=None, # ShapeWorld; None: its default
-                 rounds=6,         # questions about a scene; fewer where no more can be asked
-                 share=None,       # dict task -> weight; None: ASK_SHARE
-                 kind=None,        # of referring expressions: one of REFER, or dict kind -> weight; None: REFER_SHARE
-                 nothing=REFER_SHARE['nothing'], # share of referring expressions that mean nothing that is there
-                 length=0):        # end the talk at about so many words and masks, so that conversations are of like length; 0: by rounds only
+
+    def __init__(
+        self,
+        world=None,  # ShapeWorld; None: its default
+        rounds=6,  # questions about a scene; fewer where no more can be asked
+        share=None,  # dict task -> weight; None: ASK_SHARE
+        kind=None,  # of referring expressions: one of REFER, or dict kind -> weight; None: REFER_SHARE
+        nothing=REFER_SHARE['nothing'],  # share of referring expressions that mean nothing that is there
+        length=0,
+    ):  # end the talk at about so many words and masks, so that conversations are of like length; 0: by rounds only
         super().__init__()
-        if unknown := [k for k in (kind if isinstance(kind, dict) else [kind] * bool(kind)) if k not in REFER]: raise ChatError(f'There is no kind of referring expression {unknown[0]!r}: choose from {", ".join(REFER)}.')
+        if unknown := [k for k in (kind if isinstance(kind, dict) else [kind] * bool(kind)) if k not in REFER]:
+            raise ChatError(f'There is no kind of referring expression {unknown[0]!r}: choose from {", ".join(REFER)}.')
         self.length, self.nothing = length, nothing
-        self.world, self.rounds, self.share, self.kind, self._sketches = world or ShapeWorld(), rounds, share or ASK_SHARE, kind, {}
-    def __len__(self): return len(self.world)
-    def records(self): return self.world.records()
+        self.world, self.rounds, self.share, self.kind, self._sketches = (
+            world or ShapeWorld(),
+            rounds,
+            share or ASK_SHARE,
+            kind,
+            {},
+        )
+
+    def __len__(self):
+        return len(self.world)
+
+    def records(self):
+        return self.world.records()
+
     def load(self, record):
         scene = self.world.scene(record)
         return self._conversation(record, scene, render(scene), lambda t: t.masks())
 
 # %% ../../nbs/toy/01_scenes.ipynb #567b4b21
-def _sketch(self, record): # -> Conversation whose image is the scene's number and whose masks are None; every scene is drawn once, for all epochs
+def _sketch(
+    self, record
+):  # -> Conversation whose image is the scene's number and whose masks are None; every scene is drawn once, for all epochs
     "Make a conversation without its pixels, for those who have the image and the words of its masks already."
-    if record not in self._sketches: self._sketches[record] = _Sketch(self.world.scene(record))
+    if record not in self._sketches:
+        self._sketches[record] = _Sketch(self.world.scene(record))
     return self._conversation(record, self._sketches[record], record, lambda t: [None] * len(t.number))
+
 
 def _conversation(self, record, scene, image, masks):
     rng = np.random.default_rng([self.world.seed, self.epoch, record, 77])
     t = _Talk(scene, rng, self.world.min_area)
-    if not t.big: raise ChatError(f'Scene {scene.id} has no object of at least {self.world.min_area} pixels to talk about.')
-    for _ in range(200):                                                     # far more than it takes, unless nothing is left to ask
-        if len(t.rounds) >= self.rounds or self.length and t.length() >= self.length: break
+    if not t.big:
+        raise ChatError(f'Scene {scene.id} has no object of at least {self.world.min_area} pixels to talk about.')
+    for _ in range(200):  # far more than it takes, unless nothing is left to ask
+        if len(t.rounds) >= self.rounds or self.length and t.length() >= self.length:
+            break
         task = str(rng.choice(list(self.share), p=np.array(list(self.share.values())) / sum(self.share.values())))
         ASK[task](t, **(dict(kind=self.kind, nothing=self.nothing) if task == 'refer' else {}))
     messages = [dict(role=r, content=c) for q, a in t.rounds for r, c in (('user', q), ('assistant', a))]
     messages[0]['content'] = '<image:0>\n' + messages[0]['content']
-    return Conversation(messages, [image], masks(t), id=scene.id, dataset=self.name, task='scene', keys=[(record, k) for k in t.number])
+    return Conversation(
+        messages, [image], masks(t), id=scene.id, dataset=self.name, task='scene', keys=[(record, k) for k in t.number]
+    )
 
-def _sketch_ahead(self, workers=0): # processes
+
+def _sketch_ahead(self, workers=0):  # processes
     "Draw the sketches of all scenes now."
     self._sketches.update(enumerate(pool_map(lambda k: _Sketch(self.world.scene(k)), range(len(self)), workers)))
+
 
 SceneChat.sketch, SceneChat.sketch_ahead, SceneChat._conversation = _sketch, _sketch_ahead, _conversation
 
 # %% ../../nbs/toy/01_scenes.ipynb #0e8c7f40
-PHRASES = ('user\n', 'assistant\n', '```json\n[{"mask_2d": "', '", "label": "', '"}, {"mask_2d": "', '"}]\n```', 'Please segment the', 'Please segment all', ' in this image.', '\nGiven a detailed description of this region ',
-           'Given a detailed description of this region ', '```json\n[{"subject": {"mask_2d": "', '"}, "predicate": "', '", "object": {"mask_2d": "', '"}}, {"subject": {"mask_2d": "', '"}}]\n```',
-           'What is the', ' at the', ' with a', *(PROMPTS[k] for k in ('gcg', 'instances', 'psg')))  # one token each in the toy's tokenizer
+PHRASES = (
+    'user\n',
+    'assistant\n',
+    '```json\n[{"mask_2d": "',
+    '", "label": "',
+    '"}, {"mask_2d": "',
+    '"}]\n```',
+    'Please segment the',
+    'Please segment all',
+    ' in this image.',
+    '\nGiven a detailed description of this region ',
+    'Given a detailed description of this region ',
+    '```json\n[{"subject": {"mask_2d": "',
+    '"}, "predicate": "',
+    '", "object": {"mask_2d": "',
+    '"}}, {"subject": {"mask_2d": "',
+    '"}}]\n```',
+    'What is the',
+    ' at the',
+    ' with a',
+    *(PROMPTS[k] for k in ('gcg', 'instances', 'psg')),
+)  # one token each in the toy's tokenizer
 
 # %% ../../nbs/toy/01_scenes.ipynb #52776271
-def toy_corpus(n=400): # conversations -> list of str
+def toy_corpus(n=400):  # conversations -> list of str
     "Write text in the toy's language, to train a tokenizer on."
     chat = SceneChat(ShapeWorld(n, 'train', seed=5))
     said = [m['content'] for c in chat.stream() for m in c.messages]

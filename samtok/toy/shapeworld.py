@@ -8,79 +8,117 @@ __all__ = ['SHAPES', 'LETTERS', 'COLORS', 'TEXTURES', 'SIZES', 'SIZE_SHARE', 'SP
            'scene_seed', 'ShapeWorld']
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #7ccccfde
-import math, hashlib
+import hashlib
+import math
+from dataclasses import dataclass
 from functools import lru_cache
-from dataclasses import dataclass, asdict
-import numpy as np
+
 from PIL import Image, ImageDraw
+
 from ..data import MaskDataset, MaskSample
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #d4ba2acc
 _VERSION = 1  # part of every scene's seed: change it when the drawing changes
 SHAPES = ('circle', 'square', 'triangle', 'pentagon', 'star', 'cross', 'ring', 'ellipse', 'diamond')
 LETTERS = ('L', 'T', 'H', 'E')
-COLORS = dict(red=(214, 39, 40), green=(44, 160, 44), blue=(40, 90, 220), yellow=(240, 205, 30),
-              purple=(150, 70, 190), orange=(255, 127, 14), cyan=(40, 200, 215), white=(240, 240, 240))
+COLORS = dict(
+    red=(214, 39, 40),
+    green=(44, 160, 44),
+    blue=(40, 90, 220),
+    yellow=(240, 205, 30),
+    purple=(150, 70, 190),
+    orange=(255, 127, 14),
+    cyan=(40, 200, 215),
+    white=(240, 240, 240),
+)
 TEXTURES = ('plain', 'striped', 'checked', 'dotted')
 SIZES = dict(tiny=(4, 6), small=(10, 13), medium=(15, 21), large=(23, 34))  # radius in pixels at 128 x 128
-SIZE_SHARE = dict(tiny=.03, small=.15, medium=.42, large=.4)
-_LETTER_SHARE = .12
+SIZE_SHARE = dict(tiny=0.03, small=0.15, medium=0.42, large=0.4)
+_LETTER_SHARE = 0.12
 SPLITS = ('train', 'heldout', 'unseen')
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #fb2a54c0
-def is_kept_back(shape, # one of SHAPES or LETTERS
-                 color  # one of COLORS
-                ): # bool: True if this pair never occurs in the splits `train` and `heldout`
+def is_kept_back(
+    shape,  # one of SHAPES or LETTERS
+    color,  # one of COLORS
+):  # bool: True if this pair never occurs in the splits `train` and `heldout`
     "Tell whether a combination of shape and colour is reserved for the split `unseen`."
     return ((SHAPES + LETTERS).index(shape) * 3 + list(COLORS).index(color)) % 7 == 0
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #3966b916
-def _ring(n, r=1., phase=0., flat=1.):
+def _ring(n, r=1.0, phase=0.0, flat=1.0):
     a = np.arange(n) * 2 * math.pi / n + phase
     return np.stack([r * np.cos(a), flat * r * np.sin(a)], 1)
 
+
 def _star():
-    p = _ring(10, phase=-math.pi / 2); p[1::2] *= .45
+    p = _ring(10, phase=-math.pi / 2)
+    p[1::2] *= 0.45
     return p
 
-def _strokes(*boxes): return [np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], float) for x0, y0, x1, y1 in boxes]
 
-_OUTLINES = dict(circle=[_ring(40)], square=[_ring(4, phase=math.pi / 4)], triangle=[_ring(3, phase=-math.pi / 2)], pentagon=[_ring(5, phase=-math.pi / 2)],
-                 star=[_star()], cross=_strokes((-.35, -1, .35, 1), (-1, -.35, 1, .35)), ring=[_ring(40)], ellipse=[_ring(40, flat=.55)],
-                 diamond=[_ring(4, flat=.6)], L=_strokes((-.6, -1, -.1, 1), (-.6, .5, .7, 1)), T=_strokes((-.8, -1, .8, -.5), (-.25, -1, .25, 1)),
-                 H=_strokes((-.8, -1, -.3, 1), (.3, -1, .8, 1), (-.5, -.25, .5, .25)), E=_strokes((-.7, -1, -.2, 1), (-.7, -1, .7, -.6), (-.7, -.2, .5, .2), (-.7, .6, .7, 1)))
-_HOLES = dict(ring=[_ring(40, r=.5)])
+def _strokes(*boxes):
+    return [np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], float) for x0, y0, x1, y1 in boxes]
+
+
+_OUTLINES = dict(
+    circle=[_ring(40)],
+    square=[_ring(4, phase=math.pi / 4)],
+    triangle=[_ring(3, phase=-math.pi / 2)],
+    pentagon=[_ring(5, phase=-math.pi / 2)],
+    star=[_star()],
+    cross=_strokes((-0.35, -1, 0.35, 1), (-1, -0.35, 1, 0.35)),
+    ring=[_ring(40)],
+    ellipse=[_ring(40, flat=0.55)],
+    diamond=[_ring(4, flat=0.6)],
+    L=_strokes((-0.6, -1, -0.1, 1), (-0.6, 0.5, 0.7, 1)),
+    T=_strokes((-0.8, -1, 0.8, -0.5), (-0.25, -1, 0.25, 1)),
+    H=_strokes((-0.8, -1, -0.3, 1), (0.3, -1, 0.8, 1), (-0.5, -0.25, 0.5, 0.25)),
+    E=_strokes((-0.7, -1, -0.2, 1), (-0.7, -1, 0.7, -0.6), (-0.7, -0.2, 0.5, 0.2), (-0.7, 0.6, 0.7, 1)),
+)
+_HOLES = dict(ring=[_ring(40, r=0.5)])
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #e5390184
-def shape_mask(shape, # one of SHAPES or LETTERS
-               x, y,  # centre in pixels, x to the right, y down
-               r,     # radius in pixels
-               angle, # rotation in radians
-               size   # (H, W) in pixels
-              ): # (H,W) bool, the whole shape, clipped at the border
+def shape_mask(
+    shape,  # one of SHAPES or LETTERS
+    x,
+    y,  # centre in pixels, x to the right, y down
+    r,  # radius in pixels
+    angle,  # rotation in radians
+    size,  # (H, W) in pixels
+):  # (H,W) bool, the whole shape, clipped at the border
     "Draw one shape as a mask; the rest of the scene is not considered."
-    img = Image.new('L', size[::-1]); draw = ImageDraw.Draw(img)
+    img = Image.new('L', size[::-1])
+    draw = ImageDraw.Draw(img)
     rot = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     for fill, polygons in ((1, _OUTLINES[shape]), (0, _HOLES.get(shape, []))):
-        for p in polygons: draw.polygon(((p * r) @ rot.T + (x, y)).ravel().tolist(), fill=fill)
+        for p in polygons:
+            draw.polygon(((p * r) @ rot.T + (x, y)).ravel().tolist(), fill=fill)
     return np.array(img).view(bool)
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #5c74a9bf
-_PATTERNS = dict(plain=lambda x, y: x >= 0, striped=lambda x, y: (x + y) % 8 < 4, checked=lambda x, y: (x // 4 + y // 4) % 2 == 0,
-                 dotted=lambda x, y: (x % 6 - 3)**2 + (y % 6 - 3)**2 > 3)
+_PATTERNS = dict(
+    plain=lambda x, y: x >= 0,
+    striped=lambda x, y: (x + y) % 8 < 4,
+    checked=lambda x, y: (x // 4 + y // 4) % 2 == 0,
+    dotted=lambda x, y: (x % 6 - 3) ** 2 + (y % 6 - 3) ** 2 > 3,
+)
+
 
 @lru_cache(maxsize=64)
-def texture(name, # one of TEXTURES
-            size  # (H, W) in pixels
-           ): # (H,W) float32 in [0.65, 1], factor on the colour; shared, not to be written to
+def texture(
+    name,  # one of TEXTURES
+    size,  # (H, W) in pixels
+):  # (H,W) float32 in [0.65, 1], factor on the colour; shared, not to be written to
     "Make the brightness pattern of a texture."
-    y, x = np.mgrid[:size[0], :size[1]]
-    return np.where(_PATTERNS[name](x, y), 1, .65).astype(np.float32)
+    y, x = np.mgrid[: size[0], : size[1]]
+    return np.where(_PATTERNS[name](x, y), 1, 0.65).astype(np.float32)
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #d7e2e19f
 @dataclass
 class SceneObject:
     "One thing in a scene; lengths in pixels of the scene, angle in radians."
+
     shape: str
     color: str
     texture: str
@@ -92,43 +130,57 @@ class SceneObject:
     part: str | None = None  # colour of the dot on it, or None
 
     @property
-    def name(self): return f'{self.size} {self.texture} {self.color} {self.shape}'
+    def name(self):
+        return f'{self.size} {self.texture} {self.color} {self.shape}'
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #186c2c3c
 class Scene:
     "A list of objects, back to front, and everything that can be derived from it."
-    def __init__(self, objects, # list[SceneObject], back to front
-                 size=128,      # side of the square image in pixels
-                 background=(60, 60, 60), # RGB in [0,255]
-                 seed=0,        # seed of the pixel noise
-                 id='',
-                 amodal=None):  # (n,H,W) bool, the whole shapes where they are drawn already
+
+    def __init__(
+        self,
+        objects,  # list[SceneObject], back to front
+        size=128,  # side of the square image in pixels
+        background=(60, 60, 60),  # RGB in [0,255]
+        seed=0,  # seed of the pixel noise
+        id='',
+        amodal=None,
+    ):  # (n,H,W) bool, the whole shapes where they are drawn already
         self.objects, self.size, self.background, self.seed, self.id = objects, size, background, seed, id
         hw = (size, size)
-        if amodal is None: amodal = [shape_mask(o.shape, o.x, o.y, o.r, o.angle, hw) for o in objects]
+        if amodal is None:
+            amodal = [shape_mask(o.shape, o.x, o.y, o.r, o.angle, hw) for o in objects]
         self.amodal = np.stack(amodal) if len(objects) else np.zeros((0, *hw), bool)
         top = np.zeros(hw, np.uint16)  # 0 background, k+1 object k
-        for k, m in enumerate(self.amodal): top[m] = k + 1
+        for k, m in enumerate(self.amodal):
+            top[m] = k + 1
         self.visible = top == np.arange(1, len(objects) + 1, dtype=np.uint16)[:, None, None]
-        self.parts = {k: shape_mask('circle', o.x, o.y, .42 * o.r, 0, hw) & self.visible[k] for k, o in enumerate(objects) if o.part}
+        self.parts = {
+            k: shape_mask('circle', o.x, o.y, 0.42 * o.r, 0, hw) & self.visible[k]
+            for k, o in enumerate(objects)
+            if o.part
+        }
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #b136a4f6
-def render(scene # Scene
-          ): # (H,W,3) uint8 RGB
+def render(
+    scene,  # Scene
+):  # (H,W,3) uint8 RGB
     "Draw a scene: noisy background, then textured objects and their dots."
     rng, hw = np.random.default_rng(scene.seed), (scene.size, scene.size)
     img = np.array(scene.background, np.float32) * np.ones((*hw, 1), np.float32)
     for k, o in enumerate(scene.objects):
         m = scene.visible[k]
         img[m] = texture(o.texture, hw)[m][:, None] * np.array(COLORS[o.color], np.float32)
-        if k in scene.parts: img[scene.parts[k]] = COLORS[o.part]
+        if k in scene.parts:
+            img[scene.parts[k]] = COLORS[o.part]
     img += rng.normal(0, 5, (*hw, 1)).astype(np.float32)
     return img.clip(0, 255).astype(np.uint8)
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #64a40d68
-def scene_regions(scene,      # Scene
-                  min_area=16 # pixels; smaller regions are left out
-                 ): # list of (label, object index, kind, mask (H,W) bool), kind "object" or "part"
+def scene_regions(
+    scene,  # Scene
+    min_area=16,  # pixels; smaller regions are left out
+):  # list of (label, object index, kind, mask (H,W) bool), kind "object" or "part"
     "List the regions of a scene that are big enough to be asked for."
     rows = [(o.name, k, 'object', scene.visible[k]) for k, o in enumerate(scene.objects)]
     rows += [(f'{scene.objects[k].part} dot', k, 'part', m) for k, m in scene.parts.items()]
@@ -137,84 +189,143 @@ def scene_regions(scene,      # Scene
 # %% ../../nbs/toy/00_shapeworld.ipynb #713a4d54
 INVERSE = {'left of': 'right of', 'above': 'below', 'in front of': 'behind', 'inside': 'around'}
 
-def scene_relations(scene,   # Scene
-                    margin=4 # pixels that centres must differ by before a side is claimed
-                   ): # list of (i, relation, j), indices into scene.objects
+
+def scene_relations(
+    scene,  # Scene
+    margin=4,  # pixels that centres must differ by before a side is claimed
+):  # list of (i, relation, j), indices into scene.objects
     "List the spatial relations between the objects of a scene, one direction each."
     rows = []
     for i, a in enumerate(scene.objects):
         for j, b in enumerate(scene.objects):
-            if i == j: continue
-            if a.x + margin < b.x: rows.append((i, 'left of', j))
-            if a.y + margin < b.y: rows.append((i, 'above', j))
-            if i > j and (scene.amodal[i] & scene.amodal[j]).any(): rows.append((i, 'in front of', j))
-            if b.shape == 'ring' and math.hypot(a.x - b.x, a.y - b.y) + a.r <= .5 * b.r: rows.append((i, 'inside', j))
+            if i == j:
+                continue
+            if a.x + margin < b.x:
+                rows.append((i, 'left of', j))
+            if a.y + margin < b.y:
+                rows.append((i, 'above', j))
+            if i > j and (scene.amodal[i] & scene.amodal[j]).any():
+                rows.append((i, 'in front of', j))
+            if b.shape == 'ring' and math.hypot(a.x - b.x, a.y - b.y) + a.r <= 0.5 * b.r:
+                rows.append((i, 'inside', j))
     return rows
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #910c9957
-def scene_graph(scene # Scene
-               ): # dict with `objects` (list of dict) and `relations` (list of dict)
+def scene_graph(
+    scene,  # Scene
+):  # dict with `objects` (list of dict) and `relations` (list of dict)
     "Describe a scene as plain data: attributes, place, visible share, ranks, relations."
-    third = lambda v, names: names[min(2, int(3 * max(v, 0) / scene.size))]
-    rank = lambda values: np.argsort(np.argsort(values, kind='stable'), kind='stable')
+
+    def third(v, names):
+        return names[min(2, int(3 * max(v, 0) / scene.size))]
+
+    def rank(values):
+        return np.argsort(np.argsort(values, kind='stable'), kind='stable')
+
     left, big = rank([o.x for o in scene.objects]), rank([-o.r for o in scene.objects])
-    objects = [dict(id=k, shape=o.shape, color=o.color, texture=o.texture, size=o.size, part=o.part,
-                    place=f"{third(o.y, ('top', 'middle', 'bottom'))} {third(o.x, ('left', 'centre', 'right'))}",
-                    from_left=int(left[k]) + 1, by_size=int(big[k]) + 1, depth=len(scene.objects) - k,
-                    visible=round(float(scene.visible[k].sum() / max(1, scene.amodal[k].sum())), 3))
-               for k, o in enumerate(scene.objects)]
-    return dict(id=scene.id, size=scene.size, objects=objects,
-                relations=[dict(subject=i, relation=r, object=j) for i, r, j in scene_relations(scene)])
+    objects = [
+        dict(
+            id=k,
+            shape=o.shape,
+            color=o.color,
+            texture=o.texture,
+            size=o.size,
+            part=o.part,
+            place=f'{third(o.y, ("top", "middle", "bottom"))} {third(o.x, ("left", "centre", "right"))}',
+            from_left=int(left[k]) + 1,
+            by_size=int(big[k]) + 1,
+            depth=len(scene.objects) - k,
+            visible=round(float(scene.visible[k].sum() / max(1, scene.amodal[k].sum())), 3),
+        )
+        for k, o in enumerate(scene.objects)
+    ]
+    return dict(
+        id=scene.id,
+        size=scene.size,
+        objects=objects,
+        relations=[dict(subject=i, relation=r, object=j) for i, r, j in scene_relations(scene)],
+    )
+
 
 Scene.graph = scene_graph
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #8c35ffaa
-_CUM = np.cumsum(list(SIZE_SHARE.values())); _CUM /= _CUM[-1]
+_CUM = np.cumsum(list(SIZE_SHARE.values()))
+_CUM /= _CUM[-1]
+
 
 def _draw_object(rng, split, scale):
     while True:
         names = LETTERS if rng.random() < _LETTER_SHARE else SHAPES
         shape = names[rng.integers(len(names))]
         color = list(COLORS)[rng.integers(len(COLORS))]
-        if split == 'unseen' or not is_kept_back(shape, color): break
-    size = list(SIZES)[int(_CUM.searchsorted(rng.random(), side='right'))]        # the numbers that rng.choice would draw, in a tenth of its time
-    if shape in LETTERS and size in ('tiny', 'small'): size = 'medium'  # strokes must stay a few pixels wide
+        if split == 'unseen' or not is_kept_back(shape, color):
+            break
+    size = list(SIZES)[
+        int(_CUM.searchsorted(rng.random(), side='right'))
+    ]  # the numbers that rng.choice would draw, in a tenth of its time
+    if shape in LETTERS and size in ('tiny', 'small'):
+        size = 'medium'  # strokes must stay a few pixels wide
     r = rng.uniform(*SIZES[size]) * scale
-    lo, hi = (0, 128 * scale) if rng.random() < .12 else (r, 128 * scale - r)
+    lo, hi = (0, 128 * scale) if rng.random() < 0.12 else (r, 128 * scale - r)
     x, y = rng.uniform(lo, hi, 2)
-    part = list(COLORS)[rng.integers(len(COLORS))] if size in ('medium', 'large') and shape not in ('ring', *LETTERS) and rng.random() < .25 else None
-    return SceneObject(shape, color, TEXTURES[rng.integers(len(TEXTURES))], size, float(x), float(y), float(r),
-                       float(rng.uniform(-.5, .5)), None if part == color else part)
+    part = (
+        list(COLORS)[rng.integers(len(COLORS))]
+        if size in ('medium', 'large') and shape not in ('ring', *LETTERS) and rng.random() < 0.25
+        else None
+    )
+    return SceneObject(
+        shape,
+        color,
+        TEXTURES[rng.integers(len(TEXTURES))],
+        size,
+        float(x),
+        float(y),
+        float(r),
+        float(rng.uniform(-0.5, 0.5)),
+        None if part == color else part,
+    )
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #b561bde4
-def _fits(scene, new, seen): # side, SceneObject, [(what is seen of an object (H,W) bool, its pixels)] -> (mask, the same with the new one), or None
+def _fits(
+    scene, new, seen
+):  # side, SceneObject, [(what is seen of an object (H,W) bool, its pixels)] -> (mask, the same with the new one), or None
     mask = shape_mask(new.shape, new.x, new.y, new.r, new.angle, (scene, scene))
     area = np.count_nonzero(mask)
     hidden = [np.count_nonzero(s & mask) for s, _ in seen]
-    if area < 12 or any(n - h < max(.55 * n, 12) for (_, n), h in zip(seen, hidden)): return None
+    if area < 12 or any(n - h < max(0.55 * n, 12) for (_, n), h in zip(seen, hidden)):
+        return None
     return mask, [(s & ~mask, n - h) if h else (s, n) for (s, n), h in zip(seen, hidden)] + [(mask, area)]
 
-def draw_scene(rng,         # np.random.Generator
-               split='train', # one of SPLITS
-               size=128,    # side of the image in pixels
-               count=(3, 8) # fewest and most objects
-              ): # Scene
+
+def draw_scene(
+    rng,  # np.random.Generator
+    split='train',  # one of SPLITS
+    size=128,  # side of the image in pixels
+    count=(3, 8),  # fewest and most objects
+):  # Scene
     "Draw a random scene; the same generator state gives the same scene."
     objects, masks, seen, want = [], [], [], int(rng.integers(count[0], count[1] + 1))
     background = tuple(int(v) for v in rng.integers(20, 100, 3))
     for k in range(want):
         for _ in range(30):
             new = _draw_object(rng, split, size / 128)
-            if split == 'unseen' and k == 0 and not is_kept_back(new.shape, new.color): continue
+            if split == 'unseen' and k == 0 and not is_kept_back(new.shape, new.color):
+                continue
             fit = _fits(size, new, seen)
-            if fit is not None: objects.append(new); masks.append(fit[0]); seen = fit[1]; break
+            if fit is not None:
+                objects.append(new)
+                masks.append(fit[0])
+                seen = fit[1]
+                break
     return Scene(objects, size, background, int(rng.integers(2**31)), amodal=masks)
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #d11e5262
-def scene_seed(split, # one of SPLITS
-               seed,  # int, the seed of the data set
-               index  # int, the number of the scene
-              ): # int in [0, 2**64)
+def scene_seed(
+    split,  # one of SPLITS
+    seed,  # int, the seed of the data set
+    index,  # int, the number of the scene
+):  # int in [0, 2**64)
     "Hash what identifies a scene into the seed of its generator."
     text = f'shapeworld/{_VERSION}/{split}/{seed}/{index}'
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big')
@@ -222,36 +333,56 @@ def scene_seed(split, # one of SPLITS
 # %% ../../nbs/toy/00_shapeworld.ipynb #a0df2a33
 class ShapeWorld(MaskDataset):
     "A data set of `n` procedural scenes; scene `i` of a split and seed is always the same."
+
     name = 'shapeworld'
-    def __init__(self, n=10_000,   # number of scenes
-                 split='train',    # one of SPLITS
-                 seed=0,           # another seed is another data set
-                 size=128,         # side of the square images in pixels
-                 count=(3, 8),     # fewest and most objects in a scene
-                 min_area=16):     # pixels; smaller regions are not offered as masks
+
+    def __init__(
+        self,
+        n=10_000,  # number of scenes
+        split='train',  # one of SPLITS
+        seed=0,  # another seed is another data set
+        size=128,  # side of the square images in pixels
+        count=(3, 8),  # fewest and most objects in a scene
+        min_area=16,
+    ):  # pixels; smaller regions are not offered as masks
         super().__init__()
-        if split not in SPLITS: raise ValueError(f'ShapeWorld has no split {split!r}: choose one of {", ".join(SPLITS)}.')
+        if split not in SPLITS:
+            raise ValueError(f'ShapeWorld has no split {split!r}: choose one of {", ".join(SPLITS)}.')
         self.n, self.split, self.seed, self.size, self.count, self.min_area = n, split, seed, size, count, min_area
 
-    def __len__(self): return self.n
-    def records(self): return iter(range(self.n))
-    def load(self, record): return self.sample(record)
+    def __len__(self):
+        return self.n
+
+    def records(self):
+        return iter(range(self.n))
+
+    def load(self, record):
+        return self.sample(record)
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #01dac6d7
-    # the scene and its sample
+# the scene and its sample
 def _scene(self, i):
     "Draw scene `i` of this data set."
-    if not 0 <= i < self.n: raise IndexError(f'This ShapeWorld has scenes 0 to {self.n - 1}; scene {i} does not exist.')
+    if not 0 <= i < self.n:
+        raise IndexError(f'This ShapeWorld has scenes 0 to {self.n - 1}; scene {i} does not exist.')
     scene = draw_scene(np.random.default_rng(scene_seed(self.split, self.seed, i)), self.split, self.size, self.count)
     scene.id = f'{self.split}-{self.seed}-{i}'
     return scene
+
 
 def _sample(self, i):
     "Load scene `i` as a `MaskSample`: image, masks of objects and parts, labels; the graph is in `meta`."
     scene = self.scene(i)
     rows = scene_regions(scene, self.min_area)
     masks = np.stack([r[3] for r in rows]) if rows else np.zeros((0, self.size, self.size), bool)
-    return MaskSample(image=render(scene), masks=masks, labels=[r[0] for r in rows], id=scene.id, dataset='shapeworld',
-                      meta=dict(objects=[r[1] for r in rows], kinds=[r[2] for r in rows], graph=scene.graph()))
+    return MaskSample(
+        image=render(scene),
+        masks=masks,
+        labels=[r[0] for r in rows],
+        id=scene.id,
+        dataset='shapeworld',
+        meta=dict(objects=[r[1] for r in rows], kinds=[r[2] for r in rows], graph=scene.graph()),
+    )
+
 
 ShapeWorld.scene, ShapeWorld.sample = _scene, _sample

@@ -7,114 +7,284 @@ __all__ = ['QWEN', 'LLAMA', 'FAMILIES', 'Family', 'twin_tokenizer', 'twin_proces
 
 # %% ../../nbs/toy/02_tiny_models.ipynb #256739cc
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
-from typing import Callable
+
 import torch
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 # %% ../../nbs/toy/02_tiny_models.ipynb #328feb6d
-QWEN = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|object_ref_start|>', '<|object_ref_end|>', '<|vision_start|>', '<|vision_end|>', '<|vision_pad|>', '<|image_pad|>', '<|video_pad|>')
-LLAMA = ('<|begin_of_text|>', '<|end_of_text|>', '<|image|>', '<|video|>', '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>')
-_QWEN_CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-              "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-              "{% elif c['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
-              "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-_LLAMA_CHAT = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-               "{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}"
-               "{% for kind in ('image', 'video') %}{% for c in m['content'] if c['type'] == kind %}<|{{ kind }}|>{% endfor %}{% endfor %}"
-               "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] | trim }}{% endfor %}{% endif %}<|eot_id|>{% endfor %}"
-               "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+QWEN = (
+    '<|endoftext|>',
+    '<|im_start|>',
+    '<|im_end|>',
+    '<|object_ref_start|>',
+    '<|object_ref_end|>',
+    '<|vision_start|>',
+    '<|vision_end|>',
+    '<|vision_pad|>',
+    '<|image_pad|>',
+    '<|video_pad|>',
+)
+LLAMA = (
+    '<|begin_of_text|>',
+    '<|end_of_text|>',
+    '<|image|>',
+    '<|video|>',
+    '<|start_header_id|>',
+    '<|end_header_id|>',
+    '<|eot_id|>',
+)
+_QWEN_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif c['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    '{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
+)
+_LLAMA_CHAT = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}"
+    "{% for kind in ('image', 'video') %}{% for c in m['content'] if c['type'] == kind %}<|{{ kind }}|>{% endfor %}{% endfor %}"
+    "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] | trim }}{% endfor %}{% endif %}<|eot_id|>{% endfor %}"
+    '{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}'
+)
 
 # %% ../../nbs/toy/02_tiny_models.ipynb #ffc58ebd
 @dataclass(frozen=True)
 class Family:
     "What is particular to a family; class names are looked up in transformers, and only when they are needed."
-    model: str      # prefix of the config and model classes: {model}Config, {model}ForConditionalGeneration
+
+    model: str  # prefix of the config and model classes: {model}Config, {model}ForConditionalGeneration
     processor: str
-    image: str      # image processor
-    video: str      # video processor
+    image: str  # image processor
+    video: str  # video processor
     tokenizer: str
     special: tuple  # special tokens
-    names: dict     # name -> special token, for the tokenizer; image_token is needed
-    chat: str       # chat template
-    sizes: Callable # (_Sizes, ids of special tokens) -> dict of arguments of the config class
+    names: dict  # name -> special token, for the tokenizer; image_token is needed
+    chat: str  # chat template
+    sizes: Callable  # (_Sizes, ids of special tokens) -> dict of arguments of the config class
     pad: str = '<|endoftext|>'
     eos: str = '<|im_end|>'
 
-@dataclass(frozen=True)
-class _Sizes: # what twin_model is asked for
-    rows: int; hidden: int; layers: int; heads: int; vision: int; depth: int; grid: int; patch: int; tile: int; tied: bool
-    @property
-    def head(self): return self.hidden // self.heads
 
-def _text(s, t, **more): # arguments of a language model that all families share
-    return dict(vocab_size=s.rows, hidden_size=s.hidden, intermediate_size=2 * s.hidden, num_hidden_layers=s.layers, num_attention_heads=s.heads, num_key_value_heads=max(1, s.heads // 2),
-                max_position_embeddings=4096, bos_token_id=t.bos_token_id, eos_token_id=t.eos_token_id, pad_token_id=t.pad_token_id, tie_word_embeddings=s.tied, **more)
+@dataclass(frozen=True)
+class _Sizes:  # what twin_model is asked for
+    rows: int
+    hidden: int
+    layers: int
+    heads: int
+    vision: int
+    depth: int
+    grid: int
+    patch: int
+    tile: int
+    tied: bool
+
+    @property
+    def head(self):
+        return self.hidden // self.heads
+
+
+def _text(s, t, **more):  # arguments of a language model that all families share
+    return dict(
+        vocab_size=s.rows,
+        hidden_size=s.hidden,
+        intermediate_size=2 * s.hidden,
+        num_hidden_layers=s.layers,
+        num_attention_heads=s.heads,
+        num_key_value_heads=max(1, s.heads // 2),
+        max_position_embeddings=4096,
+        bos_token_id=t.bos_token_id,
+        eos_token_id=t.eos_token_id,
+        pad_token_id=t.pad_token_id,
+        tie_word_embeddings=s.tied,
+        **more,
+    )
 
 # %% ../../nbs/toy/02_tiny_models.ipynb #87d5e0ed
-def _qwen_vision(s, **more): return dict(depth=s.depth, hidden_size=s.vision, intermediate_size=2 * s.vision, num_heads=max(2, s.vision // 32), out_hidden_size=s.hidden, patch_size=s.patch, spatial_merge_size=2, temporal_patch_size=2, **more)
-def _rope(kind, **more): return dict(rope_parameters=dict(rope_type=kind, **more))
-def _thirds(n): return [n - 2 * (3 * n // 8), 3 * n // 8, 3 * n // 8]             # n rotating pairs: a quarter for time, the rest for height and width
+def _qwen_vision(s, **more):
+    return dict(
+        depth=s.depth,
+        hidden_size=s.vision,
+        intermediate_size=2 * s.vision,
+        num_heads=max(2, s.vision // 32),
+        out_hidden_size=s.hidden,
+        patch_size=s.patch,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        **more,
+    )
 
-def _qwen2_5_vl(s, t): return dict(text_config=_text(s, t, **_rope('default', mrope_section=_thirds(s.head // 2), rope_theta=1e6)),
-                                   vision_config=_qwen_vision(s, window_size=8 * s.patch, fullatt_block_indexes=[s.depth - 1]))
 
-def _qwen3_vl(s, t): return dict(text_config=_text(s, t, head_dim=s.head, **_rope('default', mrope_section=_thirds(s.head // 2), mrope_interleaved=True, rope_theta=1e6)),
-                                 vision_config=_qwen_vision(s, num_position_embeddings=s.grid**2, deepstack_visual_indexes=[0]))
+def _rope(kind, **more):
+    return dict(rope_parameters=dict(rope_type=kind, **more))
+
+
+def _thirds(n):
+    return [
+        n - 2 * (3 * n // 8),
+        3 * n // 8,
+        3 * n // 8,
+    ]  # n rotating pairs: a quarter for time, the rest for height and width
+
+
+def _qwen2_5_vl(s, t):
+    return dict(
+        text_config=_text(s, t, **_rope('default', mrope_section=_thirds(s.head // 2), rope_theta=1e6)),
+        vision_config=_qwen_vision(s, window_size=8 * s.patch, fullatt_block_indexes=[s.depth - 1]),
+    )
+
+
+def _qwen3_vl(s, t):
+    return dict(
+        text_config=_text(
+            s,
+            t,
+            head_dim=s.head,
+            **_rope('default', mrope_section=_thirds(s.head // 2), mrope_interleaved=True, rope_theta=1e6),
+        ),
+        vision_config=_qwen_vision(s, num_position_embeddings=s.grid**2, deepstack_visual_indexes=[0]),
+    )
+
 
 def _qwen3_5(s, t):
-    linear = dict(layer_types=['full_attention' if (s.layers - i) % 2 else 'linear_attention' for i in range(s.layers)], linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
-    rope = _rope('default', mrope_section=_thirds(s.head // 4), mrope_interleaved=True, rope_theta=1e6, partial_rotary_factor=.25)  # heads are twice as wide, a quarter of them rotates
-    return dict(text_config=_text(s, t, head_dim=2 * s.head, **linear, **rope), vision_config=_qwen_vision(s, num_position_embeddings=s.grid**2))
+    linear = dict(
+        layer_types=['full_attention' if (s.layers - i) % 2 else 'linear_attention' for i in range(s.layers)],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    )
+    rope = _rope(
+        'default',
+        mrope_section=_thirds(s.head // 4),
+        mrope_interleaved=True,
+        rope_theta=1e6,
+        partial_rotary_factor=0.25,
+    )  # heads are twice as wide, a quarter of them rotates
+    return dict(
+        text_config=_text(s, t, head_dim=2 * s.head, **linear, **rope),
+        vision_config=_qwen_vision(s, num_position_embeddings=s.grid**2),
+    )
 
 # %% ../../nbs/toy/02_tiny_models.ipynb #e5461d7e
 def _perception_lm(s, t):
-    tower = dict(embed_dim=s.vision, depth=s.depth, num_heads=max(2, s.vision // 32), patch_size=s.patch, img_size=[s.tile, s.tile], ref_feat_shape=[s.tile // s.patch] * 2, global_pool='', init_values=.1, use_post_transformer_norm=False)
-    rope = _rope('llama3', rope_theta=5e5, factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=1024)
-    return dict(text_config=dict(model_type='llama', **_text(s, t, head_dim=s.head, **rope)), projector_pooling_ratio=2, vision_use_cls_token=True,
-                vision_config=dict(model_type='timm_wrapper', architecture='vit_pe_core_large_patch14_336', do_pooling=False, model_args=tower))
+    tower = dict(
+        embed_dim=s.vision,
+        depth=s.depth,
+        num_heads=max(2, s.vision // 32),
+        patch_size=s.patch,
+        img_size=[s.tile, s.tile],
+        ref_feat_shape=[s.tile // s.patch] * 2,
+        global_pool='',
+        init_values=0.1,
+        use_post_transformer_norm=False,
+    )
+    rope = _rope(
+        'llama3',
+        rope_theta=5e5,
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=1024,
+    )
+    return dict(
+        text_config=dict(model_type='llama', **_text(s, t, head_dim=s.head, **rope)),
+        projector_pooling_ratio=2,
+        vision_use_cls_token=True,
+        vision_config=dict(
+            model_type='timm_wrapper', architecture='vit_pe_core_large_patch14_336', do_pooling=False, model_args=tower
+        ),
+    )
 
-_NAMES = dict(image_token='<|image_pad|>', video_token='<|video_pad|>', vision_bos_token='<|vision_start|>', vision_eos_token='<|vision_end|>')
-def _qwen(model, processor, video, tokenizer, sizes): return Family(model, processor, 'Qwen2VLImageProcessor', video, tokenizer, QWEN, _NAMES, _QWEN_CHAT, sizes)
+
+_NAMES = dict(
+    image_token='<|image_pad|>',
+    video_token='<|video_pad|>',
+    vision_bos_token='<|vision_start|>',
+    vision_eos_token='<|vision_end|>',
+)
+
+
+def _qwen(model, processor, video, tokenizer, sizes):
+    return Family(model, processor, 'Qwen2VLImageProcessor', video, tokenizer, QWEN, _NAMES, _QWEN_CHAT, sizes)
+
 
 FAMILIES = dict(
     qwen2_5_vl=_qwen('Qwen2_5_VL', 'Qwen2_5_VLProcessor', 'Qwen2VLVideoProcessor', 'Qwen2Tokenizer', _qwen2_5_vl),
     qwen3_vl=_qwen('Qwen3VL', 'Qwen3VLProcessor', 'Qwen3VLVideoProcessor', 'Qwen2Tokenizer', _qwen3_vl),
     qwen3_5=_qwen('Qwen3_5', 'Qwen3VLProcessor', 'Qwen3VLVideoProcessor', 'Qwen3_5Tokenizer', _qwen3_5),
-    perception_lm=Family('PerceptionLM', 'PerceptionLMProcessor', 'PerceptionLMImageProcessor', 'PerceptionLMVideoProcessor', 'PreTrainedTokenizerFast', LLAMA,
-                         dict(image_token='<|image|>', video_token='<|video|>'), _LLAMA_CHAT, _perception_lm, pad='<|end_of_text|>', eos='<|eot_id|>'))
+    perception_lm=Family(
+        'PerceptionLM',
+        'PerceptionLMProcessor',
+        'PerceptionLMImageProcessor',
+        'PerceptionLMVideoProcessor',
+        'PreTrainedTokenizerFast',
+        LLAMA,
+        dict(image_token='<|image|>', video_token='<|video|>'),
+        _LLAMA_CHAT,
+        _perception_lm,
+        pad='<|end_of_text|>',
+        eos='<|eot_id|>',
+    ),
+)
 
 # %% ../../nbs/toy/02_tiny_models.ipynb #83a0ec3f
 _LLAMA_CUT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-def _rules(family): # -> how texts are normalised and cut: normalizer or None, pre-tokenizer
+
+def _rules(family):  # -> how texts are normalised and cut: normalizer or None, pre-tokenizer
     if family.tokenizer == 'PreTrainedTokenizerFast':
-        return None, pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA_CUT), 'isolated'), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        return None, pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_LLAMA_CUT), 'isolated'),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     own = getattr(transformers, family.tokenizer)().backend_tokenizer
     return own.normalizer, own.pre_tokenizer
 
-def _wrap(family, t): # tokenizers.Tokenizer -> the family's tokenizer class
-    cls, names = getattr(transformers, family.tokenizer), dict(eos_token=family.eos, pad_token=family.pad, extra_special_tokens=family.names, chat_template=family.chat)
+
+def _wrap(family, t):  # tokenizers.Tokenizer -> the family's tokenizer class
+    cls, names = (
+        getattr(transformers, family.tokenizer),
+        dict(eos_token=family.eos, pad_token=family.pad, extra_special_tokens=family.names, chat_template=family.chat),
+    )
     if family.tokenizer != 'PreTrainedTokenizerFast':
         bpe = json.loads(t.to_str())['model']
         return cls(vocab=bpe['vocab'], merges=[tuple(m) for m in bpe['merges']], **names)
     begin = family.special[0]
-    t.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing(single=f'{begin} $A', pair=f'{begin} $A {begin}:1 $B:1', special_tokens=[(begin, t.token_to_id(begin))])])
+    t.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f'{begin} $A', pair=f'{begin} $A {begin}:1 $B:1', special_tokens=[(begin, t.token_to_id(begin))]
+            ),
+        ]
+    )
     return cls(tokenizer_object=t, bos_token=begin, model_input_names=['input_ids', 'attention_mask'], **names)
 
 # %% ../../nbs/toy/02_tiny_models.ipynb #c39d8a18
-def twin_tokenizer(corpus,   # iterable of str to learn the merges from
-                   size=600, # tokens at most, 256 bytes and the special ones among them, phrases not
-                   phrases=(), # texts that are one token each, such as the fixed parts of an answer
-                   family='qwen3_vl'): # one of FAMILIES: class, special tokens and the rule that cuts texts -> tokenizer
+def twin_tokenizer(
+    corpus,  # iterable of str to learn the merges from
+    size=600,  # tokens at most, 256 bytes and the special ones among them, phrases not
+    phrases=(),  # texts that are one token each, such as the fixed parts of an answer
+    family='qwen3_vl',
+):  # one of FAMILIES: class, special tokens and the rule that cuts texts -> tokenizer
     "Train a byte-level BPE tokenizer of a family's own class."
     row, t = FAMILIES[family], Tokenizer(models.BPE())
     normalizer, t.pre_tokenizer = _rules(row)
-    if normalizer is not None: t.normalizer = normalizer
+    if normalizer is not None:
+        t.normalizer = normalizer
     t.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(row.special), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(row.special),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
     t.train_from_iterator(corpus, trainer)
     tokenizer = _wrap(row, t)
     tokenizer.add_tokens([AddedToken(w, normalized=False, special=True) for w in row.special])
@@ -122,30 +292,82 @@ def twin_tokenizer(corpus,   # iterable of str to learn the merges from
     return tokenizer
 
 # %% ../../nbs/toy/02_tiny_models.ipynb #84b35f0f
-def twin_processor(family,    # one of FAMILIES
-                   tokenizer, # of twin_tokenizer, made for the same family
-                   patch=16, pixels=(64 * 64, 256 * 256), # side of a patch; least and most pixels of an image
-                   check=True): # refuse a tokenizer that a saved model of this family would not read as it is -> the family's processor class
+def twin_processor(
+    family,  # one of FAMILIES
+    tokenizer,  # of twin_tokenizer, made for the same family
+    patch=16,
+    pixels=(64 * 64, 256 * 256),  # side of a patch; least and most pixels of an image
+    check=True,
+):  # refuse a tokenizer that a saved model of this family would not read as it is -> the family's processor class
     "Make the processor of a family around a small tokenizer."
     row = FAMILIES[family]
     if check and tokenizer.backend_tokenizer.pre_tokenizer.__getstate__() != _rules(row)[1].__getstate__():
-        raise ValueError(f'This tokenizer does not cut texts as {family} does, so a saved model would read other ids: make it with twin_tokenizer(..., family={family!r}).')
-    make = lambda name, **k: getattr(transformers, name)(**k)
+        raise ValueError(
+            f'This tokenizer does not cut texts as {family} does, so a saved model would read other ids: make it with twin_tokenizer(..., family={family!r}).'
+        )
+
+    def make(name, **k):
+        return getattr(transformers, name)(**k)
+
     if row.model == 'PerceptionLM':
         tile = max(2, isqrt(pixels[0]) // (2 * patch) * 2) * patch
-        image = make(row.image, tile_size=tile, max_num_tiles=max(1, pixels[1] // tile**2), size=dict(height=tile, width=tile), image_mean=[.5] * 3, image_std=[.5] * 3)
-        return make(row.processor, image_processor=image, video_processor=make(row.video, size=dict(height=tile, width=tile)), tokenizer=tokenizer, patch_size=patch, pooling_ratio=2, chat_template=row.chat)
+        image = make(
+            row.image,
+            tile_size=tile,
+            max_num_tiles=max(1, pixels[1] // tile**2),
+            size=dict(height=tile, width=tile),
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        )
+        return make(
+            row.processor,
+            image_processor=image,
+            video_processor=make(row.video, size=dict(height=tile, width=tile)),
+            tokenizer=tokenizer,
+            patch_size=patch,
+            pooling_ratio=2,
+            chat_template=row.chat,
+        )
     image = make(row.image, patch_size=patch, min_pixels=pixels[0], max_pixels=pixels[1])
-    return make(row.processor, image_processor=image, tokenizer=tokenizer, video_processor=make(row.video, patch_size=patch), chat_template=row.chat)
+    return make(
+        row.processor,
+        image_processor=image,
+        tokenizer=tokenizer,
+        video_processor=make(row.video, patch_size=patch),
+        chat_template=row.chat,
+    )
 
 # %% ../../nbs/toy/02_tiny_models.ipynb #15ec70e9
-def twin_model(family, processor, hidden=64, layers=2, heads=4, vision=32, depth=2, # widths and numbers of blocks of language model and vision tower
-               grid=8, tied=False, padding=0, seed=0): # side of the learned position grid; one matrix for input and output; rows beyond the tokenizer -> model
+def twin_model(
+    family,
+    processor,
+    hidden=64,
+    layers=2,
+    heads=4,
+    vision=32,
+    depth=2,  # widths and numbers of blocks of language model and vision tower
+    grid=8,
+    tied=False,
+    padding=0,
+    seed=0,
+):  # side of the learned position grid; one matrix for input and output; rows beyond the tokenizer -> model
     "Make a small randomly initialised model of a family, from its published config class."
     row, t, image = FAMILIES[family], processor.tokenizer, processor.image_processor
-    sizes = _Sizes(len(t) + padding, hidden, layers, heads, vision, depth, grid, getattr(image, 'patch_size', None) or processor.patch_size, getattr(image, 'tile_size', 0), tied)
+    sizes = _Sizes(
+        len(t) + padding,
+        hidden,
+        layers,
+        heads,
+        vision,
+        depth,
+        grid,
+        getattr(image, 'patch_size', None) or processor.patch_size,
+        getattr(image, 'tile_size', 0),
+        tied,
+    )
     ids = {f'{k}_id': t.convert_tokens_to_ids(row.names[k]) for k in ('image_token', 'video_token')}
-    if row.special is QWEN: ids |= {f'vision_{k}_token_id': t.convert_tokens_to_ids(f'<|vision_{k}|>') for k in ('start', 'end')}
+    if row.special is QWEN:
+        ids |= {f'vision_{k}_token_id': t.convert_tokens_to_ids(f'<|vision_{k}|>') for k in ('start', 'end')}
     config = getattr(transformers, f'{row.model}Config')(**row.sizes(sizes, t), tie_word_embeddings=tied, **ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

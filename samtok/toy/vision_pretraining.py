@@ -8,15 +8,35 @@ __all__ = ['ANSWERS', 'EYES', 'cell_labels', 'cell_geometry', 'visual_tokens', '
            'read_cells', 'base_twin', 'make_eyes', 'main']
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #f5fdfa18
-import json, math, os, re, sys, time, types
+import json
+import math
+import os
+import re
+import sys
+import time
+import types
 from contextlib import contextmanager
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import get_cosine_schedule_with_warmup
-from ..runs import Run, atomic_write, launch, leave_group, mean_ci, parse_args, pool_map, progress, seed_everything, watch, write_rows
+
+from samtok.runs import (
+    Run,
+    atomic_write,
+    launch,
+    leave_group,
+    mean_ci,
+    parse_args,
+    pool_map,
+    progress,
+    seed_everything,
+    watch,
+    write_rows,
+)
 from .scenes import KINDS, PHRASES, toy_corpus
 from .shapeworld import ShapeWorld, render
 from .tiny_models import twin_model, twin_processor, twin_tokenizer
@@ -24,348 +44,602 @@ from ..vlm import VLMError, matrices
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #4e7854fd
 _BOOKS = ('code 0', 'code 1')
-ANSWERS = ('object', *KINDS, *_BOOKS)                                             # what a visual token is asked for
+ANSWERS = ('object', *KINDS, *_BOOKS)  # what a visual token is asked for
 
-def _owners(scene, grid): # -> pixel -> number of its object + 1 (H,W), pixel -> cell (H,W), object that covers most of each cell (g*g,), its share (g*g,)
+
+def _owners(
+    scene, grid
+):  # -> pixel -> number of its object + 1 (H,W), pixel -> cell (H,W), object that covers most of each cell (g*g,), its share (g*g,)
     top = np.zeros((scene.size, scene.size), int)
-    for k, mask in enumerate(scene.visible): top[mask] = k + 1
+    for k, mask in enumerate(scene.visible):
+        top[mask] = k + 1
     at, n = np.minimum(np.arange(scene.size) * grid // scene.size, grid - 1), len(scene.objects)
     cell = at[:, None] * grid + at[None]
     counts = np.bincount((cell * (n + 1) + top).ravel(), minlength=grid * grid * (n + 1)).reshape(grid * grid, -1)
     most = counts[:, 1:].argmax(1) if n else np.zeros(grid * grid, int)
     return top, cell, most, counts[:, 1:].max(1, initial=0) / counts.sum(1)
 
-def cell_labels(scene, # Scene
-                codes, # (n,2) codes of its objects, or None
-                grid   # cells on a side
-               ): # (grid*grid, 7) int64, without codes (grid*grid, 5): is there an object; size, texture, color, shape as indices into KINDS; both codes; -100 where there is none
+
+def cell_labels(
+    scene,  # Scene
+    codes,  # (n,2) codes of its objects, or None
+    grid,  # cells on a side
+):  # (grid*grid, 7) int64, without codes (grid*grid, 5): is there an object; size, texture, color, shape as indices into KINDS; both codes; -100 where there is none
     "Say what lies in each cell of an image, row by row."
     _, _, most, share = _owners(scene, grid)
-    rows = np.array([[KINDS[a].index(getattr(o, a)) for a in KINDS] for o in scene.objects], int).reshape(-1, len(KINDS))
-    if codes is not None: rows = np.concatenate([rows, np.asarray(codes, int).reshape(-1, len(_BOOKS))], 1)
+    rows = np.array([[KINDS[a].index(getattr(o, a)) for a in KINDS] for o in scene.objects], int).reshape(
+        -1, len(KINDS)
+    )
+    if codes is not None:
+        rows = np.concatenate([rows, np.asarray(codes, int).reshape(-1, len(_BOOKS))], 1)
     out = np.full((grid * grid, 1 + rows.shape[1]), -100)
-    out[:, 0] = share > .1
+    out[:, 0] = share > 0.1
     out[out[:, 0] > 0, 1:] = rows[most[out[:, 0] > 0]]
     return out
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #cee34387
-def cell_geometry(scene, # Scene
-                  grid   # cells on a side; scene.size must be a multiple
-                 ): # (g*g,6) float32: centre minus cell in x and y (/16 pixels), radius (/10), x and y of the centre (/32, less 2), angle (* 3); (g*g,64) bool: which of 8 x 8 points of the cell are the object's
+def cell_geometry(
+    scene,  # Scene
+    grid,  # cells on a side; scene.size must be a multiple
+):  # (g*g,6) float32: centre minus cell in x and y (/16 pixels), radius (/10), x and y of the centre (/32, less 2), angle (* 3); (g*g,64) bool: which of 8 x 8 points of the cell are the object's
     "Say where each cell lies in its object; rows of cells without one mean nothing."
     top, _, most, _ = _owners(scene, grid)
     side = scene.size // grid
-    o = np.array([(o.x, o.y, o.r, o.angle) for o in scene.objects] or [(0., 0., 0., 0.)])[most]
-    centre = (np.arange(grid) + .5) * side
+    o = np.array([(o.x, o.y, o.r, o.angle) for o in scene.objects] or [(0.0, 0.0, 0.0, 0.0)])[most]
+    centre = (np.arange(grid) + 0.5) * side
     x, y = np.tile(centre, grid), np.repeat(centre, grid)
     at = (np.arange(8) * side + side // 2) // 8
-    inside = top.reshape(grid, side, grid, side)[:, at][..., at].transpose(0, 2, 1, 3).reshape(grid * grid, 64) == most[:, None] + 1
-    return np.stack([(o[:, 0] - x) / 16, (o[:, 1] - y) / 16, o[:, 2] / 10, o[:, 0] / 32 - 2, o[:, 1] / 32 - 2, o[:, 3] * 3], 1).astype(np.float32), inside
+    inside = (
+        top.reshape(grid, side, grid, side)[:, at][..., at].transpose(0, 2, 1, 3).reshape(grid * grid, 64)
+        == most[:, None] + 1
+    )
+    return np.stack(
+        [(o[:, 0] - x) / 16, (o[:, 1] - y) / 16, o[:, 2] / 10, o[:, 0] / 32 - 2, o[:, 1] / 32 - 2, o[:, 3] * 3], 1
+    ).astype(np.float32), inside
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #32e6cc86
-def visual_tokens(model, processor, images): # VLM, its processor, list of (H,W,3) uint8 of one size -> (N*g*g, C) float
+def visual_tokens(
+    model, processor, images
+):  # VLM, its processor, list of (H,W,3) uint8 of one size -> (N*g*g, C) float
     "Run the vision tower and its merger."
     batch = processor.image_processor(images=images, return_tensors='pt', device=model.device).to(model.device)
     out = model.get_image_features(batch['pixel_values'], batch['image_grid_thw'])
     out = getattr(out, 'pooler_output', out)
     return torch.cat(list(out)).float() if isinstance(out, (list, tuple)) else out.float()
 
-def token_grid(model, processor, image): # -> cells on a side; raises ValueError where the tokens are no square
+
+def token_grid(model, processor, image):  # -> cells on a side; raises ValueError where the tokens are no square
     "Count the visual tokens on a side of an image."
     n = len(visual_tokens(model, processor, [image]))
-    if (g := math.isqrt(n)) ** 2 != n: raise ValueError(f'The image gives {n} visual tokens, which is no square: use square images.')
+    if (g := math.isqrt(n)) ** 2 != n:
+        raise ValueError(f'The image gives {n} visual tokens, which is no square: use square images.')
     return g
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #6c8e364d
-def _together(self, hidden_states, cu_seqlens, position_embeddings=None, **kwargs): # the attention of a Qwen tower, for images (or windows) of one size
+def _together(
+    self, hidden_states, cu_seqlens, position_embeddings=None, **kwargs
+):  # the attention of a Qwen tower, for images (or windows) of one size
     n = len(cu_seqlens) - 1
-    if len(hidden_states) % n or int(cu_seqlens[1]) * n != len(hidden_states): return type(self).forward(self, hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs)
+    if len(hidden_states) % n or int(cu_seqlens[1]) * n != len(hidden_states):
+        return type(self).forward(
+            self, hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs
+        )
     q, k, v = self.qkv(hidden_states).reshape(len(hidden_states), 3, self.num_heads, -1).permute(1, 0, 2, 3).unbind(0)
     q, k = sys.modules[type(self).__module__].apply_rotary_pos_emb_vision(q, k, *position_embeddings)
     q, k, v = (x.view(n, -1, *x.shape[1:]).transpose(1, 2).to(v.dtype) for x in (q, k, v))
-    return self.proj((((q * q.shape[-1]**-.5) @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).reshape(len(hidden_states), -1))
+    return self.proj(
+        (((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v)
+        .transpose(1, 2)
+        .reshape(len(hidden_states), -1)
+    )
+
 
 @contextmanager
-def batched_attention(model, where='visual|vision'): # VLM; regular expression for the names of its attention; towers of other families are left as they are
+def batched_attention(
+    model, where='visual|vision'
+):  # VLM; regular expression for the names of its attention; towers of other families are left as they are
     "Let the images of a pass, all of one size, go through the tower's attention together."
-    found = [m for n, m in model.named_modules() if re.search(where, n) and hasattr(m, 'qkv') and hasattr(m, 'proj') and 'Qwen' in type(m).__name__]
+    found = [
+        m
+        for n, m in model.named_modules()
+        if re.search(where, n) and hasattr(m, 'qkv') and hasattr(m, 'proj') and 'Qwen' in type(m).__name__
+    ]
     try:
-        for m in found: m.forward = types.MethodType(_together, m)
+        for m in found:
+            m.forward = types.MethodType(_together, m)
         yield len(found)
     finally:
-        for m in found: del m.forward
+        for m in found:
+            del m.forward
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #a9685177
-def answer_words(processor, vocab=None): # of a model, with the mask words if a MaskVocab is given -> dict answer -> (k,) token ids, in the order of KINDS and of the codes
+def answer_words(
+    processor, vocab=None
+):  # of a model, with the mask words if a MaskVocab is given -> dict answer -> (k,) token ids, in the order of KINDS and of the codes
     "Find the word for every answer but the first: attributes as they stand in a sentence, codes as mask words."
     tk = processor.tokenizer
     said = {a: [tk(f' {v}', add_special_tokens=False)['input_ids'][-1] for v in values] for a, values in KINDS.items()}
-    if vocab: said |= {b: tk.convert_tokens_to_ids([vocab.word(j, c) for c in range(vocab.codebook_size)]) for j, b in enumerate(_BOOKS)}
+    if vocab:
+        said |= {
+            b: tk.convert_tokens_to_ids([vocab.word(j, c) for c in range(vocab.codebook_size)])
+            for j, b in enumerate(_BOOKS)
+        }
     return {a: torch.tensor(ids) for a, ids in said.items()}
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #8a59e775
-class _Reader(torch.nn.Module): # reads the answers off visual tokens: whether there is an object and where by layers, the rest by the words' own embeddings
-    def __init__(self, embeddings, words): # (V,C), dict of answer_words
+class _Reader(
+    torch.nn.Module
+):  # reads the answers off visual tokens: whether there is an object and where by layers, the rest by the words' own embeddings
+    def __init__(self, embeddings, words):  # (V,C), dict of answer_words
         super().__init__()
-        self.there, self.where, self.scale = torch.nn.Linear(embeddings.shape[1], 2), torch.nn.Linear(embeddings.shape[1], 70), torch.nn.Parameter(torch.tensor(2.))
+        self.there, self.where, self.scale = (
+            torch.nn.Linear(embeddings.shape[1], 2),
+            torch.nn.Linear(embeddings.shape[1], 70),
+            torch.nn.Parameter(torch.tensor(2.0)),
+        )
         self.words = [F.normalize(embeddings.detach()[i].float(), dim=1) for i in words.values()]
-    def forward(self, tokens): # (N,C) -> list of logits, (N,70)
+
+    def forward(self, tokens):  # (N,C) -> list of logits, (N,70)
         x = F.rms_norm(tokens, tokens.shape[-1:])
         return [self.there(x)] + [self.scale * (x @ w.T.to(x.device)) for w in self.words], self.where(x)
 
-def _look_loss(out, where, labels, geometry, inside): # -> loss, accuracy of each answer
+
+def _look_loss(out, where, labels, geometry, inside):  # -> loss, accuracy of each answer
     said = sum(F.cross_entropy(o.float(), labels[:, j], ignore_index=-100) for j, o in enumerate(out))
     on = labels[:, 0] > 0
-    place = 4 * F.smooth_l1_loss(where[on, :6].float(), geometry[on]) + 2 * F.binary_cross_entropy_with_logits(where[on, 6:].float(), inside[on].float())
-    return said + place, [((o.argmax(1) == labels[:, j])[labels[:, j] >= 0]).float().mean().item() for j, o in enumerate(out)]
+    place = 4 * F.smooth_l1_loss(where[on, :6].float(), geometry[on]) + 2 * F.binary_cross_entropy_with_logits(
+        where[on, 6:].float(), inside[on].float()
+    )
+    return said + place, [
+        ((o.argmax(1) == labels[:, j])[labels[:, j] >= 0]).float().mean().item() for j, o in enumerate(out)
+    ]
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #79477c31
 @torch.no_grad()
-def _to_words_size(model, processor, images): # scale the merger's last layer so that visual tokens are as large as words
-    size = lambda x: x.float().pow(2).mean().sqrt()
-    last = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and re.search('merger|projector', n) and 'deepstack' not in n][-1]
+def _to_words_size(
+    model, processor, images
+):  # scale the merger's last layer so that visual tokens are as large as words
+    def size(x):
+        return x.float().pow(2).mean().sqrt()
+
+    last = [
+        m
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and re.search('merger|projector', n) and 'deepstack' not in n
+    ][-1]
     factor = size(model.get_input_embeddings().weight) / size(visual_tokens(model, processor, images))
-    for w in last.parameters(): w.mul_(factor)
+    for w in last.parameters():
+        w.mul_(factor)
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #a36f5656
-class _Scenes: # a share of the first scenes of a world: images, labels, geometry; each is drawn when it is first wanted
+class _Scenes:  # a share of the first scenes of a world: images, labels, geometry; each is drawn when it is first wanted
     def __init__(self, n, table, grid, rank=0, ranks=1, workers=0):
-        self.world, self.table, self.grid, self.own, self.seen = ShapeWorld(n, 'train'), table, grid, range(rank, n, ranks), {}
-        if workers: self.seen.update(zip(self.own, pool_map(self._make, self.own, workers)))
+        self.world, self.table, self.grid, self.own, self.seen = (
+            ShapeWorld(n, 'train'),
+            table,
+            grid,
+            range(rank, n, ranks),
+            {},
+        )
+        if workers:
+            self.seen.update(zip(self.own, pool_map(self._make, self.own, workers)))
+
     def _make(self, i):
         scene, t = self.world.scene(i), self.table
-        codes = None if t is None else t.codes[t.starts[i]:t.starts[i + 1]]
+        codes = None if t is None else t.codes[t.starts[i] : t.starts[i + 1]]
         return render(scene), cell_labels(scene, codes, self.grid).astype(np.int16), *cell_geometry(scene, self.grid)
+
     def __getitem__(self, k):
-        if (i := self.own[k]) not in self.seen: self.seen[i] = self._make(i)
+        if (i := self.own[k]) not in self.seen:
+            self.seen[i] = self._make(i)
         return self.seen[i]
-    def batch(self, rng, size): # -> list of images, labels (N,k), geometry (N,6), inside (N,64)
+
+    def batch(self, rng, size):  # -> list of images, labels (N,k), geometry (N,6), inside (N,64)
         images, *rest = zip(*(self[int(k)] for k in rng.integers(len(self.own), size=size)))
         labels, geometry, inside = (torch.from_numpy(np.concatenate(r)) for r in rest)
         return list(images), labels.long(), geometry, inside
 
-def _optimizers(model, reader, lr): # Muon turns the tower's matrices, AdamW the rest
+
+def _optimizers(model, reader, lr):  # Muon turns the tower's matrices, AdamW the rest
     tower = [(n, p) for n, p in model.named_parameters() if re.search('visual|vision', n) and 'deepstack' not in n]
     turned = [p for n, p in tower if p.dim() == 2 and not re.search('embed|pos', n)]
     other = [p for n, p in tower if p.dim() != 2 or re.search('embed|pos', n)] + list(reader.parameters())
-    return [torch.optim.Muon(turned, lr=lr, weight_decay=.01, adjust_lr_fn='match_rms_adamw'), torch.optim.AdamW(other, lr=lr, betas=(.9, .98), weight_decay=.01)], turned + other
+    return [
+        torch.optim.Muon(turned, lr=lr, weight_decay=0.01, adjust_lr_fn='match_rms_adamw'),
+        torch.optim.AdamW(other, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
+    ], turned + other
 
-def _mean_over_ranks(weights): # the mean of the gradients of all processes
+
+def _mean_over_ranks(weights):  # the mean of the gradients of all processes
     flat = torch.cat([p.grad.flatten() for p in weights])
-    dist.all_reduce(flat); flat /= dist.get_world_size()
-    for p, g in zip(weights, flat.split([p.numel() for p in weights])): p.grad.copy_(g.view_as(p))
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for p, g in zip(weights, flat.split([p.numel() for p in weights])):
+        p.grad.copy_(g.view_as(p))
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #fd8ce002
-class _Kept: # what a lesson needs to go on after a kill, in a file that is replaced as a whole
-    def __init__(self, path, weights, *others): self.path, self.parts = path and Path(path), [torch.nn.ParameterList(weights), *others]
-    def load(self): # -> steps done, rows, window
-        if not self.path or not self.path.exists(): return 0, [], []
+class _Kept:  # what a lesson needs to go on after a kill, in a file that is replaced as a whole
+    def __init__(self, path, weights, *others):
+        self.path, self.parts = path and Path(path), [torch.nn.ParameterList(weights), *others]
+
+    def load(self):  # -> steps done, rows, window
+        if not self.path or not self.path.exists():
+            return 0, [], []
         kept = torch.load(self.path, map_location='cpu', weights_only=True)
-        for part, state in zip(self.parts, kept['parts']): part.load_state_dict(state)
+        for part, state in zip(self.parts, kept['parts']):
+            part.load_state_dict(state)
         return kept['step'], kept['rows'], kept['window']
+
     def save(self, step, rows, window):
         state = dict(step=step, rows=rows, window=window, parts=[p.state_dict() for p in self.parts])
         atomic_write(self.path, lambda f: torch.save(state, f))
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #7b2ae6e5
-def _answer(model, processor, reader, images, labels): # -> loss, accuracy of each answer
-    with torch.autocast(model.device.type, torch.bfloat16), batched_attention(model): return _look_loss(*reader(visual_tokens(model, processor, images)), *(x.to(model.device) for x in labels))
+def _answer(model, processor, reader, images, labels):  # -> loss, accuracy of each answer
+    with torch.autocast(model.device.type, torch.bfloat16), batched_attention(model):
+        return _look_loss(*reader(visual_tokens(model, processor, images)), *(x.to(model.device) for x in labels))
 
-def _prepare(model, processor, table, steps, lr, scenes, seed, workers, rank, ranks): # -> _Scenes, reader, optimizers, plans, weights
-    data = _Scenes(scenes or (len(table) if table else 12_000), table, token_grid(model, processor, render(ShapeWorld(1).scene(0))), rank, ranks, workers)
+
+def _prepare(
+    model, processor, table, steps, lr, scenes, seed, workers, rank, ranks
+):  # -> _Scenes, reader, optimizers, plans, weights
+    data = _Scenes(
+        scenes or (len(table) if table else 12_000),
+        table,
+        token_grid(model, processor, render(ShapeWorld(1).scene(0))),
+        rank,
+        ranks,
+        workers,
+    )
     torch.manual_seed(seed)
-    reader = _Reader(model.get_input_embeddings().weight, answer_words(processor, table.vocab if table else None)).to(model.device)
+    reader = _Reader(model.get_input_embeddings().weight, answer_words(processor, table.vocab if table else None)).to(
+        model.device
+    )
     optimizers, weights = _optimizers(model, reader, lr)
-    for p in weights: p.requires_grad_(True)
-    return data, reader, optimizers, [get_cosine_schedule_with_warmup(o, min(50, steps // 4), steps + 1) for o in optimizers], weights
+    for p in weights:
+        p.requires_grad_(True)
+    return (
+        data,
+        reader,
+        optimizers,
+        [get_cosine_schedule_with_warmup(o, min(50, steps // 4), steps + 1) for o in optimizers],
+        weights,
+    )
 
-def _update(loss, weights, optimizers, plans, ranks): # one step, with the mean of the gradients of all processes
+
+def _update(loss, weights, optimizers, plans, ranks):  # one step, with the mean of the gradients of all processes
     loss.backward()
-    if ranks > 1: _mean_over_ranks(weights)
-    torch.nn.utils.clip_grad_norm_(weights, 1.)
-    for o in optimizers + plans: o.step()
-    for o in optimizers: o.zero_grad(set_to_none=True)
-
+    if ranks > 1:
+        _mean_over_ranks(weights)
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    for o in optimizers + plans:
+        o.step()
+    for o in optimizers:
+        o.zero_grad(set_to_none=True)
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #aef77944
-def warm_up_vision(model,     # a twin; its vision tower and merger are trained in place
-                   processor, # its processor
-                   table=None, # CodeTable of training scenes, for a twin with mask words; None: attributes only
-                   steps=400, batch=32, lr=2e-3, # optimizer steps, images a step (of each process), peak learning rate (warm-up over 50 steps, then cosine)
-                   scenes=0,  # training scenes to draw from; 0: those of the table, or 12,000
-                   seed=0, every=20, # of the draw of scenes; steps between two rows
-                   workers=0, # processes that draw all scenes first; 0: each is drawn when it is wanted
-                   tell=None, # called with all rows whenever there is a new one
-                   keep=None, keep_every=200): # file from which a killed lesson goes on; written every so many steps; returns rows: step, loss, accuracy of each answer
+def warm_up_vision(
+    model,  # a twin; its vision tower and merger are trained in place
+    processor,  # its processor
+    table=None,  # CodeTable of training scenes, for a twin with mask words; None: attributes only
+    steps=400,
+    batch=32,
+    lr=2e-3,  # optimizer steps, images a step (of each process), peak learning rate (warm-up over 50 steps, then cosine)
+    scenes=0,  # training scenes to draw from; 0: those of the table, or 12,000
+    seed=0,
+    every=20,  # of the draw of scenes; steps between two rows
+    workers=0,  # processes that draw all scenes first; 0: each is drawn when it is wanted
+    tell=None,  # called with all rows whenever there is a new one
+    keep=None,
+    keep_every=200,
+):  # file from which a killed lesson goes on; written every so many steps; returns rows: step, loss, accuracy of each answer
     "Let the visual tokens of a twin say what they see, in the twin's own words."
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    data, reader, optimizers, plans, weights = _prepare(model, processor, table, steps, lr, scenes, seed, workers, rank, ranks)
+    data, reader, optimizers, plans, weights = _prepare(
+        model, processor, table, steps, lr, scenes, seed, workers, rank, ranks
+    )
     kept, rng = _Kept(keep, weights, *optimizers, *plans), np.random.default_rng([seed, rank])
     done, rows, window = kept.load()
-    for _ in range(done): rng.integers(len(data.own), size=batch)                    # what was drawn before the kill
+    for _ in range(done):
+        rng.integers(len(data.own), size=batch)  # what was drawn before the kill
     for s in progress(range(done, steps), 'look') if rank == 0 else range(done, steps):
         images, *labels = data.batch(rng, batch)
         loss, right = _answer(model, processor, reader, images, labels)
         _update(loss, weights, optimizers, plans, ranks)
         window.append([loss.item(), *right])
         if (s + 1) % every == 0 or s + 1 == steps:
-            rows.append(dict(step=s + 1, **dict(zip(('loss', *ANSWERS), np.nanmean(window, 0).round(4).tolist())))); window = []
-            if tell: tell(rows)
-        if keep and rank == 0 and (s + 1) % keep_every == 0: kept.save(s + 1, rows, window)
+            rows.append(dict(step=s + 1, **dict(zip(('loss', *ANSWERS), np.nanmean(window, 0).round(4).tolist()))))
+            window = []
+            if tell:
+                tell(rows)
+        if keep and rank == 0 and (s + 1) % keep_every == 0:
+            kept.save(s + 1, rows, window)
     _to_words_size(model, processor, [render(data.world.scene(i)) for i in range(min(16, len(data.world)))])
     return rows
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #c61713c5
-_NEIGHBOURS = [[(0, 1), (0, -1), (1, 0), (-1, 0)], [(1, 1), (1, -1), (-1, 1), (-1, -1)], [(0, 2), (0, -2), (2, 0), (-2, 0)], [(2, 2), (2, -2), (-2, 2), (-2, -2)]] # (down, right) in patches, for the heads of a layer
+_NEIGHBOURS = [
+    [(0, 1), (0, -1), (1, 0), (-1, 0)],
+    [(1, 1), (1, -1), (-1, 1), (-1, -1)],
+    [(0, 2), (0, -2), (2, 0), (-2, 0)],
+    [(2, 2), (2, -2), (-2, 2), (-2, -2)],
+]  # (down, right) in patches, for the heads of a layer
 
-def _look_at(attention, offsets, strength): # biases of queries and keys that make head h look offsets[h] away
+
+def _look_at(attention, offsets, strength):  # biases of queries and keys that make head h look offsets[h] away
     heads, width = attention.num_heads, attention.proj.weight.shape[0]
-    d, n = width // heads, width // heads // 4                              # a quarter of a head's numbers turns with the row, a quarter with the column, in pairs
-    turn = 10_000. ** (-torch.arange(n) / n)
-    size, q, k = (strength * (turn > .05)).sqrt(), torch.zeros(heads, d), torch.zeros(heads, d)
+    d, n = (
+        width // heads,
+        width // heads // 4,
+    )  # a quarter of a head's numbers turns with the row, a quarter with the column, in pairs
+    turn = 10_000.0 ** (-torch.arange(n) / n)
+    size, q, k = (strength * (turn > 0.05)).sqrt(), torch.zeros(heads, d), torch.zeros(heads, d)
     for h in range(heads):
         for axis, away in enumerate(offsets[h % len(offsets)]):
-            a = slice(axis * n, axis * n + n); b = slice(d // 2 + axis * n, d // 2 + axis * n + n)
+            a = slice(axis * n, axis * n + n)
+            b = slice(d // 2 + axis * n, d // 2 + axis * n + n)
             q[h, a], q[h, b], k[h, a] = size * torch.cos(turn * away), size * torch.sin(turn * away), size
-    attention.qkv.bias[:2 * width] = torch.cat([q.flatten(), k.flatten()])
+    attention.qkv.bias[: 2 * width] = torch.cat([q.flatten(), k.flatten()])
+
 
 @torch.no_grad()
-def neighbour_start(model, strength=25., seed=0): # a Qwen twin, changed in place; how sharply heads look, squared -> int: layers changed
+def neighbour_start(
+    model, strength=25.0, seed=0
+):  # a Qwen twin, changed in place; how sharply heads look, squared -> int: layers changed
     "Let the heads of the tower's first layers look at neighbouring patches, one each."
-    blocks = [m for n, m in model.named_modules() if re.search(r'visual\.blocks\.\d+$', n) and getattr(m.attn.qkv, 'bias', None) is not None]
+    blocks = [
+        m
+        for n, m in model.named_modules()
+        if re.search(r'visual\.blocks\.\d+$', n) and getattr(m.attn.qkv, 'bias', None) is not None
+    ]
     draw = torch.Generator().manual_seed(seed)
     for b in blocks:
-        for w in (b.attn.qkv.weight[2 * b.attn.proj.weight.shape[0]:], b.attn.proj.weight, *(p for p in b.mlp.parameters() if p.dim() == 2)): w.copy_(torch.randn(w.shape, generator=draw) / w.shape[1]**.5)
-    for b, offsets in zip(blocks[:-1], _NEIGHBOURS): _look_at(b.attn, offsets, strength)
+        for w in (
+            b.attn.qkv.weight[2 * b.attn.proj.weight.shape[0] :],
+            b.attn.proj.weight,
+            *(p for p in b.mlp.parameters() if p.dim() == 2),
+        ):
+            w.copy_(torch.randn(w.shape, generator=draw) / w.shape[1] ** 0.5)
+    for b, offsets in zip(blocks[:-1], _NEIGHBOURS):
+        _look_at(b.attn, offsets, strength)
     return min(len(blocks) - 1, len(_NEIGHBOURS)) if blocks else 0
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #c289309b
-def _alike(attention, strength, draw): # queries equal to keys, values of some random directions that are put back where they came from
+def _alike(
+    attention, strength, draw
+):  # queries equal to keys, values of some random directions that are put back where they came from
     d, width = attention.head_dim, attention.k_proj.weight.shape[1]
     heads, kept = attention.o_proj.weight.shape[1] // d, attention.k_proj.weight.shape[0] // d
-    if attention.q_proj.weight.shape[0] != heads * d or kept * d > width: return 0          # gated or wide heads: left as they are
-    each = lambda w: w.view(kept, d, width).repeat_interleave(heads // kept, 0).reshape(heads * d, width)
+    if attention.q_proj.weight.shape[0] != heads * d or kept * d > width:
+        return 0  # gated or wide heads: left as they are
+
+    def each(w):
+        return w.view(kept, d, width).repeat_interleave(heads // kept, 0).reshape(heads * d, width)
+
     attention.q_proj.weight.copy_(each(attention.k_proj.weight))
     attention.v_proj.weight.copy_(torch.linalg.qr(torch.randn(width, kept * d, generator=draw))[0].T)
     attention.o_proj.weight.copy_(each(attention.v_proj.weight).T * strength * kept / heads)
-    if hasattr(attention, 'q_norm'): attention.q_norm.weight.mul_(1.5)                     # sharper
+    if hasattr(attention, 'q_norm'):
+        attention.q_norm.weight.mul_(1.5)  # sharper
     return 1
 
-def _nearby(attention, draw): # keys of what all words have in common, in the slow turns of the position code: attention falls off over some ten words
+
+def _nearby(
+    attention, draw
+):  # keys of what all words have in common, in the slow turns of the position code: attention falls off over some ten words
     d, width = attention.head_dim, attention.k_proj.weight.shape[1]
     turn = torch.zeros(d, 1)
-    turn[1:4, 0] = torch.tensor([.35, 1., .7])
-    rows = turn.repeat(len(attention.k_proj.weight) // d, 1) / width**.5
-    attention.k_proj.weight.copy_(rows + .02 * torch.randn(attention.k_proj.weight.shape, generator=draw))
+    turn[1:4, 0] = torch.tensor([0.35, 1.0, 0.7])
+    rows = turn.repeat(len(attention.k_proj.weight) // d, 1) / width**0.5
+    attention.k_proj.weight.copy_(rows + 0.02 * torch.randn(attention.k_proj.weight.shape, generator=draw))
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #b7610eb5
 @torch.no_grad()
-def own_directions(model, ids, draw): # (k,) token ids; torch.Generator
+def own_directions(model, ids, draw):  # (k,) token ids; torch.Generator
     "Give words of a twin a direction each, the same in the matrices of input and output."
     emb, head, tied = matrices(model)
     rows = torch.randn(len(ids), emb.weight.shape[1], generator=draw)
-    emb.weight[ids] = (rows + .5) * (.05 if tied else 1.)
-    if not tied: head.weight[ids] = rows * .05
+    emb.weight[ids] = (rows + 0.5) * (0.05 if tied else 1.0)
+    if not tied:
+        head.weight[ids] = rows * 0.05
+
 
 @torch.no_grad()
-def mimetic_start(model, strength=.5, seed=0): # a twin with mask words, changed in place; share of what is found that is passed on -> int: layers changed
+def mimetic_start(
+    model, strength=0.5, seed=0
+):  # a twin with mask words, changed in place; share of what is found that is passed on -> int: layers changed
     "Let a twin's attention gather the words nearby, look for what is like them and copy it; give every word a direction of its own, the same at both ends."
     draw, n, emb = torch.Generator().manual_seed(seed), 0, matrices(model)[0]
     for name, m in model.named_modules():
         if re.search('visual|vision', name):
-            if re.search(r'deepstack_merger.*fc2$', name): m.weight.zero_(); m.bias.zero_()
+            if re.search(r'deepstack_merger.*fc2$', name):
+                m.weight.zero_()
+                m.bias.zero_()
         elif all(hasattr(m, p) for p in ('q_proj', 'k_proj', 'v_proj', 'o_proj')):
-            if not n and m.head_dim > 7: _nearby(m, draw)
+            if not n and m.head_dim > 7:
+                _nearby(m, draw)
             n += _alike(m, strength * (10 if not n else 1), draw)
     own_directions(model, torch.arange(len(emb.weight)), draw)
     return n
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #9983b94c
-def remember_images(model, draw): # VLM with a frozen tower in float32; function from a number to (pixel_values of the image, grid (1,3))
+def remember_images(
+    model, draw
+):  # VLM with a frozen tower in float32; function from a number to (pixel_values of the image, grid (1,3))
     "Let the tower answer numbers, `pixel_values` (n,1), with what it saw of these images; pixels it still takes."
     tower, memory = model.model.visual, {}
     look, device = tower.forward, next(tower.parameters()).device
-    if any(p.requires_grad for p in tower.parameters()) or next(tower.parameters()).dtype != torch.float32: raise VLMError('Only a frozen tower in float32 can remember images: set freeze_vision.')
+    if any(p.requires_grad for p in tower.parameters()) or next(tower.parameters()).dtype != torch.float32:
+        raise VLMError('Only a frozen tower in float32 can remember images: set freeze_vision.')
+
     @torch.no_grad()
     def forward(pixel_values, grid_thw, **kwargs):
-        if pixel_values.shape[1] != 1: return look(pixel_values, grid_thw, **kwargs)
+        if pixel_values.shape[1] != 1:
+            return look(pixel_values, grid_thw, **kwargs)
         numbers = pixel_values[:, 0].long().tolist()
         if new := [k for k in dict.fromkeys(numbers) if k not in memory]:
             pixels, grids = zip(*map(draw, new))
-            with batched_attention(tower, 'blocks'): seen = _per_image(look(torch.cat(pixels).to(device), torch.cat(grids).to(device), **kwargs), len(new))
+            with batched_attention(tower, 'blocks'):
+                seen = _per_image(look(torch.cat(pixels).to(device), torch.cat(grids).to(device), **kwargs), len(new))
             memory.update(zip(new, seen))
         return _together_again([memory[k] for k in numbers])
+
     tower.forward = forward
     return memory
 
-def forget_images(model): # VLM after remember_images
+
+def forget_images(model):  # VLM after remember_images
     "Give the tower its own forward back."
     model.model.visual.__dict__.pop('forward', None)
 
-def _per_image(out, n): # the tower's output for n images of one size -> for each (output class, tensors in bfloat16)
-    cut = lambda v: v.to(torch.bfloat16).chunk(n) if torch.is_tensor(v) else list(zip(*(x.to(torch.bfloat16).chunk(n) for x in v)))
+
+def _per_image(out, n):  # the tower's output for n images of one size -> for each (output class, tensors in bfloat16)
+    def cut(v):
+        return (
+            v.to(torch.bfloat16).chunk(n)
+            if torch.is_tensor(v)
+            else list(zip(*(x.to(torch.bfloat16).chunk(n) for x in v)))
+        )
+
     parts = {k: cut(v) for k, v in out.items() if v is not None and k != 'last_hidden_state'}
     return [(type(out), {k: v[j] for k, v in parts.items()}) for j in range(n)]
 
-def _together_again(seen): # the inverse, for images in any order; the tower's states before the merger are not kept
+
+def _together_again(seen):  # the inverse, for images in any order; the tower's states before the merger are not kept
     cls, first = seen[0]
-    join = lambda k: torch.cat([s[1][k] for s in seen]).float() if torch.is_tensor(first[k]) else [torch.cat(x).float() for x in zip(*(s[1][k] for s in seen))]
+
+    def join(k):
+        return (
+            torch.cat([s[1][k] for s in seen]).float()
+            if torch.is_tensor(first[k])
+            else [torch.cat(x).float() for x in zip(*(s[1][k] for s in seen))]
+        )
+
     return cls(**{k: join(k) for k in first})
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #4eb5fba8
 @torch.no_grad()
-def read_cells(model, processor, n, split='heldout', batch=32, # twin; scenes
-               tokenizer=None): # MaskTokenizer of a twin with its words: asks for codes as well -> dict attribute (and code) -> list over scenes: share of cells whose token is nearest to the right word
+def read_cells(
+    model,
+    processor,
+    n,
+    split='heldout',
+    batch=32,  # twin; scenes
+    tokenizer=None,
+):  # MaskTokenizer of a twin with its words: asks for codes as well -> dict attribute (and code) -> list over scenes: share of cells whose token is nearest to the right word
     "Ask the visual tokens of held-out scenes for attributes."
     world, ids = ShapeWorld(n, split), answer_words(processor, tokenizer and tokenizer.vocab)
-    words, out = {k: F.normalize(model.get_input_embeddings().weight[i].float(), dim=1) for k, i in ids.items()}, {k: [] for k in ids}
+    words, out = (
+        {k: F.normalize(model.get_input_embeddings().weight[i].float(), dim=1) for k, i in ids.items()},
+        {k: [] for k in ids},
+    )
     grid = token_grid(model, processor, render(world.scene(0)))
     for a in range(0, n, batch):
         scenes = [world.scene(i) for i in range(a, min(n, a + batch))]
         images = [render(s) for s in scenes]
         codes = tokenizer.encode(images, [s.visible for s in scenes]) if tokenizer else [None] * len(scenes)
-        for tokens, scene, c in zip(visual_tokens(model, processor, images).view(len(scenes), grid * grid, -1), scenes, codes):
+        for tokens, scene, c in zip(
+            visual_tokens(model, processor, images).view(len(scenes), grid * grid, -1), scenes, codes
+        ):
             labels = cell_labels(scene, c, grid)
             on = labels[:, 0] > 0
             for j, k in enumerate(words):
-                if on.any(): out[k].append(float(((tokens @ words[k].T).argmax(1).numpy() == labels[:, 1 + j])[on].mean()))
+                if on.any():
+                    out[k].append(float(((tokens @ words[k].T).argmax(1).numpy() == labels[:, 1 + j])[on].mean()))
     return out
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #b31e2ec7
-EYES = dict(family='qwen3_vl', side=128, patch=8, twin=dict(hidden=192, layers=4, heads=8, vision=128, depth=5, grid=16), mimetic=.5, steps=1800, batch=32, lr=3e-3, scenes=12_000, seed=0, eval_n=320, gpus=0, device='cpu', workers=0)
+EYES = dict(
+    family='qwen3_vl',
+    side=128,
+    patch=8,
+    twin=dict(hidden=192, layers=4, heads=8, vision=128, depth=5, grid=16),
+    mimetic=0.5,
+    steps=1800,
+    batch=32,
+    lr=3e-3,
+    scenes=12_000,
+    seed=0,
+    eval_n=320,
+    gpus=0,
+    device='cpu',
+    workers=0,
+)
 
-def base_twin(params): # dict like EYES -> model, processor
+
+def base_twin(params):  # dict like EYES -> model, processor
     "Make the twin that is to learn to see."
-    processor = twin_processor(params['family'], twin_tokenizer(toy_corpus(), 700, phrases=PHRASES), params['patch'], pixels=(params['side']**2,) * 2)
+    processor = twin_processor(
+        params['family'],
+        twin_tokenizer(toy_corpus(), 700, phrases=PHRASES),
+        params['patch'],
+        pixels=(params['side'] ** 2,) * 2,
+    )
     model = twin_model(params['family'], processor, **params['twin'], seed=params['seed'])
-    if params['mimetic']: mimetic_start(model, params['mimetic'], params['seed'])
+    if params['mimetic']:
+        mimetic_start(model, params['mimetic'], params['seed'])
     neighbour_start(model, seed=params['seed'])
     return model, processor
 
-def make_eyes(path, params): # run folder, dict like EYES; started by torchrun it shares the images -> result dict, None on other ranks
+
+def make_eyes(
+    path, params
+):  # run folder, dict like EYES; started by torchrun it shares the images -> result dict, None on other ranks
     "Teach a twin to see and save it in the run folder."
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
-    if run.skip(): return run.result
-    if 'RANK' in os.environ: torch.set_num_threads(1); dist.init_process_group('gloo')
-    torch.set_flush_denormal(True); seed_everything(params['seed'])
+    if run.skip():
+        return run.result
+    if 'RANK' in os.environ:
+        torch.set_num_threads(1)
+        dist.init_process_group('gloo')
+    torch.set_flush_denormal(True)
+    seed_everything(params['seed'])
     model, processor = base_twin(params)
     model.to(params['device'])
     started = time.time()
-    warm_up_vision(model, processor, None, params['steps'], params['batch'], params['lr'], params['scenes'], params['seed'], workers=params['workers'], tell=lambda rows: write_rows(run.metrics_path, rows) if run.main else None, keep=run.path / 'look.pt')
-    if not run.main: return None
+    warm_up_vision(
+        model,
+        processor,
+        None,
+        params['steps'],
+        params['batch'],
+        params['lr'],
+        params['scenes'],
+        params['seed'],
+        workers=params['workers'],
+        tell=lambda rows: write_rows(run.metrics_path, rows) if run.main else None,
+        keep=run.path / 'look.pt',
+    )
+    if not run.main:
+        return None
     (run.path / 'look.pt').unlink(missing_ok=True)
-    model.to('cpu', torch.bfloat16).save_pretrained(run.path / 'eyes'); processor.save_pretrained(run.path / 'eyes')
+    model.to('cpu', torch.bfloat16).save_pretrained(run.path / 'eyes')
+    processor.save_pretrained(run.path / 'eyes')
     metrics = {k: mean_ci(v) for k, v in read_cells(model.float(), processor, params['eval_n']).items()}
-    return run.save_result(metrics, n=params['eval_n'], seconds=round(time.time() - started, 1), command='python -m samtok.toy.vision_pretraining ' + ' '.join(f'--{k} {v}' for k, v in params.items() if v != EYES[k])) or run.result
+    return (
+        run.save_result(
+            metrics,
+            n=params['eval_n'],
+            seconds=round(time.time() - started, 1),
+            command='python -m samtok.toy.vision_pretraining '
+            + ' '.join(f'--{k} {v}' for k, v in params.items() if v != EYES[k]),
+        )
+        or run.result
+    )
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #c392c5f8
-def main(argv=None): # see EYES
+def main(argv=None):  # see EYES
     "Teach a twin to see, from the command line."
     args = parse_args({**EYES, 'out': 'runs/eyes'}, argv, prog='samtok.toy.vision_pretraining')
     path = args.pop('out')
-    if 'RANK' in os.environ or args['gpus'] < 2: make_eyes(path, args); leave_group()
-    else: watch(path, launch('samtok.toy.vision_pretraining', dict(out=path, **args), gpus=args['gpus'], run_dir=path))
-    if 'RANK' not in os.environ: print(json.dumps(Run(path, args).result['metrics'], indent=1))
+    if 'RANK' in os.environ or args['gpus'] < 2:
+        make_eyes(path, args)
+        leave_group()
+    else:
+        watch(path, launch('samtok.toy.vision_pretraining', dict(out=path, **args), gpus=args['gpus'], run_dir=path))
+    if 'RANK' not in os.environ:
+        print(json.dumps(Run(path, args).result['metrics'], indent=1))
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #32498708
-if __name__ == '__main__' and '__file__' in globals(): main()
+if __name__ == '__main__' and '__file__' in globals():
+    main()
