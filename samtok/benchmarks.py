@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from .chat import PROMPTS, ChatDataset, Conversation, answer_masks, caption_chat, mask_array, places
-from .chat_formats import _Around, open_chat
+from .chat_formats import DatasetWrapper, open_chat
 from .data import read_image
-from .formats import ReasonSeg, _find_image, open_dataset
+from .formats import ReasonSeg, find_image, open_dataset
 from .masks import box_to_mask, mask_to_box, mask_to_rle, segmentation_to_mask
-from .metrics import Metric, _ratio
+from .metrics import Metric, ratio
 from .runs import read_rows
-from .toy.scenes import KINDS, SceneChat, read_caption
+from .toy.scenes import ATTRIBUTES, SceneChat, read_caption
 from .toy.shapeworld import ShapeWorld
 
 # %% ../nbs/07b_benchmarks.ipynb #5a1ce089
@@ -109,7 +109,7 @@ def toy_questions(
     about = {k: v for k, v in read_caption(caption).items() if v}
 
     def other(k):
-        return KINDS[k][(KINDS[k].index(about[k]) + 1 + len(caption)) % len(KINDS[k])]
+        return ATTRIBUTES[k][(ATTRIBUTES[k].index(about[k]) + 1 + len(caption)) % len(ATTRIBUTES[k])]
 
     rows = [
         dict(
@@ -127,7 +127,7 @@ def toy_questions(
     return dict(name=about['shape'], questions=rows + wrong)
 
 # %% ../nbs/07b_benchmarks.ipynb #937b90e9
-class Reason(_Around):
+class Reason(DatasetWrapper):
     "ReasonSeg: the first question of each image; the second mask, which no message names, is what does not count."
 
     name = 'reason'
@@ -153,7 +153,7 @@ class Reason(_Around):
         )
 
 
-class MaskSet(_Around):
+class MaskSet(DatasetWrapper):
     "Any data set of masks: all masks of an image, to be written as words and read back."
 
     name = 'masks'
@@ -247,7 +247,7 @@ class Regions(ChatDataset):
 
     def load(self, i):
         r = self.rows[i]
-        image = read_image(_find_image(self.folder, r['image']))
+        image = read_image(find_image(self.folder, r['image']))
         c = caption_chat(
             image,
             segmentation_to_mask(r['mask'], image.shape[:2]),
@@ -631,8 +631,8 @@ class Choices(Metric):
             )
 
     def _from_sums(self, s):
-        pos, neg = (_ratio(s[k], s[f'has_{k}']) for k in ('positive', 'negative'))
-        return dict(positive=pos, negative=neg, average=(pos + neg) / 2, recognised=_ratio(s['recognised'], s['n']))
+        pos, neg = (ratio(s[k], s[f'has_{k}']) for k in ('positive', 'negative'))
+        return dict(positive=pos, negative=neg, average=(pos + neg) / 2, recognised=ratio(s['recognised'], s['n']))
 
 # %% ../nbs/07b_benchmarks.ipynb #dee42f87
 def _numbers(answer, n, low, high):  # -> the first n numbers of the first line that has as many, or None
@@ -662,7 +662,7 @@ class Pairs(Metric):
             row.update(n=int(found is not None), **dict(zip(('reference', 'points'), found or (0, 0))))
 
     def _from_sums(self, s):
-        return dict(relative=100 * _ratio(s['points'], s['reference']), points=_ratio(s['points'], s['n']))
+        return dict(relative=100 * ratio(s['points'], s['reference']), points=ratio(s['points'], s['n']))
 
 
 class Grades(Metric):
@@ -687,7 +687,7 @@ class Grades(Metric):
             row.update(n=int(found is not None), **dict(zip(self.names, found or (0,) * 4)))
 
     def _from_sums(self, s):
-        return {**(each := {k: _ratio(s[k], s['n']) for k in self.names}), 'average': sum(each.values()) / 4}
+        return {**(each := {k: ratio(s[k], s['n']) for k in self.names}), 'average': sum(each.values()) / 4}
 
 # %% ../nbs/07b_benchmarks.ipynb #6b8c87d7
 def toy_judge(prompt):  # str -> str
@@ -699,7 +699,7 @@ def toy_judge(prompt):  # str -> str
     question, *choices = prompt.split('alone.\n')[1].split('\nReply')[0].split('\n')
     words, about = (
         set(re.findall(r'\w+', ' '.join(said.values()))),
-        lambda t: {w for w in re.findall(r'\w+', t) if any(w in v for v in KINDS.values())},
+        lambda t: {w for w in re.findall(r'\w+', t) if any(w in v for v in ATTRIBUTES.values())},
     )
     if choices[0].startswith('A. Yes'):
         good = ['A. Yes' if about(question) <= words else 'B. No']
@@ -777,12 +777,12 @@ class Attributes(Metric):
     def update(self, said, truth, id, group=None):  # str, str
         "Count one description."
         a, b = read_caption(said), read_caption(truth)
-        right = {k: int(a[k] == b[k]) for k in KINDS}
+        right = {k: int(a[k] == b[k]) for k in ATTRIBUTES}
         with self._sample(id, group) as row:
             row.update(n=1, **right, mean=float(np.mean(list(right.values()))), all=int(all(right.values())))
 
     def _from_sums(self, s):
-        return {k: _ratio(s[k], s['n']) for k in ('mean', 'all', *KINDS)}
+        return {k: ratio(s[k], s['n']) for k in ('mean', 'all', *ATTRIBUTES)}
 
 
 def plain_caption(reply):  # -> str

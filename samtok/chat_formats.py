@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHAT_FORMATS', 'read_plain_pickle', 'Refer', 'ReferLines', 'Llava', 'llava_messages', 'Rounds', 'GrandGcg',
-           'mark_phrases', 'RegionCaptions', 'Instances', 'OpenPsg', 'open_chat']
+           'mark_phrases', 'RegionCaptions', 'DatasetWrapper', 'Instances', 'OpenPsg', 'open_chat']
 
 # %% ../nbs/03c_chat_formats.ipynb #2c49e713
 import inspect
@@ -29,8 +29,8 @@ from samtok.chat import (
     reading_order,
     refer_chat,
 )
-from .data import _kept, _leaves, read_image
-from .formats import _find_image, _read_json, open_dataset
+from .data import leaf_datasets, read_image, without_empty_masks
+from .formats import find_image, open_dataset, read_data_json
 from .masks import MaskError, segmentation_to_mask
 
 # %% ../nbs/03c_chat_formats.ipynb #e4936977
@@ -64,7 +64,7 @@ class Refer(ChatDataset):
     ):  # the refs file, COCO instances file, image folder, split
         super().__init__()
         rows = read_plain_pickle(refs) if str(refs).endswith('.p') else json.loads(Path(refs).read_text())
-        data, self.folder = _read_json(instances, 'images', 'annotations'), images
+        data, self.folder = read_data_json(instances, 'images', 'annotations'), images
         self.images, self.regions = {i['id']: i for i in data['images']}, {a['id']: a for a in data['annotations']}
         self.rows = [(r, s) for r in rows if split is None or r['split'] == split for s in r['sentences']]
 
@@ -77,7 +77,7 @@ class Refer(ChatDataset):
         ids = [k for k in (ref['ann_id'] if isinstance(ref['ann_id'], list) else [ref['ann_id']]) if k != -1]
         masks = self._masks(ids, (row['height'], row['width']), ref)
         return refer_chat(
-            _find_image(self.folder, row['file_name']),
+            find_image(self.folder, row['file_name']),
             [sentence['sent'].lower().strip()],
             [masks],
             id=f'{ref["ref_id"]}_{sentence.get("sent_id", i)}',
@@ -116,7 +116,7 @@ class ReferLines(ChatDataset):
 
     def load(self, line):
         row = json.loads(line)
-        image = _find_image(self.folder, row.get('image') or row['image_path'])
+        image = find_image(self.folder, row.get('image') or row['image_path'])
         objects = row.get('objects') or [dict(label=row['caption'], rle=row['segmentation'])]
         size = read_image(image).shape[:2]
         if 'caption' not in row:
@@ -157,7 +157,7 @@ class Llava(ChatDataset):
 
     def load(self, row):
         named = row.get('image') or row.get('images') or []
-        images = [_find_image(self.folder, n) for n in ([named] if isinstance(named, str) else named)]
+        images = [find_image(self.folder, n) for n in ([named] if isinstance(named, str) else named)]
         return Conversation(
             llava_messages(row.get('conversations') or row['messages'], len(images)),
             images,
@@ -201,7 +201,7 @@ class Rounds(ChatDataset):
 
     def load(self, k):
         r, i, item = self.rows[k]
-        image = _find_image(self.folder, item['image'])
+        image = find_image(self.folder, item['image'])
         mask = segmentation_to_mask(item['target_masks'][0], read_image(image).shape[:2])
         messages = llava_messages(item['history'], 1) + [dict(role='assistant', content=answer_masks(['']))]
         return Conversation(messages, [image], [mask], id=f'{r}_{i}', dataset=self.name, task=f'round {r}')
@@ -215,8 +215,8 @@ class GrandGcg(ChatDataset):
     def __init__(self, masks, captions, images):  # *_gcg_coco_mask_gt.json, *_gcg_coco_caption_gt.json, image folder
         super().__init__()
         data, self.rows, self.folder = (
-            _read_json(masks, 'images', 'annotations'),
-            _read_json(captions, 'annotations')['annotations'],
+            read_data_json(masks, 'images', 'annotations'),
+            read_data_json(captions, 'annotations')['annotations'],
             images,
         )
         self.images, self.masks = {str(i['id']): i for i in data['images']}, defaultdict(list)
@@ -238,7 +238,7 @@ class GrandGcg(ChatDataset):
             dict(role='assistant', content=mark_phrases(row['caption'], row['labels'])),
         ]
         return Conversation(
-            messages, [_find_image(self.folder, info['file_name'])], masks, id=key, dataset=self.name, task='gcg'
+            messages, [find_image(self.folder, info['file_name'])], masks, id=key, dataset=self.name, task='gcg'
         )
 
 
@@ -274,7 +274,7 @@ class RegionCaptions(ChatDataset):
         return Llava.records(self)
 
     def load(self, row):
-        image = read_image(_find_image(self.folder, row[self.keys['image']]))
+        image = read_image(find_image(self.folder, row[self.keys['image']]))
         return caption_chat(
             image,
             segmentation_to_mask(row[self.keys['mask']], image.shape[:2]),
@@ -285,28 +285,30 @@ class RegionCaptions(ChatDataset):
         )
 
 # %% ../nbs/03c_chat_formats.ipynb #eb4b9ea3
-class _Around(ChatDataset):  # conversations about the samples of another data set
+class DatasetWrapper(ChatDataset):  # conversations about the samples of another data set
     def __init__(self, inner):  # MaskDataset; a copy of it counts in this report
         super().__init__()
         self.inner = copy(inner)
         self.report.merge(inner.report)
 
     def _lend(self):  # -> the inner data set, with this report and this epoch
-        for d in _leaves(self.inner):
+        for d in leaf_datasets(self.inner):
             d.report, d.epoch = self.report, self.epoch
         return self.inner
 
     def records(self):
         return self._lend().records()
 
-    def stamp(self):
-        return self.inner.stamp()
+    def fingerprint(self):
+        return self.inner.fingerprint()
 
     def _sample(self, record):
-        return _kept(self._lend().load(record), self.report, self.inner.name)  # -> MaskSample without empty masks
+        return without_empty_masks(
+            self._lend().load(record), self.report, self.inner.name
+        )  # -> MaskSample without empty masks
 
 
-class Instances(_Around):
+class Instances(DatasetWrapper):
     "Instance segmentation from any MaskDataset (COCONut, V3Det, COCO, ...): all regions of a label, or with `every` all regions with their labels."
 
     name = 'instances'
@@ -364,7 +366,7 @@ class OpenPsg(ChatDataset):
         self, file, masks, images, test=False
     ):  # psg.json, folder of panoptic PNGs, image folder, the images of test_image_ids or the others
         super().__init__()
-        data = _read_json(file, 'data', 'thing_classes', 'stuff_classes', 'predicate_classes')
+        data = read_data_json(file, 'data', 'thing_classes', 'stuff_classes', 'predicate_classes')
         self.names, self.predicates, self.masks, self.folder = (
             data['thing_classes'] + data['stuff_classes'],
             data['predicate_classes'],
@@ -387,7 +389,7 @@ class OpenPsg(ChatDataset):
         text = answer_triplets([(number[a], names[a], self.predicates[p], number[b], names[b]) for a, b, p in triplets])
         return Conversation(
             [dict(role='user', content='<image:0>\n' + PROMPTS['psg']), dict(role='assistant', content=text)],
-            [_find_image(self.folder, row['file_name'])],
+            [find_image(self.folder, row['file_name'])],
             [ids == row['segments_info'][k]['id'] for k in used],
             id=str(row['image_id']),
             dataset=self.name,

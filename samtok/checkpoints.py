@@ -8,6 +8,7 @@ __all__ = ['CheckpointError', 'read_checkpoint', 'load_checked', 'find_pretraine
 
 # %% ../nbs/01b_checkpoints.ipynb #7e8c81cc
 import pickle
+import warnings
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -100,6 +101,9 @@ def load_checked(
     return missing
 
 # %% ../nbs/01b_checkpoints.ipynb #257ccb52
+_RENAMED_FOLDERS = {'toy/eyes': 'toy/pretrained_vision'}  # old name of a folder of the package's data -> its name today
+
+
 def find_pretrained(
     name,  # folder, hub id "user/name", "toy" or a folder of the package's data such as "toy/base"
     toy,  # the folder of the package's data that "toy" alone stands for
@@ -107,6 +111,9 @@ def find_pretrained(
 ):  # raised with a sentence where it can be neither -> Path of a folder, or the hub id (str)
     "Tell a folder from a hub id, and find the toys of the package."
     path, text = Path(name), str(name)
+    if text in _RENAMED_FOLDERS:
+        warnings.warn(f'{text} is now called {_RENAMED_FOLDERS[text]}.', DeprecationWarning, stacklevel=2)
+        path, text = Path(_RENAMED_FOLDERS[text]), _RENAMED_FOLDERS[text]
     if text == 'toy':
         return data_file('toy', toy)
     if path.is_dir() and text:

@@ -138,7 +138,7 @@ def _save_masks(masks, out):  # -> list of file names; out names the first or on
 # %% ../nbs/11_cli.ipynb #f7282a21
 def _decode(args):
     from samtok.data import read_image
-    from samtok.masks import mask_to_rle
+    from samtok.masks import mask_to_polygons, mask_to_rle
     from samtok.tokenizer import MaskTokenizer
 
     image, tokenizer = read_image(args.image), MaskTokenizer.from_pretrained(args.tokenizer, device=args.device)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'ImageError', 'DataError', 'short_path', 'read_image', 'read_ids', 'MaskSample', 'Report',
-           'MaskDataset', 'walk_files', 'MaskFolder', 'Mixture', 'as_iterable_dataset']
+           'MaskDataset', 'without_empty_masks', 'walk_files', 'MaskFolder', 'Mixture', 'leaf_datasets',
+           'as_iterable_dataset']
 
 # %% ../nbs/00c_data.ipynb #eb66a121
 import hashlib
@@ -349,7 +350,7 @@ class MaskDataset:
             self._count = sum(1 for _ in self.records())
         return self._count
 
-    def stamp(self):
+    def fingerprint(self):
         return None  # str that changes when the files change, for readers that can tell; what was made of other files is then not taken for finished
 
     def _order(self, seed, epoch):
@@ -365,12 +366,12 @@ def _read(self, record, epoch):  # -> MaskSample, or None when it was counted an
     except Exception as e:  # files of others fail in every way; the report keeps the case
         self.report.add(f'{type(e).__name__}: sample skipped', f'{self.name}, record {_brief(record)}: {_sentence(e)}')
         return None
-    kept = _kept(sample, self.report, self.name)
+    kept = without_empty_masks(sample, self.report, self.name)
     self.report.update(ok=1, masks=len(kept))
     return kept
 
 
-def _kept(sample, report, name):  # -> the sample without its empty masks, which are counted
+def without_empty_masks(sample, report, name):  # -> the sample without its empty masks, which are counted
     kept = sample.drop_empty()
     for _ in range(len(sample) - len(kept)):
         report.add('empty: mask dropped', f'{name}, sample {sample.id}: a mask has no pixel.')
@@ -545,7 +546,7 @@ class MaskFolder(MaskDataset):
             raise MaskError(f'The image {os.path.basename(images[0])} has no mask file.')
         return self.build(images[0], [region for mask in masks for region in self._regions(mask, key)], key)
 
-    def stamp(self):
+    def fingerprint(self):
         files = [p for part in ('images', 'masks') for p in walk_files(self.root / part, IMAGE_SUFFIXES)]
         return hashlib.sha256(
             ''.join(
@@ -597,8 +598,8 @@ class Mixture(MaskDataset):
     def load(self, record):
         return self.parts[record[0]][0].load(record[1])
 
-    def stamp(self):
-        return '-'.join(str(s) for d, _ in self.parts if (s := d.stamp())) or None
+    def fingerprint(self):
+        return '-'.join(str(s) for d, _ in self.parts if (s := d.fingerprint())) or None
 
     def _read(self, record, epoch):
         return self.parts[record[0]][0]._read(record[1], epoch)
@@ -607,9 +608,9 @@ class Mixture(MaskDataset):
         return sum(self._share(k, 0, 0)[0] for k in range(len(self.parts)))  # records of one epoch
 
 
-def _leaves(dataset):
+def leaf_datasets(dataset):
     return (
-        [leaf for d, _ in dataset.parts for leaf in _leaves(d)] if hasattr(dataset, 'parts') else [dataset]
+        [leaf for d, _ in dataset.parts for leaf in leaf_datasets(d)] if hasattr(dataset, 'parts') else [dataset]
     )  # the sets that count for themselves
 
 # %% ../nbs/00c_data.ipynb #13459345

@@ -59,7 +59,7 @@ from samtok.sft import (
     ready_adapters,
     tower,
 )
-from .shards import data_stamp
+from .shards import data_fingerprint
 from .toy.scenes import refer
 from .toy.shapeworld import ShapeWorld, render
 from .vlm import MaskVLM
@@ -85,7 +85,7 @@ def scene_prompts(
         text, ids, kind = refer(
             rng,
             scene.graph(),
-            'nothing'
+            'no_target'
             if rng.random() < share
             else str(rng.choice(['attributes', 'relation', 'order', 'place'], p=[0.55, 0.17, 0.12, 0.16])),
         )
@@ -272,7 +272,7 @@ _NAMES = {
     'entropy': 'entropy',
     'length': 'completions/mean_length',
     'cut_off': 'completions/clipped_ratio',
-    'silent': 'frac_reward_zero_std',
+    'frac_reward_zero_std': 'frac_reward_zero_std',
     'grad_norm': 'grad_norm',
     'lr': 'learning_rate',
     'mismatch': 'sampling/sampling_logp_difference/mean',
@@ -357,7 +357,7 @@ def train(
             'Rollouts by vLLM need the package vllm, which is not installed: install it, or leave vllm empty for rollouts by transformers.'
         )
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
-    if stamp := data_stamp(params['data']):
+    if stamp := data_fingerprint(params['data']):
         run.keep(data=stamp)
     if run.skip():
         return run.result
@@ -365,7 +365,7 @@ def train(
     seed_everything(params['seed'])
     vlm, asked = load_policy(params), heldout_refer(params['eval_n']) if params['eval_n'] else []
     rows = (
-        scene_prompts(params['prompts'], vlm.tokenizer, params['share_nothing'], params['think'], params['seed'])
+        scene_prompts(params['prompts'], vlm.tokenizer, params['no_target_ratio'], params['think'], params['seed'])
         if params['data'] == 'shapeworld'
         else shard_prompts(params['data'], params['think'])
     )
@@ -464,7 +464,7 @@ def finish(run, vlm, asked, rewards, seconds):  # Run, MaskVLM, held-out express
     if asked:
         start, rows = (
             load_policy(p),
-            scene_prompts(min(48, p['eval_n']), vlm.tokenizer, p['share_nothing'], p['think'], 99),
+            scene_prompts(min(48, p['eval_n']), vlm.tokenizer, p['no_target_ratio'], p['think'], 99),
         )  # scenes that training did not see
         metrics |= compare(evaluate_refer(start, asked), evaluate_refer(vlm, asked))
         before, after = (searched(v, p, rows) for v in (start, vlm))
@@ -473,8 +473,8 @@ def finish(run, vlm, asked, rewards, seconds):  # Run, MaskVLM, held-out express
         metrics |= dict(
             exploits=[r['found'] for r in patterns if r['exploit']],
             patterns=patterns,
-            silent_before=before.silent(),
-            silent=after.silent(),
+            frac_reward_zero_std_before=before.frac_reward_zero_std(),
+            frac_reward_zero_std=after.frac_reward_zero_std(),
             malformed=_broken(vlm, after.replies),
             malformed_unconstrained=_broken(vlm, free),
             sampled=len(free),

@@ -14,8 +14,9 @@ import zlib
 import numpy as np
 import torch
 
+from .masks import masks_to_boxes
 from .runs import data_file
-from .tokenizer import MaskTokenizer
+from .tokenizer import MaskTokenizer, mask_prompts
 
 # %% ../nbs/02b_parity.ipynb #851551c6
 def load_cases():  # -> dict name -> array; values of the reference implementation (fp32 on a CPU)

@@ -43,18 +43,18 @@ from samtok.runs import (
     watch,
     write_rows,
 )
-from .shards import chat_row, code_table, data_stamp, shard_folders
+from .shards import chat_row, code_table, data_fingerprint, shard_folders
 from .tokenizer import MaskTokenizer
-from .toy.scenes import KINDS, PHRASES, SceneChat, ask_shares, read_caption, refer, toy_corpus
+from .toy.scenes import ATTRIBUTES, PHRASES, SceneChat, ask_shares, read_caption, refer, toy_corpus
 from .toy.shapeworld import ShapeWorld, render
-from .toy.tiny_models import FAMILIES, twin_model, twin_processor, twin_tokenizer
+from .toy.tiny_models import FAMILIES, tiny_model, tiny_processor, tiny_tokenizer
 from samtok.toy.vision_pretraining import (
     forget_images,
     mimetic_start,
     own_directions,
+    pretrain_vision,
     remember_images,
     token_grid,
-    warm_up_vision,
 )
 from .vlm import MaskVLM, VLMError, add_mask_words, load_vlm, matrices, write_replies
 
@@ -68,7 +68,7 @@ def _kinds(text):  # JSON of a dict kind -> weight, or empty -> dict, or None
         isinstance(found, dict) and found and all(isinstance(v, (int, float)) and v > 0 for v in found.values())
     ):
         raise RunError(f'kinds is {text}: give weights above zero as JSON, such as {{"order": 0.3, "place": 0.2}}.')
-    if found and 'nothing' in found:
+    if found and 'no_target' in found:
         raise RunError(f'kinds is {text}: the share of expressions without a target is the parameter nothing.')
     return found
 
@@ -98,7 +98,7 @@ def check_params(params):  # dict of load_params -> int, processes; raises RunEr
         raise RunError(f'learn is {params["learn"]!r}: choose one of {", ".join(kinds)}.')
     if params['learn'].startswith('lora') and not params['lora_r']:
         raise RunError(f'learn is {params["learn"]}, and lora_r is 0: give a rank, such as 64.')
-    _kinds(params.get('kinds'))
+    _kinds(params.get('expression_weights'))
     if params['model'] not in FAMILIES:
         find_pretrained(params['model'], 'vlm', VLMError)
     if params['tokenizer']:
@@ -112,18 +112,18 @@ class SceneRows:
     "ShapeWorld conversations as rows with their mask words; row i is always the same, epoch by epoch new questions."
 
     def __init__(
-        self, chat, words, epochs=1, opening=0, drawn=True
+        self, chat, words, epochs=1, warmup_conversations=0, drawn=True
     ):  # SceneChat; function from a Conversation to its masks' words; passes over the scenes; rows at the start that name all objects, each with its mask; False: a row's image is the number of its scene
-        self.chat, self.words, self.opening, self.drawn = chat, words, opening, drawn
+        self.chat, self.words, self.warmup_conversations, self.drawn = chat, words, warmup_conversations, drawn
         self.first = SceneChat(chat.world, rounds=1, share=dict(list=1))
         self.first._sketches = chat._sketches  # both draw a scene once
-        self.n = opening + int(len(chat) * epochs)
+        self.n = warmup_conversations + int(len(chat) * epochs)
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, i):
-        chat, i = (self.first, i) if i < self.opening else (self.chat, i - self.opening)
+        chat, i = (self.first, i) if i < self.warmup_conversations else (self.chat, i - self.warmup_conversations)
         chat.epoch, k = divmod(int(i), len(chat))
         c = chat.load(k) if self.drawn else chat.sketch(k)
         return chat_row(c, self.words(c), store=read_image if self.drawn else int)
@@ -159,15 +159,15 @@ def training_rows(params, vocab):  # -> rows with len and [i]
             ShapeWorld(min(params['scenes'], len(table)) if vocab else params['scenes'], 'train'),
             params['rounds'],
             ask_shares(params['refer_share']),
-            _kinds(params['kinds']),
-            params['nothing'],
+            _kinds(params['expression_weights']),
+            params['no_target'],
             params['length'],
         )
         return SceneRows(
             chat,
             table or (lambda c: [_corners(chat._sketches[i].boxes[k], chat.world.size) for i, k in c.keys]),
             params['epochs'],
-            params['opening'],
+            params['warmup_conversations'],
             not params['remember'],
         )
     from datasets import load_dataset
@@ -182,9 +182,9 @@ def training_rows(params, vocab):  # -> rows with len and [i]
 def build_model(params, vocab):  # -> model, processor, report of add_mask_words
     "Load the base model, or make the twin of a family, and teach it the mask words."
     if params['model'] in FAMILIES:
-        tk = twin_tokenizer(toy_corpus(), 700, phrases=PHRASES, family=params['model'])
-        processor = twin_processor(params['model'], tk, params['patch'], pixels=(params['side'] ** 2,) * 2)
-        model = twin_model(params['model'], processor, **params['twin'], seed=params['seed'])
+        tk = tiny_tokenizer(toy_corpus(), 700, phrases=PHRASES, family=params['model'])
+        processor = tiny_processor(params['model'], tk, params['patch'], pixels=(params['side'] ** 2,) * 2)
+        model = tiny_model(params['model'], processor, **params['tiny'], seed=params['seed'])
     else:
         model, processor = load_vlm(params['model'], getattr(torch, params['dtype']))
     if params['attention']:
@@ -445,13 +445,13 @@ def _look(
     def tell(rows):
         return write_rows(run.path / 'look.jsonl', rows) if run.main else None
 
-    warm_up_vision(
+    pretrain_vision(
         model,
         processor,
         code_table(find_file(params['codes']), vocab),
-        params['look_steps'],
-        params['look_batch'],
-        params['look_lr'],
+        params['vision_pretrain_steps'],
+        params['vision_pretrain_batch'],
+        params['vision_pretrain_lr'],
         seed=params['seed'],
         workers=params['workers'],
         tell=tell,
@@ -488,7 +488,7 @@ def train(
 ):  # dict of load_params; run folder; called with all rows -> result dict, None on other ranks
     "Fine-tune; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
-    if stamp := data_stamp(params['data']):
+    if stamp := data_fingerprint(params['data']):
         run.keep(data=stamp)
     if run.skip():
         return run.result
@@ -513,7 +513,7 @@ def train(
             f'{n} processes run, {processes(params)} were asked for: start with torchrun or through run_sft().'
         )
     last = last_checkpoint(Path(path) / 'checkpoints')
-    if params['look_steps'] and not last:
+    if params['vision_pretrain_steps'] and not last:
         _look(params, trainer.accelerator.unwrap_model(trainer.model), processor, vocab, run)
     if params['remember']:
         _remember(params, trainer.accelerator.unwrap_model(trainer.model), rows, reads)
@@ -539,7 +539,7 @@ def heldout_refer(
         scene, rng = world.scene(i), np.random.default_rng([seed, i, 5])
         big = {k for k, m in enumerate(scene.visible) if m.sum() >= world.min_area}
         kind = (
-            'nothing'
+            'no_target'
             if rng.random() < share
             else str(rng.choice(['attributes', 'relation', 'order', 'place'], p=[0.55, 0.17, 0.12, 0.16]))
         )
@@ -552,7 +552,7 @@ def heldout_refer(
 # %% ../nbs/04_sft.ipynb #45984f04
 def evaluate_refer(vlm, asked, batch=32):  # MaskVLM, rows of heldout_refer -> dict of lists over expressions
     "Ask for held-out expressions: IoU of the union, the tokenizer's own IoU, codes right."
-    out = dict(score=[], iou=[], ceiling=[], pair=[], first=[], no_target=[], malformed=[], kind=[])
+    out = dict(score=[], iou=[], upper_bound=[], pair=[], first=[], no_target=[], malformed=[], kind=[])
     for a in range(0, len(asked), batch):
         part = asked[a : a + batch]
         images = [render(s) for s, *_ in part]
@@ -577,7 +577,7 @@ def evaluate_refer(vlm, asked, batch=32):  # MaskVLM, rows of heldout_refer -> d
                 )
             )
             out['score'].append(out['iou'][-1])
-            out['ceiling'].append(float(mask_iou_pairs(truth.any(0)[None], best[None])[0]))
+            out['upper_bound'].append(float(mask_iou_pairs(truth.any(0)[None], best[None])[0]))
             out['pair'] += [float(tuple(c) in said) for c in codes.tolist()]
             out['first'] += [float(c[0] in {s[0] for s in said}) for c in codes.tolist()]
     return out
@@ -590,7 +590,7 @@ def evaluate_captions(
     vlm, n, split='heldout', batch=32
 ):  # MaskVLM, regions -> dict attribute -> list of 0 or 1, over regions
     "Ask for descriptions of held-out regions and compare their attributes."
-    world, out, chats, truth = ShapeWorld(n, split, 1), {k: [] for k in KINDS}, [], []
+    world, out, chats, truth = ShapeWorld(n, split, 1), {k: [] for k in ATTRIBUTES}, [], []
     for i in range(n):
         scene, rng = world.scene(i), np.random.default_rng(i)
         k = int(rng.choice([k for k, m in enumerate(scene.visible) if m.sum() >= world.min_area]))
@@ -604,7 +604,7 @@ def evaluate_captions(
         truth.append(scene.objects[k])
     for reply, o in zip(vlm.generate(chats, max_new_tokens=48, chunk=batch), truth):
         said = read_caption(reply)
-        for k in KINDS:
+        for k in ATTRIBUTES:
             out[k].append(float(said[k] == getattr(o, k)))
     return out
 
@@ -662,7 +662,7 @@ def heldout_metrics(
         f'score_{k}': mean_ci([s for s, o in zip(r['score'], r['kind']) if o == k]) for k in dict.fromkeys(r['kind'])
     }
     return (
-        {k: mean_ci(r[k]) for k in ('iou', 'ceiling', 'pair', 'first', 'no_target') if r[k]}
+        {k: mean_ci(r[k]) for k in ('iou', 'upper_bound', 'pair', 'first', 'no_target') if r[k]}
         | dict(
             malformed=int(sum(r['malformed'])),
             caption=mean_ci(np.mean([c[k] for k in c], 0)),

@@ -14,13 +14,11 @@ import json
 import re
 import shlex
 import sys
-import time
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
-from .runs import atomic_write, data_file, environment, progress
-from .show import _axes, color_of, table
+from .runs import atomic_write, data_file, environment, lock, progress
+from .show import color_of, new_axes, table
 
 # %% ../nbs/09_sweep.ipynb #4aa94fd1
 class SweepError(ValueError):
@@ -168,25 +166,8 @@ def _command(self, run):  # dict of what varies -> str
 Sweep.command = _command
 
 # %% ../nbs/09_sweep.ipynb #e140d1b6
-def _flock(file):  # -> did this process get the lock?
-    try:
-        import fcntl
-    except ImportError:
-        return True  # Windows: one sweep at a time
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
-
-
-@contextmanager
-def _lock(folder, seconds=0.0):  # to wait; -> does this process hold the folder now?
-    with open(folder / 'lock', 'w') as f:
-        end = time.monotonic() + seconds
-        while not (mine := _flock(f)) and time.monotonic() < end:
-            time.sleep(0.05)
-        yield mine
+def _lock(folder, seconds=0.0):  # seconds to wait -> context: does this process hold the folder now?
+    return lock(folder / 'lock', seconds)
 
 
 def _read(path):  # JSON file -> dict; {} if it is missing or broken
@@ -401,7 +382,7 @@ def plot_sweep(
     if number := all(map(_is_number, values)):
         values.sort()
     if ax is None:
-        fig, (ax,) = _axes(1, 1, 0.62, 4.6)
+        fig, (ax,) = new_axes(1, 1, 0.62, 4.6)
         fig.set_size_inches(4.6, 2.9)
         ax.set_axis_on()
     for i, (name, ps) in enumerate(lines.items()):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .masks import mask_iou
-from .metrics import Convention, Metric, MetricError, _mask, _ratio
+from .metrics import Convention, Metric, MetricError, as_mask, ratio
 
 # %% ../nbs/07a_text_metrics.ipynb #c2059eec
 def greedy_pairs(
@@ -127,9 +127,9 @@ class GCG(Metric):
 
 # %% ../nbs/07a_text_metrics.ipynb #7e708f74
 def _iou_matrix(gt, pred, empty):  # lists of masks -> (G,P), both of one size
-    gt = [_mask(m, 'true mask') for m in gt]
+    gt = [as_mask(m, 'true mask') for m in gt]
     size = gt[0].shape if gt else None
-    pred = [_mask(m, 'predicted mask', size) for m in pred]
+    pred = [as_mask(m, 'predicted mask', size) for m in pred]
     return mask_iou(np.stack(gt), np.stack(pred), empty=empty) if gt and pred else np.zeros((len(gt), len(pred)))
 
 
@@ -146,7 +146,7 @@ def _hits(self, iou, text):  # (G,P) each -> list of pairs
 # %% ../nbs/07a_text_metrics.ipynb #d020ecfa
 def _figures(self, columns, weights=None):
     s = self._sums(columns, weights)
-    out = dict(mIoU=_ratio(s['mIoU'], s['n']), recall=_ratio(s['TP'], s['labels']))
+    out = dict(mIoU=ratio(s['mIoU'], s['n']), recall=ratio(s['TP'], s['labels']))
     ids = [self.rows[int(i)]['id'] for i in columns['at']]
     order = sorted(range(len(ids)), key=lambda i: (isinstance(ids[i], str), ids[i]))
     hits = [self.rows[int(columns['at'][i])]['_hits'] for i in order]
@@ -225,11 +225,11 @@ def meteor_score(stats):  # (...,23) counts of METEOR 1.5, summed over sentences
     )  # stage; content or function word; prediction or truth
     words = np.array([_DELTA, 1 - _DELTA])
     found = np.einsum('...skp,s,k->...p', matches, _STAGES, words)
-    share = np.nan_to_num(_ratio(found, _DELTA * (length - function) + (1 - _DELTA) * function))
+    share = np.nan_to_num(ratio(found, _DELTA * (length - function) + (1 - _DELTA) * function))
     p, r = share[..., 0], share[..., 1]
-    mean = np.nan_to_num(_ratio(p * r, _ALPHA * p + (1 - _ALPHA) * r))
+    mean = np.nan_to_num(ratio(p * r, _ALPHA * p + (1 - _ALPHA) * r))
     return mean * (
-        1 - _GAMMA * np.nan_to_num(_ratio(stats[..., 20], total.mean(-1))) ** _BETA
+        1 - _GAMMA * np.nan_to_num(ratio(stats[..., 20], total.mean(-1))) ** _BETA
     )  # pieces: the fewer, the better the order
 
 
@@ -264,7 +264,7 @@ class Captions(Metric):
         }
 
     def _from_sums(self, s):
-        return dict(METEOR=meteor_score(s['meteor']), CIDEr=_ratio(s['cider'], s['n']))
+        return dict(METEOR=meteor_score(s['meteor']), CIDEr=ratio(s['cider'], s['n']))
 
 
 def _read_captions(rows):  # adds `_tokens` (caption, then its truths) and `_counts` to rows
@@ -280,8 +280,8 @@ def _read_captions(rows):  # adds `_tokens` (caption, then its truths) and `_cou
 
 # %% ../nbs/07a_text_metrics.ipynb #c3c5e43d
 def _graph(graph, name, size=None):  # dict(labels, masks, relations) -> labels (N,), masks (N,H,W), relations (R,3)
-    masks = [_mask(m, f'{name} mask', size) for m in graph['masks']]
-    masks = [_mask(m, f'{name} mask', masks[0].shape) for m in masks]
+    masks = [as_mask(m, f'{name} mask', size) for m in graph['masks']]
+    masks = [as_mask(m, f'{name} mask', masks[0].shape) for m in masks]
     labels, relations = np.asarray(graph['labels']), np.asarray(graph['relations'], np.int64).reshape(-1, 3)
     if len(labels) != len(masks):
         raise MetricError(f'The {name} has {len(labels)} labels and {len(masks)} masks.')
@@ -352,24 +352,24 @@ class PSG(Metric):
             for k in o['ks']:
                 found = hits[:k].any(0)
                 each = np.bincount(predicate[found], minlength=o['predicates'] + 1)[1:]
-                row.update({f'R@{k}': found.mean() if n else 0.0, f'mR@{k}': np.nan_to_num(_ratio(each, has))})
+                row.update({f'R@{k}': found.mean() if n else 0.0, f'mR@{k}': np.nan_to_num(ratio(each, has))})
 
 # %% ../nbs/07a_text_metrics.ipynb #fd80d07d
 def _from_sums(self, s):
-    r = {k: _ratio(s[k], s['n']) for k in (f'R@{k}' for k in self.options['ks'])}
-    return {**r, **{f'mR@{k}': self._mean(_ratio(s[f'mR@{k}'], s['has'])) for k in self.options['ks']}}
+    r = {k: ratio(s[k], s['n']) for k in (f'R@{k}' for k in self.options['ks'])}
+    return {**r, **{f'mR@{k}': self._mean(ratio(s[f'mR@{k}'], s['has'])) for k in self.options['ks']}}
 
 
 def _mean(self, shares):  # (...,predicates), NaN: in no image
     if self.rule.missing == 'skip':
         return np.where((shares >= 0).any(-1), np.nan_to_num(shares).mean(-1), np.nan)
-    return _ratio(np.nan_to_num(shares).sum(-1), (shares >= 0).sum(-1))
+    return ratio(np.nan_to_num(shares).sum(-1), (shares >= 0).sum(-1))
 
 
 def _per_predicate(self, k):  # -> (predicates,) float, NaN for those in no image
     "Give the recall of each predicate within the first k."
     s = self._sums(self.table()[1])
-    return _ratio(s[f'mR@{k}'], s['has'])
+    return ratio(s[f'mR@{k}'], s['has'])
 
 
 PSG._from_sums, PSG._mean, PSG.per_predicate = _from_sums, _mean, _per_predicate

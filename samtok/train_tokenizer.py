@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['load_params', 'tokenizer_config', 'training_data', 'heldout_data', 'check_params', 'Batch', 'make_batch',
            'build_tokenizer', 'step_loss', 'lr_at', 'evaluate_tokenizer', 'summarise', 'start_codebooks',
-           'save_checkpoint', 'load_checkpoint', 'last_checkpoint', 'Trainer', 'train', 'run_training', 'same_metrics',
-           'masks_per_second', 'main']
+           'save_checkpoint', 'load_checkpoint', 'Trainer', 'train', 'run_training', 'same_metrics', 'masks_per_second',
+           'main']
 
 # %% ../nbs/02a_train_tokenizer.ipynb #d566fbe6
 import json
@@ -33,6 +33,7 @@ from samtok.runs import (
     check_gpus,
     data_file,
     find_file,
+    last_checkpoint,
     launch,
     load_scale,
     mean_ci,
@@ -264,6 +265,9 @@ def _take(stream, n):  # the next n samples that have masks
     raise RuntimeError('The training data ended in the middle of a run: use repeat=True in the mixture or more scenes.')
 
 # %% ../nbs/02a_train_tokenizer.ipynb #8c4d5c14
+_CHECKPOINT = 'checkpoint_{step}_{rank}.pt'  # in the run folder, one of each process
+
+
 def save_checkpoint(path, step, model, opt, rng, taken):
     "Write a training checkpoint atomically."
     state = dict(
@@ -295,16 +299,6 @@ def load_checkpoint(path, model, opt, rng):  # -> (step, taken)
         torch.cuda.set_rng_state(state['cuda_rng'])
     return state['step'], state['taken']
 
-
-def last_checkpoint(
-    path, world
-):  # run folder, number of ranks -> step, or None; a kill may leave a step that not all ranks have written
-    "Find the last step whose checkpoint is complete."
-    steps = {int(f.stem.split('_')[1]) for f in Path(path).glob('checkpoint_*_0.pt')}
-    return max(
-        (s for s in steps if all((Path(path) / f'checkpoint_{s}_{r}.pt').exists() for r in range(world))), default=None
-    )
-
 # %% ../nbs/02a_train_tokenizer.ipynb #3e9a1376
 class Trainer:
     "The state of a training run; `train` drives it."
@@ -333,7 +327,7 @@ class Trainer:
             [],
         )
         torch.manual_seed(params['seed'] + self.acc.process_index)
-        if (last := last_checkpoint(run.path, self.acc.num_processes)) is not None:
+        if (last := last_checkpoint(run.path, _CHECKPOINT, self.acc.num_processes)) is not None:
             self.step, self.taken = load_checkpoint(
                 run.path / f'checkpoint_{last}_{self.acc.process_index}.pt', self.model, self.opt, self.rng
             )

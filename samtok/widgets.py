@@ -226,6 +226,7 @@ def _tile(image, text=''):  # picture with a line below
 def _load(tokenizer):  # MaskTokenizer, or a name that it can be loaded by
     if not isinstance(tokenizer, (str, Path)):
         return tokenizer
+    from samtok.tokenizer import MaskTokenizer
 
     return MaskTokenizer.from_pretrained(tokenizer)
 
