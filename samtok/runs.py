@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'RunError', 'atomic_write', 'read_json', 'fingerprint', 'lock', 'last_checkpoint', 'data_file', 'find_file',
-           'new_names', 'resolve_scale', 'load_scale', 'check_names', 'check_device', 'check_gpus', 'seed_everything',
-           'environment', 'read_rows', 'write_rows', 'Run', 'bootstrap_replicates', 'quantile_interval', 'mean_ci',
-           'parse_args', 'run_command', 'leave_group', 'run_main', 'launch', 'watch', 'progress', 'pool_map']
+           'import_object', 'new_names', 'resolve_scale', 'load_scale', 'check_names', 'check_device', 'check_gpus',
+           'seed_everything', 'environment', 'read_rows', 'write_rows', 'Run', 'bootstrap_replicates',
+           'quantile_interval', 'mean_ci', 'parse_args', 'run_command', 'leave_group', 'run_main', 'launch', 'watch',
+           'progress', 'pool_map']
 
 # %% ../nbs/00d_runs.ipynb #66953e55
 import argparse
@@ -24,7 +25,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from importlib import metadata, util
+from importlib import import_module, metadata, util
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
@@ -177,6 +178,18 @@ def find_file(name):  # str or Path -> Path; raises RunError
         return data_file(*Path(name).parts)
     except RunError as e:
         raise RunError(f'There is no {name}, neither here nor in the data of the package: is the path right?') from e
+
+# %% ../nbs/00d_runs.ipynb #a73eb481
+def import_object(
+    name,  # str: "module:object", for example "samtok.masks:mask_iou"
+    error=RunError,  # exception class that is raised, with a sentence
+):  # -> the object
+    "Import what a registry names."
+    module, _, attribute = name.partition(':')
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        raise error(f'{name} cannot be imported ({e}): give "module:object".') from e
 
 # %% ../nbs/00d_runs.ipynb #0ec2e76a
 RENAMED = dict(  # parameters of releases up to 0.1 -> their names today; they are accepted for one release
