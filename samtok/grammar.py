@@ -152,7 +152,7 @@ _Grammar.constrained_logits = _constrained_logits
 
 # %% ../nbs/03a_grammar.ipynb #11d87f7a
 ANSWER = dict(
-    nothing='No target.',
+    no_target='No target.',
     opening='```json\n[{"mask_2d": "',
     middle='", "label": "',
     more='"}, {"mask_2d": "',
@@ -234,7 +234,7 @@ class AnswerGrammar(_Grammar):
     def _machine(self):
         m, p, (first, *codes, last) = _Machine(), self.parts, self.ids.tolist()
         start, group, over, done, closer = (m.new() for _ in range(5))
-        m.path(start, p['nothing'], over)
+        m.path(start, p['no_target'], over)
         m.path(start, p['opening'], group)
         m.path(closer, p['more'], group)
         m.path(closer, p['closing'], over)
@@ -413,4 +413,4 @@ def mask_pattern(
     if not answer:
         return f'(?:[^<]|<[^|]|{group})*'
     row = group + p['middle'] + r'[^"\\\x00-\x1f]+'
-    return f'(?:{p["nothing"]}|{p["opening"]}{row}(?:{p["more"]}{row})*{p["closing"]})'
+    return f'(?:{p["no_target"]}|{p["opening"]}{row}(?:{p["more"]}{row})*{p["closing"]})'
