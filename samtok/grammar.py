@@ -79,7 +79,7 @@ _NEVER = 32767  # the price of a forbidden token
 
 
 class Grammar(LogitsProcessor):
-    "Forbid tokens while a model writes, by a table of prices; a subclass makes the table and finds the state of a reply."
+    "Forbid tokens while a model writes; a subclass makes the table of prices and finds the state of a reply."
 
     supports_continuous_batching = False  # transformers asks: positions are counted from one start for all rows
     start, end, _seen = 0, None, None
