@@ -43,9 +43,9 @@ from samtok.runs import (
     watch,
     write_rows,
 )
-from .shards import chat_row, code_table, data_fingerprint, shard_folders
+from .shards import chat_row, data_fingerprint, shard_folders
 from .tokenizer import MaskTokenizer
-from .toy.scenes import ATTRIBUTES, PHRASES, SceneChat, ask_shares, read_caption, refer, toy_corpus
+from .toy.scenes import ATTRIBUTES, PHRASES, SceneChat, ask_shares, code_table, read_caption, refer, toy_corpus
 from .toy.shapeworld import ShapeWorld, render
 from .toy.tiny_models import FAMILIES, tiny_model, tiny_processor, tiny_tokenizer
 from samtok.toy.vision_pretraining import (
@@ -116,7 +116,7 @@ class SceneRows:
     ):  # SceneChat; function from a Conversation to its masks' words; passes over the scenes; rows at the start that name all objects, each with its mask; False: a row's image is the number of its scene
         self.chat, self.words, self.warmup_conversations, self.drawn = chat, words, warmup_conversations, drawn
         self.first = SceneChat(chat.world, rounds=1, share=dict(list=1))
-        self.first._sketches = chat._sketches  # both draw a scene once
+        self.first.outlines = chat.outlines  # both draw a scene once
         self.n = warmup_conversations + int(len(chat) * epochs)
 
     def __len__(self):
@@ -125,7 +125,7 @@ class SceneRows:
     def __getitem__(self, i):
         chat, i = (self.first, i) if i < self.warmup_conversations else (self.chat, i - self.warmup_conversations)
         chat.epoch, k = divmod(int(i), len(chat))
-        c = chat.load(k) if self.drawn else chat.sketch(k)
+        c = chat.load(k) if self.drawn else chat.outline(k)
         return chat_row(c, self.words(c), store=read_image if self.drawn else int)
 
 # %% ../nbs/04_sft.ipynb #70b69697
@@ -165,7 +165,7 @@ def training_rows(params, vocab):  # -> rows with len and [i]
         )
         return SceneRows(
             chat,
-            table or (lambda c: [_corners(chat._sketches[i].boxes[k], chat.world.size) for i, k in c.keys]),
+            table or (lambda c: [_corners(chat.outlines[i].boxes[k], chat.world.size) for i, k in c.keys]),
             params['epochs'],
             params['warmup_conversations'],
             not params['remember'],
@@ -466,7 +466,7 @@ def _remember(
     params, model, rows, reads
 ):  # each scene is looked at once; with workers many cores draw all of them first
     if params['workers']:
-        rows.chat.sketch_ahead(params['workers'])
+        rows.chat.outline_ahead(params['workers'])
         reads.draw_ahead(params['workers'])
     remember_images(model, reads.draw)
 

@@ -6,18 +6,23 @@
 __all__ = ['ATTRIBUTES', 'REFER', 'REFER_SHARE', 'ASK', 'ASK_SHARE', 'PHRASES', 'noun', 'phrase', 'matches', 'relations',
            'refer_attributes', 'refer_relation', 'refer_order', 'refer_place', 'refer_no_target', 'refer', 'caption',
            'read_caption', 'ask_refer', 'ask_caption', 'ask_question', 'ask_again', 'ask_instances', 'ask_gcg',
-           'ask_psg', 'ask_list', 'ask_shares', 'SceneChat', 'toy_corpus']
+           'ask_psg', 'ask_list', 'ask_shares', 'SceneChat', 'open_scenes', 'toy_corpus', 'scene_codes', 'CodeTable',
+           'code_table', 'main']
 
 # %% ../../nbs/toy/01_scenes.ipynb #5e3f500b
 import json
+import os
 import re
-from itertools import count
+import sys
+from itertools import count, islice
+from pathlib import Path
 
 import numpy as np
 
 from ..chat import PROMPTS, ChatDataset, ChatError, Conversation, answer_masks, answer_triplets, reading_order
 from ..masks import masks_to_boxes
-from ..runs import pool_map
+from ..runs import RunError, atomic_write, check_device, parse_args, pool_map, progress
+from ..shards import open_conversations, tokenizer_fingerprint
 from .shapeworld import COLORS, INVERSE, LETTERS, SHAPES, SIZES, TEXTURES, ShapeWorld, render
 
 # %% ../../nbs/toy/01_scenes.ipynb #a7346701
@@ -159,21 +164,25 @@ def read_caption(text):  # -> dict of the attributes that a caption names
     return {**found, 'shape': next((names[w] for w in reversed(words) if w in names), None)}
 
 # %% ../../nbs/toy/01_scenes.ipynb #3be793a6
-class _Sketch:  # what a talk has to know of a scene, without its pixels
+class _SceneOutline:  # what a conversation has to know of a scene, without its pixels
     def __init__(self, scene):
-        self.id, self.graph, self.areas, self.boxes = (
-            scene.id,
-            scene.graph(),
-            [int(m.sum()) for m in scene.visible],
-            masks_to_boxes(scene.visible),
-        )
+        self.id = scene.id
+        self.graph = scene.graph()
+        self.areas = [int(m.sum()) for m in scene.visible]
+        self.boxes = masks_to_boxes(scene.visible)
 
 
-class _Talk:  # a conversation about one scene while it is made; masks are numbered as they are mentioned
-    def __init__(self, scene, rng, min_area):  # Scene or _Sketch
-        self.scene, sketch = scene, scene if isinstance(scene, _Sketch) else _Sketch(scene)
-        self.graph, self.boxes, self.rng, self.rounds, self.number = sketch.graph, sketch.boxes, rng, [], {}
-        self.big = [k for k, area in enumerate(sketch.areas) if area >= min_area]
+class _SceneConversation:  # a conversation about one scene while it is made; masks are numbered as they are mentioned
+    def __init__(self, scene, rng, min_area):  # Scene or _SceneOutline; numpy Generator; pixels of the least region
+        outline = scene if isinstance(scene, _SceneOutline) else _SceneOutline(scene)
+        self.scene = scene
+        self.id = outline.id
+        self.graph = outline.graph
+        self.boxes = outline.boxes
+        self.rng = rng
+        self.rounds = []  # of (question, answer)
+        self.number = {}  # object id -> number of its mask
+        self.big = [k for k, area in enumerate(outline.areas) if area >= min_area]
 
     def mask(self, k):
         return f'<mask:{self.number.setdefault(k, len(self.number))}>'
@@ -317,74 +326,98 @@ def ask_shares(refer):  # share of referring expressions, 0..1 -> dict task -> s
 
 
 class SceneChat(ChatDataset):
-    "Conversations about ShapeWorld scenes: one scene each, several rounds; another epoch asks other things of the same scenes."
+    "Conversations about ShapeWorld scenes: one for each scene, with other questions in every epoch."
 
     name = 'shapeworld_chat'
 
     def __init__(
         self,
-        world=None,  # ShapeWorld; None: its default
-        rounds=6,  # questions about a scene; fewer where no more can be asked
-        share=None,  # dict task -> weight; None: ASK_SHARE
-        kind=None,  # of referring expressions: one of REFER, or dict kind -> weight; None: REFER_SHARE
-        no_target_ratio=REFER_SHARE['no_target'],  # share of referring expressions that mean nothing that is there
-        length=0,
-    ):  # end the talk at about so many words and masks, so that conversations are of like length; 0: by rounds only
+        world: ShapeWorld | None = None,  # None: its default
+        rounds: int = 6,  # questions about a scene; fewer where no more can be asked
+        share: dict | None = None,  # task of ASK -> weight; None: ASK_SHARE
+        kind: str | dict | None = None,  # of REFER, or kind -> weight; None: REFER_SHARE
+        no_target_ratio: float = REFER_SHARE['no_target'],  # of the referring expressions, in [0,1]
+        length: int = 0,  # a conversation ends at about so many words and masks; 0: by rounds only
+    ):
         super().__init__()
-        if unknown := [k for k in (kind if isinstance(kind, dict) else [kind] * bool(kind)) if k not in REFER]:
+        kinds = kind if isinstance(kind, dict) else [kind] * bool(kind)
+        if unknown := [k for k in kinds if k not in REFER]:
             raise ChatError(f'There is no kind of referring expression {unknown[0]!r}: choose from {", ".join(REFER)}.')
-        self.length, self.no_target_ratio = length, no_target_ratio
-        self.world, self.rounds, self.share, self.kind, self._sketches = (
-            world or ShapeWorld(),
-            rounds,
-            share or ASK_SHARE,
-            kind,
-            {},
-        )
+        self.world = world or ShapeWorld()
+        self.rounds = rounds
+        self.share = share or ASK_SHARE
+        self.kind = kind
+        self.no_target_ratio = no_target_ratio
+        self.length = length
+        self.outlines = {}  # number of a scene -> its outline, for all epochs
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.world)
 
-    def records(self):
+    def records(self):  # -> iterable of the numbers of the scenes
+        "List the scenes."
         return self.world.records()
 
-    def load(self, record):
+    def load(
+        self,
+        record: int,  # number of a scene
+    ) -> Conversation:  # with its image (H,W,3) uint8 and its masks (H,W) bool; raises ChatError
+        "Make the conversation about a scene."
         scene = self.world.scene(record)
-        return self._conversation(record, scene, render(scene), lambda t: t.masks())
+        conversation = self._ask(record, scene)
+        return self._finish(conversation, record, render(scene), conversation.masks())
 
-# %% ../../nbs/toy/01_scenes.ipynb #567b4b21
-def _sketch(
-    self, record
-):  # -> Conversation whose image is the scene's number and whose masks are None; every scene is drawn once, for all epochs
-    "Make a conversation without its pixels, for those who have the image and the words of its masks already."
-    if record not in self._sketches:
-        self._sketches[record] = _Sketch(self.world.scene(record))
-    return self._conversation(record, self._sketches[record], record, lambda t: [None] * len(t.number))
+    def outline(
+        self,
+        record: int,  # number of a scene; its outline is made once, for all epochs
+    ) -> Conversation:  # its image is the number of the scene, and its masks are None; raises ChatError
+        "Make a conversation without pixels, where image and codes are there already."
+        if record not in self.outlines:
+            self.outlines[record] = _SceneOutline(self.world.scene(record))
+        conversation = self._ask(record, self.outlines[record])
+        return self._finish(conversation, record, record, [None] * len(conversation.number))
+
+    def outline_ahead(
+        self,
+        workers: int = 0,  # processes; 0: this one
+    ):
+        "Make the outlines of all scenes now."
+        made = pool_map(lambda k: _SceneOutline(self.world.scene(k)), range(len(self)), workers)
+        self.outlines.update(enumerate(made))
+
+    def _ask(self, record, scene):  # number, Scene or _SceneOutline -> _SceneConversation with all its rounds
+        rng = np.random.default_rng([self.world.seed, self.epoch, record, 77])
+        conversation = _SceneConversation(scene, rng, self.world.min_area)
+        if not conversation.big:
+            raise ChatError(f'Scene {scene.id} has no object of at least {self.world.min_area} pixels to talk about.')
+        tasks, weights = list(self.share), np.array(list(self.share.values()))
+        for _ in range(200):  # far more than it takes, unless nothing is left to ask
+            if len(conversation.rounds) >= self.rounds or self.length and conversation.length() >= self.length:
+                break
+            task = str(rng.choice(tasks, p=weights / sum(weights)))
+            if task == 'refer':
+                ask_refer(conversation, self.kind, self.no_target_ratio)
+            else:
+                ASK[task](conversation)
+        return conversation
+
+    def _finish(self, made, record, image, masks):  # _SceneConversation, ... -> Conversation
+        messages = []
+        for question, answer in made.rounds:
+            messages += [dict(role='user', content=question), dict(role='assistant', content=answer)]
+        messages[0]['content'] = '<image:0>\n' + messages[0]['content']
+        keys = [(record, k) for k in made.number]
+        return Conversation(messages, [image], masks, id=made.id, dataset=self.name, task='scene', keys=keys)
 
 
-def _conversation(self, record, scene, image, masks):
-    rng = np.random.default_rng([self.world.seed, self.epoch, record, 77])
-    t = _Talk(scene, rng, self.world.min_area)
-    if not t.big:
-        raise ChatError(f'Scene {scene.id} has no object of at least {self.world.min_area} pixels to talk about.')
-    for _ in range(200):  # far more than it takes, unless nothing is left to ask
-        if len(t.rounds) >= self.rounds or self.length and t.length() >= self.length:
-            break
-        task = str(rng.choice(list(self.share), p=np.array(list(self.share.values())) / sum(self.share.values())))
-        ASK[task](t, **(dict(kind=self.kind, no_target_ratio=self.no_target_ratio) if task == 'refer' else {}))
-    messages = [dict(role=r, content=c) for q, a in t.rounds for r, c in (('user', q), ('assistant', a))]
-    messages[0]['content'] = '<image:0>\n' + messages[0]['content']
-    return Conversation(
-        messages, [image], masks(t), id=scene.id, dataset=self.name, task='scene', keys=[(record, k) for k in t.number]
-    )
-
-
-def _sketch_ahead(self, workers=0):  # processes
-    "Draw the sketches of all scenes now."
-    self._sketches.update(enumerate(pool_map(lambda k: _Sketch(self.world.scene(k)), range(len(self)), workers)))
-
-
-SceneChat.sketch, SceneChat.sketch_ahead, SceneChat._conversation = _sketch, _sketch_ahead, _conversation
+def open_scenes(
+    rounds: int = 6,  # questions about a scene
+    share: dict | None = None,  # task of ASK -> weight; None: ASK_SHARE
+    kind: str | dict | None = None,  # of referring expressions, see SceneChat
+    **world,  # arguments of ShapeWorld
+) -> SceneChat:
+    "Open the conversations that `samtok.shards` knows by the name `shapeworld`."
+    return SceneChat(ShapeWorld(**world), rounds, share, kind)
 
 # %% ../../nbs/toy/01_scenes.ipynb #0e8c7f40
 PHRASES = (
@@ -416,3 +449,181 @@ def toy_corpus(n=400):  # conversations -> list of str
     chat = SceneChat(ShapeWorld(n, 'train', seed=5))
     said = [m['content'] for c in chat.stream() for m in c.messages]
     return said + [f'{blank}{v}' for k in _ORDER for v in ATTRIBUTES[k] for blank in ('', ' ')] * 200
+
+# %% ../../nbs/toy/01_scenes.ipynb #438acddc
+def _same_codes(path, expected):  # Path, dict of fingerprints -> path; raises RunError where the file has others
+    with np.load(path) as file:
+        differ = [k for k, v in expected.items() if k not in file or str(file[k]) != v]
+    if differ:
+        raise RunError(
+            f'{path.name} holds codes of another tokenizer or other scenes ({", ".join(differ)} differ): '
+            'choose another name, or delete it.'
+        )
+    return path
+
+
+def _save_arrays(path, **arrays):
+    atomic_write(path, lambda file: np.savez(file, **arrays))
+
+
+def _read_part(path):  # -> codes (M,K) uint16, number of objects of each scene
+    with np.load(path) as file:
+        return file['codes'], file['objects']
+
+
+def _encode_scenes(world, tokenizer, numbers, batch, chunk, workers):
+    # numbers of scenes -> codes (M,K) uint16 of all their objects, number of objects of each scene (n,) int64
+    def draw(i):
+        scene = world.scene(i)
+        return render(scene), scene.visible
+
+    drawn = pool_map(draw, numbers, workers)
+    codes, objects = [np.zeros((0, tokenizer.vocab.depth), np.uint16)], []
+    for _ in range(0, len(numbers), batch):
+        images, masks = map(list, zip(*islice(drawn, batch)))
+        for found in tokenizer.encode(images, masks, chunk=chunk):
+            codes.append(found.astype(np.uint16))
+            objects.append(len(found))
+    return np.concatenate(codes), np.array(objects, np.int64)
+
+# %% ../../nbs/toy/01_scenes.ipynb #28a849b1
+def scene_codes(
+    world: ShapeWorld,
+    tokenizer,  # MaskTokenizer
+    out: str | Path,  # .npz file: codes (M,K) uint16, starts (n+1,) int64, fingerprints; it stays if it is finished
+    batch: int = 16,  # scenes in one pass
+    chunk: int = 64,  # masks in one pass
+    workers: int = 0,  # processes that draw scenes; 0: this one
+    part: int = 512,  # scenes that a killed run does not encode again
+    rank: int = 0,  # this process,
+    ranks: int = 1,  # of so many
+) -> Path | None:  # None while other processes are at work; raises RunError
+    "Write the codes of all objects of all scenes."
+    out = Path(out)
+    expected = dict(
+        fingerprint=tokenizer_fingerprint(tokenizer),
+        world=json.dumps([world.split, world.seed, world.n, world.size, list(world.count)]),
+    )
+    if out.exists():
+        return _same_codes(out, expected)
+    parts = {}  # file -> its scenes; parts of another size are other files
+    for start in range(0, len(world), part):
+        stop = min(start + part, len(world))
+        parts[out.with_name(f'.{out.name}.{start:08d}-{stop:08d}.npz')] = range(start, stop)
+    for path in progress(list(parts)[rank::ranks], f'parts of {out.name}'):
+        if path.exists():
+            _same_codes(path, expected)
+            continue
+        codes, objects = _encode_scenes(world, tokenizer, parts[path], batch, chunk, workers)
+        _save_arrays(path, codes=codes, objects=objects, **expected)
+    try:
+        codes, objects = zip(*map(_read_part, parts))
+    except FileNotFoundError:  # others are at work, or have just put the parts together
+        return _same_codes(out, expected) if out.exists() else None
+    starts = np.concatenate([[0], *objects]).cumsum()
+    _save_arrays(out, codes=np.concatenate(codes), starts=starts, **expected)
+    for path in parts:
+        path.unlink(missing_ok=True)
+    return out
+
+# %% ../../nbs/toy/01_scenes.ipynb #b9bb1b06
+class CodeTable:
+    "The codes of all objects of the first scenes of a ShapeWorld, made once with a mask tokenizer."
+
+    def __init__(
+        self,
+        codes: np.ndarray,  # (M,K) uint16 of all objects
+        starts: np.ndarray,  # (n+1,) int64: place of the first object of each scene
+        vocab,  # MaskVocab
+    ):
+        self.codes, self.starts, self.vocab = codes, starts, vocab
+
+    def __len__(self) -> int:  # scenes
+        return len(self.starts) - 1
+
+    def __call__(
+        self,
+        conversation: Conversation,  # with keys (scene, object)
+    ) -> list:  # of str: the words of each mask
+        "Look up the words of the masks of a conversation."
+        found = [self.codes[self.starts[i] + k] for i, k in conversation.keys]
+        return [self.vocab.format(codes.astype(np.int64)) for codes in found]
+
+
+def code_table(
+    path: str | Path,  # .npz file of scene_codes
+    vocab,  # MaskVocab
+    tokenizer=None,  # MaskTokenizer that must have made the codes; None: not compared
+) -> CodeTable:  # raises RunError
+    "Read the codes of ShapeWorld scenes."
+    path = Path(path)
+    with np.load(path) as file:
+        table = CodeTable(file['codes'], file['starts'], vocab)
+        made_by = str(file['fingerprint']) if 'fingerprint' in file else None
+    if table.codes.shape[1] != vocab.depth or table.codes.max(initial=0) >= vocab.codebook_size:
+        raise RunError(
+            f'{path.name} holds codes of another mask tokenizer '
+            f'({table.codes.shape[1]} codebooks, up to {table.codes.max()}): make it again.'
+        )
+    if tokenizer is not None and made_by not in (None, tokenizer_fingerprint(tokenizer)):
+        raise RunError(
+            f'{path.name} holds codes of the mask tokenizer {made_by}, '
+            f'not of this one ({tokenizer_fingerprint(tokenizer)}): make it again.'
+        )
+    return table
+
+# %% ../../nbs/toy/01_scenes.ipynb #4aae4190
+def _write_codes(options):  # dict of options -> Path, or None while other processes are at work
+    import torch
+
+    from samtok.tokenizer import MaskTokenizer
+
+    if not options['out'].endswith('.npz'):
+        raise RunError('Say where to write: --out FILE.npz.')
+    if not isinstance(options['args'], dict):
+        raise RunError(f'--args is {options["args"]!r}: give a JSON object in quotes, for example \'{{"n": 100}}\'.')
+    device = check_device(options['device'])
+    if device == 'cuda':
+        device = f'cuda:{int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()}'
+    return scene_codes(
+        open_conversations('shapeworld', **options['args']).world,
+        MaskTokenizer.from_pretrained(options['tokenizer'], device=device),
+        options['out'],
+        workers=options['workers'],
+        rank=int(os.environ.get('RANK', 0)),
+        ranks=int(os.environ.get('WORLD_SIZE', 1)),
+    )
+
+
+def main(
+    argv: list | None = None,  # of str; None: the arguments of the process
+):
+    "Write the codes of scenes from the command line (`python -m samtok.toy.scenes`)."
+    help = dict(
+        args="""arguments of open_scenes and ShapeWorld, as JSON, for example '{"n": 100}'""",
+        tokenizer='of masks: folder, hub id, "toy", or a folder of the package such as toy/tokenizer_16',
+        out='FILE.npz for the codes',
+        device='auto, cpu or cuda',
+        workers='processes that draw scenes',
+    )
+    options = parse_args(
+        dict(args={}, tokenizer='toy', out='', device='auto', workers=0),
+        argv,
+        prog='python -m samtok.toy.scenes',
+        help=help,
+        description='Encode the masks of all objects of ShapeWorld scenes, once.',
+    )
+    finished = options['out'].endswith('.npz') and Path(options['out']).exists()
+    try:
+        path = _write_codes(options)
+    except (ValueError, OSError) as e:
+        print(f'samtok.toy.scenes: {e}', file=sys.stderr)
+        raise SystemExit(2) from e
+    if path and finished:
+        print(f'samtok.toy.scenes: {path.name} was finished before, and nothing was encoded again.', file=sys.stderr)
+    if path:
+        print(json.dumps(dict(file=path.name), indent=1))
+
+# %% ../../nbs/toy/01_scenes.ipynb #a6c24ea0
+if __name__ == '__main__' and '__file__' in globals():
+    main()
