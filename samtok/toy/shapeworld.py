@@ -232,7 +232,7 @@ def _ranks(values):  # -> (n,) int from 1; equal values keep their order
 
 
 def scene_graph(
-    scene: Scene,
+    scene: Scene,  # its objects and masks are described
 ) -> dict:  # id, size, `objects` (list of dict) and `relations` (list of dict)
     "Describe a scene as plain data: attributes, place, visible share, ranks, relations."
     from_left = _ranks([o.x for o in scene.objects])
@@ -375,7 +375,11 @@ class ShapeWorld(MaskDataset):
     def records(self):
         return iter(range(self.n))
 
-    def load(self, record):
+    def load(
+        self,
+        record: int,  # number of a scene, from 0
+    ) -> MaskSample:
+        "Load a record: the scene of that number."
         return self.sample(record)
 
     def scene(
