@@ -395,7 +395,7 @@ def _decode(
         torch.from_numpy(_check_codes(c, self.config.num_codes)).to(self.device) for c in _as_lists(e, codes, 'codes')
     ]
     vectors = [
-        self.quantizer.codes_to_vectors(c.view(len(c), self.config.num_mask_tokens, self.config.depth)) for c in sets
+        self.quantizer.get_output_from_indices(c.view(len(c), self.config.num_mask_tokens, self.config.depth)) for c in sets
     ]
     results = []
     for size, (low, scores) in zip(

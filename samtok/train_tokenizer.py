@@ -250,7 +250,7 @@ def start_codebooks(model, params, batches=None):
             _take(stream, params['images_per_step']), model.config, params['masks_per_image'], params['truth_size'], rng
         ).to(model.device)
         z.append(model(b.pixels, b.dense, b.corners, b.index, quantize=False).latents.float().flatten(0, 1))
-    model.quantizer.start(torch.cat(z))
+    model.quantizer.init_kmeans(torch.cat(z))
     model.train(training)
     return sum(len(v) for v in z)
 
