@@ -13,7 +13,7 @@ export PATH := $(BIN):$(PATH)
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity docs notebooks toy wheel-test browser-test clean
+.PHONY: help install demo test format parity docs notebooks toy toy-vlm wheel-test browser-test clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## */\t/' | expand -t 14
@@ -41,6 +41,12 @@ demo: $(STAMP)  ## Run the quickstart notebook: masks of a scene to words and ba
 test: $(STAMP)  ## Check the repository and run every notebook
 	@$(CHECK) all
 
+format: $(STAMP)  ## Format notebooks and scripts with ruff, export the package
+	@$(BIN)/python -m ruff check --quiet --fix . || true
+	@$(BIN)/python -m ruff format .
+	@nbdev_export
+	@$(CHECK) form
+
 parity: $(STAMP)  ## Compare the tokenizer with recorded values of the reference
 	@mkdir -p runs
 	@$(RUN) nbs/02b_parity.ipynb runs/parity.ipynb -p full true -p save runs/parity.json
@@ -61,6 +67,11 @@ toy: $(STAMP)  ## Train the toy tokenizer (minutes on two CPU cores)
 	@mkdir -p runs/toy
 	@$(RUN) nbs/02a_train_tokenizer.ipynb runs/toy/02a_train_tokenizer.ipynb -p scale toy -p out runs/train_tokenizer_toy
 	@echo "Executed notebook: runs/toy/02a_train_tokenizer.ipynb; tokenizer: runs/train_tokenizer_toy/tokenizer"
+
+toy-vlm: $(STAMP)  ## Train the toy VLM from its base (eleven minutes on two CPU cores)
+	@mkdir -p runs/toy
+	@$(RUN) nbs/toy/04_toy_sft.ipynb runs/toy/04_toy_sft.ipynb -p scale toy -p out runs/toy_sft_toy
+	@echo "Executed notebook: runs/toy/04_toy_sft.ipynb; model: runs/toy_sft_toy/vlm"
 
 wheel-test: $(STAMP)  ## Build a wheel, install it in an empty environment, use it there
 	@.ci/wheel_test $(BIN)/python

@@ -2,13 +2,14 @@
 """Checks of the repository, one function each; `make test` runs them all.
 
     .ci/check.py all                 every check, then every notebook; the last line counts both
-    .ci/check.py lint export ...     only these checks: pip settings export clean lint imports sidebar readme
+    .ci/check.py lint export ...     only these checks: pip form settings export clean lint imports sidebar readme
     .ci/check.py tests [NOTEBOOK..]  run notebooks as tests, two at a time
     .ci/check.py readme --write      make README.md from nbs/index.ipynb
     .ci/check.py execute [NOTEBOOK..] execute notebooks in place, two at a time
     .ci/check.py docs                render the site into _docs
 
-A check returns a list of problems, each a sentence that says where and what. The source is the notebooks, so every check reads files and none of them changes any.
+A check returns a list of problems, each a sentence that says where and what. The source is the notebooks, so every
+check reads files and none of them changes any.
 """
 
 import ast
@@ -30,11 +31,19 @@ from configparser import ConfigParser
 from functools import cache
 from pathlib import Path
 
+from form import form
+
 ROOT = Path(__file__).resolve().parents[1]
 NBS, LIB, FLOORS = ROOT / 'nbs', ROOT / 'samtok', json.loads((ROOT / '.ci/floors.json').read_text())
-RUN_NOTEBOOKS = r'(toy_sam2|02a_|02b_|04_|06_|08_|09_|quickstart|your_own_data|tokenizer_ablation|tokenizer_cost)'  # these have one cell tagged `parameters`
-CELLS, MAX_KB, EXPORT_LINES = range(25, 81), 500, 30
+RUN_NOTEBOOKS = (  # these have one cell tagged `parameters`
+    r'(02a_|02b_|04_|06_|08_|09_|toy/04_|toy/06_|tutorials/quickstart|tutorials/your_own_data'
+    r'|paper/tokenizer_ablation|paper/tokenizer_cost)'
+)
+PAGES = r'(toy/06_)'  # numbered notebooks without a module: pages
+MODULES = {'toy/04_toy_sft': 'toy.train', 'toy/05_toy_tasks': 'toy.tasks'}  # where the name of the file says another
+CELLS, MAX_KB = range(25, 81), 500
 RUN_TIME = r'[Rr]uns in (seconds|under a minute|under two minutes) on two CPU cores'
+TOP = 99  # the floor of the toy
 SLOW, TIMEOUT, WORKERS = 90, 300, 2  # seconds, seconds, notebooks at a time
 ABSOLUTE = r'(?<![\w.:/<])/(?:home|root|Users|work|tmp|mnt|opt|var|content|data)/[\w.]|\b[A-Z]:\\\\?\w'
 
@@ -57,7 +66,8 @@ def name(file):
 
 
 def is_source(file):
-    return file.parent == NBS and re.match(r'\d\d', file.name) is not None
+    "Is it a numbered notebook, of the product or of the toy?"
+    return re.match(r'(toy/)?\d\d', name(file)) is not None and not re.match(PAGES, name(file))
 
 
 def text(cell):
@@ -65,7 +75,7 @@ def text(cell):
 
 
 def directives(cell):
-    return re.findall(r'^#\|\s*(.+?)\s*$', text(cell), re.M)
+    return re.findall(r'^#\| ?(\S.*?)\s*$', text(cell), re.M)  # two blanks after the bar continue a folded alt text
 
 
 def code(cell):
@@ -114,7 +124,7 @@ def lint_notebook(file):
     if 'widgets' in nb['metadata']:
         yield 'holds widget state.'
     tagged = sum('parameters' in c['metadata'].get('tags', []) for c in cells)
-    runs = bool(re.match(RUN_NOTEBOOKS, file.name))
+    runs = bool(re.match(RUN_NOTEBOOKS, name(file)))
     if tagged != 1 if runs else tagged > (not is_source(file)):
         yield f'{tagged} cells are tagged `parameters`, {int(runs)} should be.'
     below = next((i + 1 for i, c in enumerate(codes) if 'parameters' in c['metadata'].get('tags', [])), 0)
@@ -123,7 +133,10 @@ def lint_notebook(file):
     ):
         yield 'does not stop at a parameter that it does not have: check_names(globals()) belongs below the parameters.'
     if runs and (unread := unread_parameters(file, cells)):
-        yield f'papermill cannot read the line of {", ".join(unread)}, so that its help page leaves it out: no quotes with brackets, = or ; in the comment.'
+        yield (
+            f'papermill cannot read the line of {", ".join(unread)}, so that its help page leaves it out: '
+            'no quotes with brackets, = or ; in the comment.'
+        )
     for i, cell in enumerate(cells):
         yield from (f'cell {i}: {p}' for p in lint_cell(cell, file))
     if not any(re.search(RUN_TIME, text(c)) for c in cells[:3] if c['cell_type'] == 'markdown'):
@@ -185,7 +198,7 @@ def lint_code(cell, source, file):
         yield 'mixes imports with other code: the docs would run all of it.'
     if any(isinstance(n, ast.ImportFrom) and n.names[0].name == '*' and exported(cell) for n in body):
         yield 'exports a star import.'
-    if has_image(cell) and not any(d.startswith('fig-alt:') for d in directives(cell)):
+    if has_image(cell) and not fig_alt(cell):
         yield 'shows a picture without `#| fig-alt:`.'
 
 
@@ -203,20 +216,35 @@ def lint_source(file, cells, codes):
     for head in ('What we learned', 'Limits', 'Next'):
         if head not in heads:
             yield f'has no heading "{head}".'
+    yield from lint_neighbours(file, cells)
     modules = [d.split()[1] for c in codes for d in directives(c) if d.startswith('default_exp ')]
     if any(map(exported, codes)) and modules != [module_of(file)]:
         yield f'exports to {modules}, its name says {module_of(file)}.'
     yield from lint_exports(codes)
 
 
+def lint_neighbours(file, cells):
+    "The second cell links the notebooks before and after in reading order, the section Next the one after."
+    order = [f for f in notebooks() if re.match(r'(toy/)?\d\d', name(f)) and f.parent == file.parent]
+    at = order.index(file)
+    second = text(cells[1]) if len(cells) > 1 else ''
+    end = '\n'.join(text(c) for c in cells if c['cell_type'] == 'markdown').rpartition('## Next')[2]
+    for k, where, said in (
+        (at - 1, 'its second cell', second),
+        (at + 1, 'its second cell', second),
+        (at + 1, 'the section Next', end),
+    ):
+        if 0 <= k < len(order) and f'({order[k].name}' not in said:
+            side = 'before' if k < at else 'after'
+            yield f'{where} does not link {order[k].name}, which is {side} it in reading order.'
+
+
 def lint_exports(codes):
-    "Length of export cells; every public name appears in one of the next two lesson cells."
+    "Every public name appears in one of the next two lesson cells."
     lessons = [i for i, c in enumerate(codes) if not exported(c) and any(not is_import(n) for n in parse(c))]
     for i, cell in enumerate(codes):
         if not exported(cell):
             continue
-        if (n := len(code(cell).strip().splitlines())) > EXPORT_LINES:
-            yield f'an export cell has {n} lines, at most {EXPORT_LINES} are allowed (aim at 25): {text(cell).splitlines()[1][:60]}'
         near = '\n'.join(code(codes[j]) for j in [j for j in lessons if j > i][:2])
         for public in public_names(parse(cell)):
             if not re.search(rf'\b{public}\b', near):
@@ -236,7 +264,9 @@ def public_names(body):
 
 
 def module_of(file):
-    return file.stem.split('_', 1)[1]
+    "The module that a notebook exports, by its name: nbs/toy/01_scenes.ipynb gives toy.scenes."
+    stem = name(file).removesuffix('.ipynb')
+    return MODULES.get(stem) or '.'.join([*stem.split('/')[:-1], file.stem.split('_', 1)[1]])
 
 
 # ---------------------------------------------------------------- package
@@ -279,7 +309,7 @@ def export():
 
 
 def compare(new, old, pattern, advice):
-    names = {f.name for d in (new, old) for f in d.glob(pattern)}
+    names = {f.relative_to(d).as_posix() for d in (new, old) for f in d.rglob(pattern)}
 
     def lines(f):
         return f.read_text(encoding='utf-8').splitlines() if f.exists() else []
@@ -309,38 +339,53 @@ def clean():
 def imports():
     "Modules import only from lower floors, only what their floor may, and the lowest floor loads fast."
     problems, floors = [], FLOORS['modules']
-    for file in sorted(LIB.glob('*.py')):
+    for file in sorted(LIB.rglob('*.py')):
+        module = '.'.join(file.relative_to(LIB).with_suffix('').parts)
         if file.stem.startswith('_'):
             continue
-        if file.stem not in floors:
-            problems.append(f'samtok.{file.stem} has no floor: add it to .ci/floors.json.')
+        if module.startswith('toy.'):
+            problems += check_imports(file, module, floors, TOP)
+        elif module not in floors:
+            problems.append(f'samtok.{module} has no floor: add it to .ci/floors.json.')
         else:
-            problems += check_imports(file, floors)
+            problems += check_imports(file, module, floors, floors[module])
     return problems + list(
         slow_imports([''] + [f'.{m}' for m, floor in floors.items() if floor == 0 and (LIB / f'{m}.py').exists()])
     )
 
 
-def check_imports(file, floors):
-    tree, floor = ast.parse(file.read_text(encoding='utf-8')), floors[file.stem]
+def imported(node, module):
+    "Full names of what an import statement imports, relative ones resolved."
+    if isinstance(node, ast.Import):
+        return [a.name for a in node.names]
+    if not node.level:
+        base = node.module
+    else:
+        package = ['samtok', *module.split('.')][: -node.level]
+        base = '.'.join(package + ([node.module] if node.module else []))
+    if base in ('samtok', 'samtok.toy'):  # modules by name
+        return [f'{base}.{a.name}' for a in node.names]
+    return [base]
+
+
+def check_imports(file, module, floors, floor):
+    "What a module imports must be of a lower floor; only the toy imports the toy."
+    tree = ast.parse(file.read_text(encoding='utf-8'))
     allowed = {m for ms in FLOORS['third_party'][: floor + 1] for m in ms} | set(sys.stdlib_module_names)
     top = {id(n) for n in tree.body}
     for node in filter(is_import, ast.walk(tree)):
-        full = (
-            [a.name for a in node.names]
-            if isinstance(node, ast.Import)
-            else ['samtok.' + (node.module or '') if node.level else node.module]
-        )
-        if full in (['samtok'], ['samtok.']) and isinstance(node, ast.ImportFrom):
-            full = [f'samtok.{a.name}' for a in node.names]
-        for package, module in ((m.split('.')[0], m.split('.')[1] if '.' in m else '') for m in full):
-            where = f'{file.name}:{node.lineno}'
-            if package == 'samtok':
-                if module in floors and floors[module] >= floor:
-                    yield f'{where} (floor {floor}) imports samtok.{module} of floor {floors[module]}.'
+        where = f'{file.relative_to(ROOT)}:{node.lineno}'
+        for full in imported(node, module):
+            package, _, other = full.partition('.')
+            if package == 'samtok' and other.split('.')[0] == 'toy':
+                if floor < TOP:
+                    yield f'{where} imports {full}: the product reaches the toy by name (samtok.runs.import_object).'
+            elif package == 'samtok':
+                if floors.get(other.split('.')[0], -1) >= floor:
+                    yield f'{where} (floor {floor}) imports {full} of floor {floors[other.split(".")[0]]}.'
             elif package in ('fastcore', 'nbdev', 'execnb'):
                 yield f'{where} imports {package}, which only developers have.'
-            elif id(node) in top and package not in allowed:
+            elif id(node) in top and package not in allowed and floor < TOP:
                 yield f'{where} imports {package} at the top; floor {floor} may do so only inside functions.'
 
 
@@ -373,7 +418,7 @@ def slow_imports(modules, repeats=3):
 
 
 def sidebar():
-    "The site lists every notebook, and only notebooks that exist; its settings are where Quarto and nbdev look for them."
+    "The site lists every notebook, and only those that exist; its settings are where Quarto and nbdev look for them."
     import yaml
 
     site, bar = (yaml.safe_load(f.read_text()) for f in (ROOT / '_quarto.yml', NBS / 'sidebar.yml'))
@@ -384,12 +429,13 @@ def sidebar():
     listed, real = pages(bar['website']['sidebar']['contents']), [name(f) for f in notebooks()]
     problems = [f'nbs/sidebar.yml does not list {n}.' for n in real if n not in listed]
     problems += [f'nbs/sidebar.yml lists {n}, which does not exist.' for n in listed if n not in real]
-    numbered = [n for n in listed if re.match(r'\d\d', n)]
-    if numbered != sorted(numbered):
-        problems.append('The numbered notebooks are not in reading order in nbs/sidebar.yml.')
+    for pattern in (r'\d\d', r'toy/\d\d'):
+        numbered = [n for n in listed if re.match(pattern, n)]
+        if numbered != sorted(numbered):
+            problems.append('The numbered notebooks are not in reading order in nbs/sidebar.yml.')
     if site['metadata-files'] != ['nbdev.yml', 'sidebar.yml']:
         problems.append('_quarto.yml must read nbdev.yml and sidebar.yml.')
-    if (link := NBS / '_quarto.yml').resolve() != ROOT / '_quarto.yml':
+    if (NBS / '_quarto.yml').resolve() != ROOT / '_quarto.yml':
         problems.append('nbs/_quarto.yml must be a link to ../_quarto.yml.')
     return problems
 
@@ -433,10 +479,17 @@ def readme_text(nb):
             continue
         if 'echo: false' not in directives(cell) and code(cell).strip():
             parts.append(f'```python\n{code(cell).strip()}\n```')
-        alt = next((d.split(':', 1)[1].strip().strip('"') for d in directives(cell) if d.startswith('fig-alt:')), '')
+        alt = fig_alt(cell)
         for output in cell.get('outputs', []):
             parts += output_markdown(output, alt, pictures)
     return '\n\n'.join(p.strip('\n') for p in parts if p.strip()) + '\n', pictures
+
+
+def fig_alt(cell):
+    "The alt text of a cell's figure, on one line or folded over several."
+    found = re.search(r'^#\| *fig-alt: *(.*(?:\n#\|  .*)*)', text(cell), re.M)
+    words = re.sub(r'\n#\| *', ' ', found[1]) if found else ''
+    return words.removeprefix('>').strip().strip('"')
 
 
 def output_markdown(output, alt, pictures):
@@ -484,7 +537,9 @@ def docs():
         plain_page(file)
     write_llms()
     print(
-        'Quarto is not installed: plain pages are in _docs/. To render the site itself, install Quarto 1.4 or newer (quarto.org, "Get started", or conda install quarto from conda-forge) and run make docs again; the docs workflow does the same.'
+        'Quarto is not installed: plain pages are in _docs/. To render the site itself, install Quarto 1.4 or newer '
+        '(quarto.org, "Get started", or conda install quarto from conda-forge) and run make docs again; '
+        'the docs workflow does the same.'
     )
     return dead_links()
 
@@ -603,7 +658,7 @@ def tests(files=None):
     files = (
         [Path(f).resolve() for f in files]
         if files
-        else sorted(notebooks(), key=lambda f: (not re.match(RUN_NOTEBOOKS, f.name), -f.stat().st_size))
+        else sorted(notebooks(), key=lambda f: (not re.match(RUN_NOTEBOOKS, name(f)), -f.stat().st_size))
     )
     bad = []
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -666,7 +721,15 @@ def execute(files=None):
 
 
 CHECKS = dict(
-    pip=pip, settings=settings, export=export, clean=clean, lint=lint, imports=imports, sidebar=sidebar, readme=readme
+    pip=pip,
+    form=form,
+    settings=settings,
+    export=export,
+    clean=clean,
+    lint=lint,
+    imports=imports,
+    sidebar=sidebar,
+    readme=readme,
 )
 
 

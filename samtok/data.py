@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'ImageError', 'DataError', 'short_path', 'read_image', 'read_ids', 'MaskSample', 'Report',
-           'MaskDataset', 'without_empty_masks', 'walk_files', 'MaskFolder', 'Mixture', 'leaf_datasets',
+           'without_empty_masks', 'MaskDataset', 'walk_files', 'find_image', 'MaskFolder', 'Mixture', 'leaf_datasets',
            'as_iterable_dataset']
 
 # %% ../nbs/00c_data.ipynb #eb66a121
 import hashlib
 import heapq
+import io
 import itertools
 import logging
 import os
@@ -40,35 +41,106 @@ class DataError(ValueError):
     "Say what is wrong with a data set as a whole."
 
 # %% ../nbs/00c_data.ipynb #aa5d3c93
-def short_path(path):  # str or Path -> str
-    "Show a path in a sentence: as it was given, of an absolute one the last three names."
-    return os.path.join('...', *Path(path).parts[1:][-3:]) if os.path.isabs(path) else str(path)
-
-
-def read_image(
-    source,  # path, bytes, PIL image, or array: (H,W), (H,W,1), (H,W,3) or (H,W,4) of uint8, uint16, bool, or float in [0,1]
-):  # (H,W,3) uint8 RGB, turned as its EXIF orientation says; raises ImageError
-    "Read any image as RGB."
-    return _read_turned(source)[0]
-
-
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> PIL's Transpose
 
 
-def _read_turned(source):  # -> image, turn (PIL Transpose or None)
+def short_path(
+    path: str | Path,  # a file or folder
+) -> str:  # as it was given; of an absolute path the last three names
+    "Show a path in a sentence."
+    return os.path.join('...', *Path(path).parts[1:][-3:]) if os.path.isabs(path) else str(path)
+
+
+def _file(source):
+    "What PIL opens: bytes as a file in memory, a path as it is."
+    return io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else source
+
+
+def _why(error):
+    if isinstance(error, UnidentifiedImageError):
+        return 'it is no image file of a known kind'
+    return getattr(error, 'strerror', None) or error
+
+
+def _to_uint8(array):
+    "(H,W,C) of any dtype -> uint8."
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array * np.uint8(255)
+    if array.dtype == np.uint16:
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if array.dtype.kind == 'f':
+        if not np.isfinite(array).all():
+            raise ImageError(f'The image is {array.dtype} and holds NaN or infinity.')
+        array = array * 255.0
+    elif array.dtype.kind not in 'iu':
+        raise ImageError(f'The image is {array.dtype}; give uint8, uint16, bool or float.')
+    if array.min() < 0 or array.max() > 255:
+        raise ImageError(
+            'The image has values out of range: floats must be in [0,1], whole numbers in 0..255 (uint16: 0..65535).'
+        )
+    return np.rint(array).astype(np.uint8)
+
+
+def _from_array(array):
+    "An array of any supported shape and dtype -> (H,W,3) uint8."
+    try:
+        array = np.asarray(array)
+    except (TypeError, ValueError) as e:
+        raise ImageError(f'The image is a {type(array).__name__} that is no array: {e}.') from e
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
+        raise ImageError(f'The image has shape {array.shape}; give (H,W), (H,W,1), (H,W,3) or (H,W,4), channels last.')
+    if 0 in array.shape:
+        raise ImageError(f'The image is {array.shape[0]}x{array.shape[1]}; both sides must be at least 1.')
+    array = _to_uint8(array)
+    if array.shape[2] == 4:
+        alpha = array[..., 3:] / 255
+        array = np.rint(array[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
+
+
+def _from_pil(image):
+    "A PIL image -> (H,W,3) uint8, and how it was turned (PIL's Transpose or None)."
+    try:
+        turn = _TURNS.get(image.getexif().get(0x0112))
+    except Exception:
+        turn = None  # a broken EXIF block turns nothing
+    image.load()
+    if 0 in image.size:
+        raise ImageError(f'The image is {image.size[1]}x{image.size[0]}; both sides must be at least 1.')
+    if image.mode == 'F':
+        rgb = _from_array(np.asarray(image))
+    elif image.mode.startswith('I'):
+        rgb = _from_array(np.asarray(image).clip(0, 65535).astype(np.uint16))
+    elif image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in image.info:
+        rgb = _from_array(np.asarray(image.convert('RGBA')))
+    else:
+        rgb = np.array(image.convert('RGB'))
+    if turn is not None:
+        rgb = np.array(Image.fromarray(rgb).transpose(turn))
+    return rgb, turn
+
+
+def _source_name(source):
+    if isinstance(source, Image.Image):
+        return 'The image'
+    if isinstance(source, (bytes, bytearray)):
+        return f'The image of {len(source)} bytes'
+    return f'The image {short_path(source)}'
+
+
+def _read_turned(source):
+    "Whatever read_image takes -> (H,W,3) uint8, and how it was turned (PIL's Transpose or None)."
     if not isinstance(source, (str, os.PathLike, bytes, bytearray, Image.Image)):
         return _from_array(source), None
-    name = (
-        'The image'
-        if isinstance(source, Image.Image)
-        else f'The image of {len(source)} bytes'
-        if isinstance(source, (bytes, bytearray))
-        else f'The image {short_path(source)}'
-    )
+    name = _source_name(source)
     try:
         if isinstance(source, Image.Image):
             return _from_pil(source)
-        with Image.open(_io(source)) as opened:
+        with Image.open(_file(source)) as opened:
             return _from_pil(opened)
     except FileNotFoundError as e:
         raise ImageError(f'{name} does not exist.') from e
@@ -78,104 +150,40 @@ def _read_turned(source):  # -> image, turn (PIL Transpose or None)
         raise ImageError(f'{name} cannot be read: {_why(e)}.') from e  # decoders raise every kind on broken bytes
 
 
-def _why(e):
-    return (
-        'it is no image file of a known kind'
-        if isinstance(e, UnidentifiedImageError)
-        else getattr(e, 'strerror', None) or e
-    )
-
-
-def _io(source):
-    import io
-
-    return io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else source
-
-# %% ../nbs/00c_data.ipynb #64985585
-def _from_pil(image):  # -> (H,W,3) uint8, turn or None
-    try:
-        turn = _TURNS.get(image.getexif().get(0x0112))
-    except Exception:
-        turn = None  # a broken EXIF block turns nothing
-    image.load()
-    if 0 in image.size:
-        raise ImageError(f'The image is {image.size[1]}x{image.size[0]}; both sides must be at least 1.')
-    if image.mode.startswith('I') or image.mode == 'F':
-        deep = np.asarray(image)
-        rgb = _from_array(deep.clip(0, 65535).astype(np.uint16) if image.mode != 'F' else deep)
-    elif image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in image.info:
-        rgb = _from_array(np.asarray(image.convert('RGBA')))
-    else:
-        rgb = np.array(image.convert('RGB'))
-    return (rgb if turn is None else np.array(Image.fromarray(rgb).transpose(turn))), turn
-
-
-def _from_array(a):  # -> (H,W,3) uint8
-    try:
-        a = np.asarray(a)
-    except (TypeError, ValueError) as e:
-        raise ImageError(f'The image is a {type(a).__name__} that is no array: {e}.') from e
-    if a.ndim == 2:
-        a = a[..., None]
-    if a.ndim != 3 or a.shape[2] not in (1, 3, 4):
-        raise ImageError(f'The image has shape {a.shape}; give (H,W), (H,W,1), (H,W,3) or (H,W,4), channels last.')
-    if 0 in a.shape:
-        raise ImageError(f'The image is {a.shape[0]}x{a.shape[1]}; both sides must be at least 1.')
-    a = _to_uint8(a)
-    if a.shape[2] == 4:
-        alpha = a[..., 3:] / 255
-        a = np.rint(a[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(a, (*a.shape[:2], 3)))
-
-# %% ../nbs/00c_data.ipynb #80195a2d
-def _to_uint8(a):  # (H,W,C) any dtype -> uint8
-    if a.dtype == np.uint8:
-        return a
-    if a.dtype == bool:
-        return a * np.uint8(255)
-    if a.dtype == np.uint16:
-        return ((a.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if a.dtype.kind == 'f':
-        if not np.isfinite(a).all():
-            raise ImageError(f'The image is {a.dtype} and holds NaN or infinity.')
-        a, high = a * 255.0, 255
-    elif a.dtype.kind in 'iu':
-        high = 255
-    else:
-        raise ImageError(f'The image is {a.dtype}; give uint8, uint16, bool or float.')
-    if a.min() < 0 or a.max() > high:
-        raise ImageError(
-            'The image has values out of range: floats must be in [0,1], whole numbers in 0..255 (uint16: 0..65535).'
-        )
-    return np.rint(a).astype(np.uint8)
+def read_image(
+    source,  # path, bytes, PIL image, or array (H,W), (H,W,1), (H,W,3), (H,W,4): uint8, uint16, bool, float in [0,1]
+) -> np.ndarray:  # (H,W,3) uint8 RGB, turned as its EXIF orientation says; raises ImageError
+    "Read any image as RGB."
+    return _read_turned(source)[0]
 
 # %% ../nbs/00c_data.ipynb #9577e606
 def read_ids(
     source,  # path or bytes of a PNG (or any lossless image): 1 bit, palette, 8 or 16 bits gray, or RGB
-    what='id map',  # what an error calls it
-):  # (H,W) int64: palette index, gray value, or R + 256 G + 65536 B; raises ImageError
+    what: str = 'id map',  # what an error calls it
+) -> np.ndarray:  # (H,W) int64: palette index, gray value, or R + 256 G + 65536 B; raises ImageError
     "Read a map of region ids."
     name = f'The {what}' if isinstance(source, (bytes, bytearray)) else f'The {what} {short_path(source)}'
     try:
-        with Image.open(_io(source)) as opened:
-            kind, mode, a = opened.format, opened.mode, np.asarray(opened)
+        with Image.open(_file(source)) as opened:
+            kind, mode, ids = opened.format, opened.mode, np.asarray(opened)
     except FileNotFoundError as e:
         raise ImageError(f'{name} does not exist.') from e
     except Exception as e:
         raise ImageError(f'{name} cannot be read: {_why(e)}.') from e
-    if mode in ('RGBA', 'LA') and (a[..., -1] < 255).any():
+    if mode in ('RGBA', 'LA') and (ids[..., -1] < 255).any():
         raise ImageError(
-            f'{name} is transparent in places, and its colours there mean nothing: flatten it onto black, or save its alpha channel alone.'
+            f'{name} is transparent in places, and its colours there mean nothing: '
+            'flatten it onto black, or save its alpha channel alone.'
         )
     if kind == 'JPEG':
         raise ImageError(f'{name} is a JPEG, which does not keep numbers exactly; give a PNG.')
     if mode in ('RGBA', 'LA'):
-        a = a[..., :3] if mode == 'RGBA' else a[..., 0]
-    if a.ndim == 3 and mode in ('RGB', 'RGBA'):
-        return a.astype(np.int64) @ np.array([1, 256, 65536])
-    if a.ndim != 2 or 0 in a.shape or a.dtype.kind == 'f':
-        raise ImageError(f'{name} has mode {mode} and shape {a.shape}; give palette, gray or RGB.')
-    return a.astype(np.int64)
+        ids = ids[..., :3] if mode == 'RGBA' else ids[..., 0]
+    if ids.ndim == 3 and mode in ('RGB', 'RGBA'):
+        return ids.astype(np.int64) @ np.array([1, 256, 65536])
+    if ids.ndim != 2 or 0 in ids.shape or ids.dtype.kind == 'f':
+        raise ImageError(f'{name} has mode {mode} and shape {ids.shape}; give palette, gray or RGB.')
+    return ids.astype(np.int64)
 
 # %% ../nbs/00c_data.ipynb #4cdedbb4
 @dataclass(eq=False)
@@ -195,7 +203,7 @@ class MaskSample:
             raise ImageError(f'The image of sample {self.id!r} is not an (H,W,3) uint8 array; use read_image.')
         self.masks = check_masks(self.masks, image.shape[:2])
         if self.labels is not None:
-            self.labels = [str(l) for l in self.labels]
+            self.labels = [str(label) for label in self.labels]
         if self.labels is not None and len(self.labels) != len(self.masks):
             raise MaskError(f'Sample {self.id!r} has {len(self.masks)} masks and {len(self.labels)} labels.')
 
@@ -205,60 +213,50 @@ class MaskSample:
     def __repr__(self):
         return f'MaskSample({self.id!r} of {self.dataset!r}, {len(self)} masks, {self.size[0]}x{self.size[1]})'
 
-    @property
-    def size(self):
-        return self.image.shape[:2]  # (H,W)
+    def _repr_png_(self):
+        from samtok.show import figure_png, show_image
+
+        return figure_png(show_image(self.image, self.masks, labels=self.labels, title=self.id))
 
     @property
-    def boxes(self):
-        return masks_to_boxes(self.masks)  # (N,4) float64 xyxy pixels, max exclusive
+    def size(self) -> tuple:  # (H,W)
+        "Height and width of the image."
+        return self.image.shape[:2]
 
-# %% ../nbs/00c_data.ipynb #0b48161f
-def _select(
-    self,
-    index,  # list of int, slice or (N,) bool
-):  # MaskSample
-    "Keep the chosen masks with their labels and their entries of `meta`."
-    index, n = np.arange(len(self))[index], len(self)
+    @property
+    def boxes(self) -> np.ndarray:  # (N,4) float64 xyxy pixels, max exclusive
+        "Tight boxes of the masks."
+        return masks_to_boxes(self.masks)
 
-    def pick(values):
-        return [values[i] for i in index]
+    def select(
+        self,
+        index,  # list of int, slice or (N,) bool
+    ) -> 'MaskSample':  # of the same image
+        "Keep the chosen masks with their labels and their entries of `meta`."
+        n = len(self)
+        index = np.arange(n)[index]
 
-    meta = {k: pick(v) if isinstance(v, list) and len(v) == n else v for k, v in self.meta.items()}
-    return MaskSample(
-        self.image, self.masks[index], None if self.labels is None else pick(self.labels), self.id, self.dataset, meta
-    )
+        def pick(values):
+            return [values[i] for i in index]
 
+        labels = None if self.labels is None else pick(self.labels)
+        meta = {k: pick(v) if isinstance(v, list) and len(v) == n else v for k, v in self.meta.items()}
+        return MaskSample(self.image, self.masks[index], labels, self.id, self.dataset, meta)
 
-def _resize(
-    self,
-    size,  # (H,W) of the result
-):  # MaskSample
-    "Resize the image (bilinear) and the masks (nearest pixel centre); a thin mask can become empty."
-    h, w = size
-    image = np.asarray(Image.fromarray(self.image).resize((w, h), Image.Resampling.BILINEAR))
-    masks = [resize_mask(m, (h, w)) for m in self.masks]
-    return MaskSample(image, check_masks(masks, (h, w)), self.labels, self.id, self.dataset, self.meta)
+    def resize(
+        self,
+        size: tuple,  # (H,W) of the result
+    ) -> 'MaskSample':  # a thin mask can become empty
+        "Resize the image (bilinear) and the masks (nearest pixel centre)."
+        h, w = size
+        image = np.asarray(Image.fromarray(self.image).resize((w, h), Image.Resampling.BILINEAR))
+        masks = [resize_mask(m, (h, w)) for m in self.masks]
+        return MaskSample(image, check_masks(masks, (h, w)), self.labels, self.id, self.dataset, self.meta)
 
-
-def _drop_empty(self):  # MaskSample
-    "Leave out masks without pixels."
-    keep = self.masks.any((1, 2))
-    return self if keep.all() else self.select(keep)
-
-# %% ../nbs/00c_data.ipynb #19eeca42
-def _sample_png(self):
-    from samtok.show import figure_png, show_image
-
-    return figure_png(show_image(self.image, self.masks, labels=self.labels, title=self.id))
-
-
-MaskSample.select, MaskSample.resize, MaskSample.drop_empty, MaskSample._repr_png_ = (
-    _select,
-    _resize,
-    _drop_empty,
-    _sample_png,
-)
+    def drop_empty(self) -> 'MaskSample':  # this one where no mask is empty
+        "Leave out masks without pixels."
+        keep = self.masks.any((1, 2))
+        return self if keep.all() else self.select(keep)
 
 # %% ../nbs/00c_data.ipynb #8519722e
 class Report(Counter):
@@ -270,14 +268,17 @@ class Report(Counter):
 
     def add(
         self,
-        reason,  # str, short: the kind of trouble and what became of it
-        example,  # str, a sentence about this case; only the first of a reason is kept
-    ):
+        reason: str,  # short: the kind of trouble and what became of it
+        example: str,  # a sentence about this case; only the first of a reason is kept
+    ) -> None:
         "Count one case."
         self[reason] += 1
         self.examples.setdefault(reason, example)
 
-    def merge(self, other):  # Report, this one
+    def merge(
+        self,
+        other: Counter,  # a Report, or plain counts
+    ) -> 'Report':  # this one
         "Add the counts of another report."
         self.update(other)
         for reason, example in getattr(other, 'examples', {}).items():
@@ -288,14 +289,27 @@ class Report(Counter):
         return '\n'.join([f'Report({dict(self)})', *(f'  first {k}: {v}' for k, v in self.examples.items())])
 
     def _repr_markdown_(self):
-        rows = [
-            f'| {k} | {n} | {self.examples.get(k, "").replace("|", "/")} |'
-            for k, n in sorted(self.items(), key=lambda row: (row[0] not in ('ok', 'masks'), row[0]))
-        ]
-        return '\n'.join(['| what | count | first case |', '| --- | --- | --- |', *rows])
+        lines = ['| what | count | first case |', '| --- | --- | --- |']
+        for reason in sorted(self, key=lambda reason: (reason not in ('ok', 'masks'), reason)):
+            example = self.examples.get(reason, '').replace('|', '/')
+            lines.append(f'| {reason} | {self[reason]} | {example} |')
+        return '\n'.join(lines)
+
+# %% ../nbs/00c_data.ipynb #7d01d4d9
+def without_empty_masks(
+    sample: MaskSample,  # perhaps with masks that have no pixel
+    report: Report,  # counts the masks that are left out
+    name: str,  # of the data set, for the first case
+) -> MaskSample:  # the same where no mask is empty
+    "Leave out the masks without pixels, and count them."
+    kept = sample.drop_empty()
+    for _ in range(len(sample) - len(kept)):
+        report.add('empty: mask dropped', f'{name}, sample {sample.id}: a mask has no pixel.')
+    return kept
 
 # %% ../nbs/00c_data.ipynb #59d6565e
-def _shuffled(items, size, rng):  # yields all items; holds `size` of them
+def _shuffled(items, size, rng):
+    "Yield all items in the order of a shuffle buffer that holds `size` of them."
     buffer = []
     for item in items:
         if len(buffer) < size:
@@ -307,9 +321,15 @@ def _shuffled(items, size, rng):  # yields all items; holds `size` of them
     yield from (buffer[i] for i in rng.permutation(len(buffer)))
 
 
-class _Stream:  # iterates over samples; .taken is the number of records drawn, to be passed as skip
+class _Stream:
+    "Iterate over samples; `.taken` is the number of records drawn, to be passed as skip."
+
     def __init__(self, dataset, order, taken):
-        self.dataset, self.order, self.taken, self.lost, self.found = dataset, order, taken, 0, False
+        self.dataset = dataset
+        self.order = order  # iterator of (epoch, record)
+        self.taken = taken
+        self.lost = 0  # records that could not be read
+        self.found = False  # was any record read?
 
     def __iter__(self):
         return self
@@ -326,171 +346,164 @@ class _Stream:  # iterates over samples; .taken is the number of records drawn, 
             if not self.found and self.lost >= 1000:
                 first = next(iter(self.dataset.report.examples.values()), 'none was kept')
                 raise DataError(
-                    f'The first 1000 records of {self.dataset.name} cannot be read; is the path right? First case: {first}'
+                    f'The first 1000 records of {self.dataset.name} cannot be read; is the path right? '
+                    f'First case: {first}'
                 )
 
 # %% ../nbs/00c_data.ipynb #d004ad07
-class MaskDataset:
-    "Read samples as a stream; subclasses define `records()` and `load(record)`."
-
-    name = 'masks'
-    epoch = 0  # the pass that the record being loaded belongs to
-
-    def __init__(self, max_masks=None):  # int: at most so many masks of an image at a time, others in later epochs
-        self.report, self.max_masks = Report(), max_masks
-
-    def records(self):
-        raise NotImplementedError(f'{type(self).__name__} needs records(): yield something small for each sample.')
-
-    def load(self, record):
-        raise NotImplementedError(f'{type(self).__name__} needs load(record): return a MaskSample.')
-
-    def __len__(self):  # number of records; lists them once
-        if getattr(self, '_count', None) is None:
-            self._count = sum(1 for _ in self.records())
-        return self._count
-
-    def fingerprint(self):
-        return None  # str that changes when the files change, for readers that can tell; what was made of other files is then not taken for finished
-
-    def _order(self, seed, epoch):
-        return ((epoch, record) for record in self.records())
-
-# %% ../nbs/00c_data.ipynb #b63a6987
-def _read(self, record, epoch):  # -> MaskSample, or None when it was counted and left out
-    self.epoch = epoch
-    try:
-        sample = self.load(record)
-    except (NameError, ImportError, NotImplementedError):
-        raise  # mistakes in the program, not in a file
-    except Exception as e:  # files of others fail in every way; the report keeps the case
-        self.report.add(f'{type(e).__name__}: sample skipped', f'{self.name}, record {_brief(record)}: {_sentence(e)}')
-        return None
-    kept = without_empty_masks(sample, self.report, self.name)
-    self.report.update(ok=1, masks=len(kept))
-    return kept
-
-
-def without_empty_masks(sample, report, name):  # -> the sample without its empty masks, which are counted
-    kept = sample.drop_empty()
-    for _ in range(len(sample) - len(kept)):
-        report.add('empty: mask dropped', f'{name}, sample {sample.id}: a mask has no pixel.')
-    return kept
-
-
-def _sentence(e):
-    return (
-        e
-        if isinstance(e, (ImageError, MaskError, DataError))
-        else f'The file is not as expected ({type(e).__name__}: {e}).'
-    )
+def _sentence(error):
+    if isinstance(error, (ImageError, MaskError, DataError)):
+        return error
+    return f'The file is not as expected ({type(error).__name__}: {error}).'
 
 
 def _brief(record):
-    return (
-        ', '.join(filter(None, map(_brief, record)))
-        if isinstance(record, (tuple, list))
-        else os.path.basename(str(record))[:80]
-    )
+    "Name a record in a sentence, without its folders."
+    if isinstance(record, (tuple, list)):
+        return ', '.join(filter(None, map(_brief, record)))
+    return os.path.basename(str(record))[:80]
 
 
-MaskDataset._read = _read
-
-# %% ../nbs/00c_data.ipynb #548c20e0
-def _stream(
-    self,
-    seed=0,  # int >= 0
-    epoch=0,  # int >= 0; another epoch has another order
-    rank=0,
-    world=1,  # this process and the number of processes
-    worker=0,
-    workers=1,  # this loader worker and their number
-    shuffle=0,  # records held in the shuffle buffer; 0: the order of the files
-    skip=0,  # records of this shard to leave out: `.taken` of the stream to be resumed
-):  # iterator of MaskSample with `.taken`; raises DataError
-    "Read this shard of the data set, in an order that depends on seed and epoch only."
-    if not (0 <= rank < world and 0 <= worker < workers):
-        raise DataError(f'There is no rank {rank} of {world} with worker {worker} of {workers}; count from 0.')
-    if min(seed, epoch, shuffle, skip) < 0:
-        raise DataError(
-            f'seed, epoch, shuffle and skip must be at least 0; they are {seed}, {epoch}, {shuffle}, {skip}.'
-        )
-    order = self._order(seed, epoch)
-    if shuffle:
-        order = _shuffled(order, shuffle, np.random.default_rng([seed, epoch]))
-    shards = world * workers
-    return _Stream(self, itertools.islice(order, rank + world * worker + shards * skip, None, shards), skip)
-
-
-MaskDataset.stream = _stream
-
-# %% ../nbs/00c_data.ipynb #740b62b8
-def _choose(regions, most, id, epoch):  # -> at most `most` regions, in file order
+def _choose(regions, most, id, epoch):
+    "At most `most` regions, in file order: each epoch takes the next share of a shuffled list."
     if most is None or len(regions) <= most:
         return regions
     order = np.random.default_rng(zlib.crc32(str(id).encode('utf-8', 'replace'))).permutation(len(regions))
     return [regions[i] for i in sorted(order.take(range(epoch * most, (epoch + 1) * most), mode='wrap'))]
 
 
-def _region_mask(mask, size, shown, turn):  # -> (H,W) bool in the frame of the shown image, turned or not
+def _is_raw_frame(size, shown, turn):
+    "Is (H,W) the size of an image before EXIF turned it on its side?"
+    return turn in (2, 4, 5, 6) and tuple(size) == tuple(shown)[::-1]
+
+
+def _region_mask(mask, size, shown, turn):
+    "A mask in any form -> (H,W) bool in the frame of the shown image, and whether it was turned."
     if callable(mask):
         mask = mask()
     mask = segmentation_to_mask(mask, size or shown) if isinstance(mask, (dict, list, tuple)) else check_mask(mask)
-    if mask.shape == tuple(shown) or not _lying(mask.shape, shown, turn):
+    if mask.shape == tuple(shown) or not _is_raw_frame(mask.shape, shown, turn):
         return check_mask(mask, shown), False
     return np.asarray(Image.fromarray(mask).transpose(turn)), True
 
 
-def _lying(size, shown, turn):
-    return turn in (2, 4, 5, 6) and tuple(size) == tuple(shown)[::-1]  # the raw frame of a turned image
+class MaskDataset:
+    "Read samples as a stream; subclasses define `records()` and `load(record)`."
 
-# %% ../nbs/00c_data.ipynb #288f64dd
-def _build(
-    self,
-    image,  # whatever read_image takes
-    regions,  # list of {"mask": (H,W) array, polygons, RLE or a function that returns one; "label": str; "file": str, named where the region is broken; anything else}
-    id,  # str
-    size=None,  # (H,W) that the file states; polygons are drawn in it
-    **meta,  # kept in the sample's meta
-):  # MaskSample; raises ImageError and MaskError
-    "Make a sample of an image and its regions; broken regions are dropped and counted."
-    image, turn = _read_turned(image)
-    shown, masks, kept = image.shape[:2], [], []
-    if size is not None and tuple(size) != shown and not _lying(size, shown, turn):
-        raise MaskError(
-            f'The annotation says {size[0]}x{size[1]} but the image is {shown[0]}x{shown[1]} (height x width).'
-        )
-    for i, region in enumerate(_choose(list(regions), self.max_masks, id, self.epoch)):
+    name = 'masks'
+    epoch = 0  # the pass that the record being loaded belongs to
+
+    def __init__(
+        self,
+        max_masks: int | None = None,  # at most so many masks of an image at a time, others in later epochs
+    ):
+        self.report = Report()
+        self.max_masks = max_masks
+
+    def records(self):  # iterator of small values, one for each sample
+        "List what there is, without reading it."
+        raise NotImplementedError(f'{type(self).__name__} needs records(): yield something small for each sample.')
+
+    def load(
+        self,
+        record,  # one value of records()
+    ) -> MaskSample:  # any exception means that it cannot be read, and is counted
+        "Read one sample."
+        raise NotImplementedError(f'{type(self).__name__} needs load(record): return a MaskSample.')
+
+    def __len__(self):
+        if getattr(self, '_count', None) is None:
+            self._count = sum(1 for _ in self.records())  # lists the records once
+        return self._count
+
+    def fingerprint(self) -> str | None:  # None: the reader cannot tell
+        "Name the state of the files: it changes when they change."
+        return None
+
+    def stream(
+        self,
+        seed: int = 0,  # at least 0
+        epoch: int = 0,  # at least 0; another epoch has another order
+        rank: int = 0,  # of this process
+        world: int = 1,  # number of processes
+        worker: int = 0,  # of this loader worker
+        workers: int = 1,  # number of loader workers
+        shuffle: int = 0,  # records held in the shuffle buffer; 0: the order of the files
+        skip: int = 0,  # records of this shard to leave out: `.taken` of the stream to be resumed
+    ):  # iterator of MaskSample with `.taken`; raises DataError
+        "Read this shard of the data set, in an order that depends on seed and epoch only."
+        if not (0 <= rank < world and 0 <= worker < workers):
+            raise DataError(f'There is no rank {rank} of {world} with worker {worker} of {workers}; count from 0.')
+        if min(seed, epoch, shuffle, skip) < 0:
+            raise DataError(
+                f'seed, epoch, shuffle and skip must be at least 0; they are {seed}, {epoch}, {shuffle}, {skip}.'
+            )
+        order = self._order(seed, epoch)
+        if shuffle:
+            order = _shuffled(order, shuffle, np.random.default_rng([seed, epoch]))
+        shards = world * workers
+        return _Stream(self, itertools.islice(order, rank + world * worker + shards * skip, None, shards), skip)
+
+    def build(
+        self,
+        image,  # whatever read_image takes
+        regions,  # list of dict: `mask` is an (H,W) array, polygons, RLE or a function that returns one; `label` a
+        # str; `file` a str, named where the region is broken; anything else is kept in meta["regions"]
+        id: str,  # unique within the data set
+        size: tuple | None = None,  # (H,W) that the file states; polygons are drawn in it
+        **meta,  # kept in the sample's meta
+    ) -> MaskSample:  # raises ImageError and MaskError
+        "Make a sample of an image and its regions; broken regions are dropped and counted."
+        image, turn = _read_turned(image)
+        shown = image.shape[:2]
+        if size is not None and tuple(size) != shown and not _is_raw_frame(size, shown, turn):
+            raise MaskError(
+                f'The annotation says {size[0]}x{size[1]} but the image is {shown[0]}x{shown[1]} (height x width).'
+            )
+        masks, kept = [], []
+        for i, region in enumerate(_choose(list(regions), self.max_masks, id, self.epoch)):
+            place = f'{self.name}, sample {id}, region {i}'
+            try:
+                mask, turned = _region_mask(region['mask'], size, shown, turn)
+            except (ValueError, OSError) as e:
+                file = f' of {region["file"]}' if 'file' in region else ''
+                self.report.add(f'{type(e).__name__}: mask dropped', f'{place}{file}: {e}')
+                continue
+            if turned:
+                why = 'the mask has the size of the image before it is turned.'
+                self.report.add('EXIF: mask turned', f'{place}: {why}')
+            masks.append(mask)
+            kept.append(region)
+        labels = None if all(r.get('label') is None for r in kept) else [str(r.get('label') or '') for r in kept]
+        rest = [{k: v for k, v in r.items() if k not in ('mask', 'label', 'file')} for r in kept]
+        meta = {**meta, 'regions': rest} if any(rest) else meta
+        return MaskSample(image, check_masks(masks, shown), labels, str(id), self.name, meta)
+
+    def _order(self, seed, epoch):
+        "Iterate over (epoch, record) of one pass."
+        return ((epoch, record) for record in self.records())
+
+    def _read(self, record, epoch):
+        "Load a record -> MaskSample, or None when it was counted and left out."
+        self.epoch = epoch
         try:
-            mask, turned = _region_mask(region['mask'], size, shown, turn)
-        except (ValueError, OSError) as e:
-            self.report.add(
-                f'{type(e).__name__}: mask dropped',
-                f'{self.name}, sample {id}, region {i}{" of " + region["file"] if "file" in region else ""}: {e}',
-            )
-            continue
-        if turned:
-            self.report.add(
-                'EXIF: mask turned',
-                f'{self.name}, sample {id}, region {i}: the mask has the size of the image before it is turned.',
-            )
-        masks.append(mask)
-        kept.append(region)
-    labels = None if all(r.get('label') is None for r in kept) else [str(r.get('label') or '') for r in kept]
-    rest = [{k: v for k, v in r.items() if k not in ('mask', 'label', 'file')} for r in kept]
-    return MaskSample(
-        image, check_masks(masks, shown), labels, str(id), self.name, {**meta, 'regions': rest} if any(rest) else meta
-    )
-
-
-MaskDataset.build = _build
+            sample = self.load(record)
+        except (NameError, ImportError, NotImplementedError):
+            raise  # mistakes in the program, not in a file
+        except Exception as e:  # a broken file can fail in every way; the report keeps the case
+            place = f'{self.name}, record {_brief(record)}'
+            self.report.add(f'{type(e).__name__}: sample skipped', f'{place}: {_sentence(e)}')
+            return None
+        kept = without_empty_masks(sample, self.report, self.name)
+        self.report.update(ok=1, masks=len(kept))
+        return kept
 
 # %% ../nbs/00c_data.ipynb #4207dc4d
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
 
 
 def walk_files(
-    root,  # folder
+    root: str | Path,  # folder
     suffixes,  # str or tuple of str: endings of the names, such as ".json"; upper and lower case are the same
 ):  # iterator of str paths, sorted within each folder; raises DataError
     "List files folder by folder, in the same order on every machine."
@@ -506,25 +519,44 @@ def walk_files(
         elif entry.name.lower().endswith(suffixes):
             yield entry.path
 
+
+def find_image(
+    folder: str | Path,  # where the images lie
+    name: str,  # of the image file, perhaps with folders or with another suffix
+) -> str:  # path; folder/name where there is no such file, so that read_image says what is missing
+    "Find an image by its name, with another suffix, or without its folders."
+    for path in (os.path.join(folder, name), os.path.join(folder, os.path.basename(name))):
+        stem = os.path.splitext(path)[0]
+        for choice in (path, *(stem + suffix for suffix in IMAGE_SUFFIXES)):
+            if os.path.isfile(choice):
+                return choice
+    return os.path.join(folder, name)
+
 # %% ../nbs/00c_data.ipynb #cf4d5aa2
 class MaskFolder(MaskDataset):
     "Read images/x.jpg with masks/x.png (an id map) or masks/x_label.png (one region each)."
 
     name = 'folder'
 
-    def __init__(self, root, ignore=(0,), max_masks=None):  # folder, ids that are no region, see MaskDataset
-        super().__init__(max_masks)
-        self.root, self.ignore = Path(root), ignore
-
-    def records(
+    def __init__(
         self,
-    ):  # name, its image paths, paths of its mask files: one image and some masks, or it is counted when it is loaded
+        root: str | Path,  # folder that holds images/ and masks/
+        ignore: tuple = (0,),  # ids of a map that are no region
+        max_masks: int | None = None,  # at most so many masks of an image at a time, see MaskDataset
+    ):
+        super().__init__(max_masks)
+        self.root = Path(root)
+        self.ignore = ignore
+
+    def records(self):  # iterator of (name, paths of its images, paths of its mask files), sorted by name
+        "List names; one without exactly one image and some masks is counted when it is loaded."
         images, masks = {}, {}
         for path in walk_files(self.root / 'images', IMAGE_SUFFIXES):
             images.setdefault(self._key(path, 'images'), []).append(path)
         if not images:
             raise DataError(
-                f'The folder {short_path(self.root / "images")} has no image (with one of the endings {", ".join(IMAGE_SUFFIXES)}).'
+                f'The folder {short_path(self.root / "images")} has no image '
+                f'(with one of the endings {", ".join(IMAGE_SUFFIXES)}).'
             )
         for path in walk_files(self.root / 'masks', IMAGE_SUFFIXES):
             own = key = self._key(path, 'masks')
@@ -534,38 +566,43 @@ class MaskFolder(MaskDataset):
         for key in sorted({*images, *masks}):
             yield key, images.get(key, []), masks.get(key, [])
 
-    def load(self, record):
+    def load(
+        self,
+        record: tuple,  # of records()
+    ) -> MaskSample:  # raises DataError, MaskError or ImageError
+        "Read an image and its mask files."
         key, images, masks = record
         if not images:
             raise DataError(f'The mask file {os.path.basename(masks[0])} belongs to no image: there is no image {key}.')
         if len(images) > 1:
             raise DataError(
-                f'Two images have the name {key} ({", ".join(map(os.path.basename, images))}): rename one, with its masks.'
+                f'Two images have the name {key} ({", ".join(map(os.path.basename, images))}): '
+                'rename one, with its masks.'
             )
         if not masks:
             raise MaskError(f'The image {os.path.basename(images[0])} has no mask file.')
         return self.build(images[0], [region for mask in masks for region in self._regions(mask, key)], key)
 
-    def fingerprint(self):
-        files = [p for part in ('images', 'masks') for p in walk_files(self.root / part, IMAGE_SUFFIXES)]
-        return hashlib.sha256(
-            ''.join(
-                f'{os.path.relpath(p, self.root)} {(f := os.stat(p)).st_size} {f.st_mtime_ns}\n' for p in files
-            ).encode()
-        ).hexdigest()[:16]
+    def fingerprint(self) -> str:  # 16 hexadecimal digits
+        "Hash the names, sizes and times of all files."
+        digest = hashlib.sha256()
+        for part in ('images', 'masks'):
+            for path in walk_files(self.root / part, IMAGE_SUFFIXES):
+                state = os.stat(path)
+                digest.update(f'{os.path.relpath(path, self.root)} {state.st_size} {state.st_mtime_ns}\n'.encode())
+        return digest.hexdigest()[:16]
 
     def _key(self, path, folder):
         return Path(path).relative_to(self.root / folder).with_suffix('').as_posix()
 
     def _regions(self, path, key):
         label = self._key(path, 'masks')[len(key) + 1 :] or None
+        file = os.path.basename(path)
         masks, ids = id_map_to_masks(read_ids(path), self.ignore)
         if not len(ids):
-            self.report.add('empty: mask dropped', f'{self.name}, sample {key}: {os.path.basename(path)} has no pixel.')
-        return [
-            dict(mask=m, label=label if label or ids.tolist() == [255] else int(i), file=os.path.basename(path))
-            for m, i in zip(masks, ids)
-        ]
+            self.report.add('empty: mask dropped', f'{self.name}, sample {key}: {file} has no pixel.')
+        one = label or ids.tolist() == [255]  # a black and white PNG of one region
+        return [dict(mask=mask, label=label if one else int(i), file=file) for mask, i in zip(masks, ids)]
 
 # %% ../nbs/00c_data.ipynb #9792ac6d
 class Mixture(MaskDataset):
@@ -575,10 +612,11 @@ class Mixture(MaskDataset):
 
     def __init__(
         self,
-        parts,  # {dataset: weight} or list of (dataset, weight); weight >= 0 is the number of passes an epoch, 1.5 means one and a half
-        repeat=False,  # bool: go on with the next epoch for ever
+        parts,  # {dataset: weight} or list of (dataset, weight); weight: passes an epoch, at least 0, 1.5 is allowed
+        repeat: bool = False,  # continue with the next epoch for ever
     ):
-        self.parts, self.repeat = list(parts.items() if isinstance(parts, dict) else parts), repeat
+        self.parts = list(parts.items() if isinstance(parts, dict) else parts)
+        self.repeat = repeat
         for dataset, weight in self.parts:
             if not (0 <= weight < float('inf')):
                 raise DataError(f'The weight of {dataset.name} is {weight}; give a number of passes, at least 0.')
@@ -586,74 +624,103 @@ class Mixture(MaskDataset):
                 raise DataError('A mixture that repeats for ever cannot be a part of another one.')
 
     @property
-    def report(self):  # Report of all parts together
+    def report(self) -> Report:  # a new one
+        "Add up the reports of all parts."
         total = Report()
         for dataset in dict.fromkeys(d for d, _ in self.parts):
             total.merge(dataset.report)
         return total
 
-    def records(self):
+    def records(self):  # iterator of (number of the part, its record)
+        "List the records of epoch 0."
         return (record for _, record in self._order(0, 0))
 
-    def load(self, record):
-        return self.parts[record[0]][0].load(record[1])
+    def load(
+        self,
+        record: tuple,  # (number of the part, its record)
+    ) -> MaskSample:  # raises what the part raises
+        "Read one sample of a part."
+        part, inner = record
+        return self.parts[part][0].load(inner)
 
-    def fingerprint(self):
-        return '-'.join(str(s) for d, _ in self.parts if (s := d.fingerprint())) or None
-
-    def _read(self, record, epoch):
-        return self.parts[record[0]][0]._read(record[1], epoch)
+    def fingerprint(self) -> str | None:  # None where no part can tell
+        "Join the fingerprints of the parts."
+        known = [dataset.fingerprint() for dataset, _ in self.parts]
+        return '-'.join(str(s) for s in known if s) or None
 
     def __len__(self):
-        return sum(self._share(k, 0, 0)[0] for k in range(len(self.parts)))  # records of one epoch
+        return sum(self._share(part, 0, 0)[0] for part in range(len(self.parts)))  # records of one epoch
+
+    def _read(self, record, epoch):
+        part, inner = record
+        return self.parts[part][0]._read(inner, epoch)
+
+    def _share(self, part, seed, epoch):
+        "Records of a part in this epoch, whole passes, the rest of the weight, and where the rest starts."
+        dataset, weight = self.parts[part]
+        whole, rest = divmod(weight, 1)
+        start = np.random.default_rng([seed, epoch, part]).random() if rest else 0.0
+        return int(whole) * len(dataset) + int(len(dataset) * rest + start), int(whole), rest, start
+
+    def _places(self, part, seed, epoch):
+        "Yield (place in [0,1], part, epoch of the part, record)."
+        total, whole, rest, start = self._share(part, seed, epoch)
+        passes, j = whole + (rest > 0), 0
+        for p in range(passes):
+            for i, (turn, record) in enumerate(self.parts[part][0]._order(seed, epoch * passes + p)):
+                if p == whole and int((i + 1) * rest + start) == int(i * rest + start):
+                    continue
+                yield (j + 0.5) / total, part, turn, record
+                j += 1
+
+    def _order(self, seed, epoch):
+        if self.repeat and not len(self):
+            raise DataError('The mixture has no records; are the paths and the weights right?')
+        for e in itertools.count(epoch) if self.repeat else [epoch]:
+            places = [self._places(part, seed, e) for part in range(len(self.parts))]
+            for _, part, turn, record in heapq.merge(*places, key=lambda place: place[:2]):
+                yield turn, (part, record)
 
 
-def leaf_datasets(dataset):
-    return (
-        [leaf for d, _ in dataset.parts for leaf in leaf_datasets(d)] if hasattr(dataset, 'parts') else [dataset]
-    )  # the sets that count for themselves
-
-# %% ../nbs/00c_data.ipynb #13459345
-def _share(self, k, seed, epoch):  # -> records of part k in this epoch, whole passes, rest, where the rest starts
-    dataset, weight = self.parts[k]
-    whole, rest = divmod(weight, 1)
-    start = np.random.default_rng([seed, epoch, k]).random() if rest else 0.0
-    return int(whole) * len(dataset) + int(len(dataset) * rest + start), int(whole), rest, start
-
-
-def _places(self, k, seed, epoch):  # yields (place in [0,1], k, pass, record)
-    total, whole, rest, start = self._share(k, seed, epoch)
-    passes, j = whole + (rest > 0), 0
-    for p in range(passes):
-        for i, (turn, record) in enumerate(self.parts[k][0]._order(seed, epoch * passes + p)):
-            if p == whole and int((i + 1) * rest + start) == int(i * rest + start):
-                continue
-            yield (j + 0.5) / total, k, turn, record
-            j += 1
-
-
-def _mixture_order(self, seed, epoch):
-    if self.repeat and not len(self):
-        raise DataError('The mixture has no records; are the paths and the weights right?')
-    for e in itertools.count(epoch) if self.repeat else [epoch]:
-        places = [self._places(k, seed, e) for k in range(len(self.parts))]
-        yield from ((turn, (k, record)) for _, k, turn, record in heapq.merge(*places, key=lambda row: row[:2]))
-
-
-Mixture._share, Mixture._places, Mixture._order = _share, _places, _mixture_order
+def leaf_datasets(
+    dataset: MaskDataset,  # perhaps a mixture, perhaps of mixtures
+) -> list:  # of the data sets that are no mixtures, in order
+    "List the data sets that read files and count for themselves."
+    if not hasattr(dataset, 'parts'):
+        return [dataset]
+    return [leaf for part, _ in dataset.parts for leaf in leaf_datasets(part)]
 
 # %% ../nbs/00c_data.ipynb #5bd2a7cb
+def _find_rank(rank, world):
+    "Rank and number of processes: as given, of the process group, or of the launcher."
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        here = dist.get_rank(), dist.get_world_size()
+    else:
+        here = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    return here[0] if rank is None else rank, here[1] if world is None else world
+
+
+def _log_report(dataset):
+    "Log a worker's counts, which would be lost with it."
+    for reason, example in dataset.report.examples.items():
+        logging.getLogger('samtok.data').warning(
+            '%s: %d times. First case: %s', reason, dataset.report[reason], example
+        )
+
+
 def as_iterable_dataset(
-    dataset,  # MaskDataset
-    seed=0,
-    epoch=0,
-    shuffle=0,  # as in stream
-    skip=0,  # samples this rank has taken before: a multiple of `batch`
-    batch=1,  # the loader's batch_size; only needed with skip and several workers
-    rank=None,
-    world=None,  # None: found by itself
+    dataset: MaskDataset,  # read as a stream
+    seed: int = 0,  # as in stream
+    epoch: int = 0,  # as in stream
+    shuffle: int = 0,  # as in stream
+    skip: int = 0,  # samples this rank has taken before: a multiple of `batch`
+    batch: int = 1,  # the loader's batch_size; only needed with skip and several workers
+    rank: int | None = None,  # of this process; None: found by itself
+    world: int | None = None,  # number of processes; None: found by itself
     transform=None,  # function applied to each sample in the worker
-):  # torch IterableDataset
+):  # torch IterableDataset; raises DataError
     "Wrap a data set for a DataLoader; every worker of every rank reads its own shard."
     from torch.utils.data import IterableDataset, get_worker_info
 
@@ -670,28 +737,10 @@ def as_iterable_dataset(
             worker, workers = (info.id, info.num_workers) if info else (0, 1)
             done = (skip // batch - worker + workers - 1) // workers * batch  # batches come from the workers in turn
             try:
-                yield from map(
-                    transform or (lambda s: s), dataset.stream(seed, epoch, rank, world, worker, workers, shuffle, done)
-                )
+                samples = dataset.stream(seed, epoch, rank, world, worker, workers, shuffle, done)
+                yield from map(transform, samples) if transform else samples
             finally:
-                _log_report(dataset) if info else None
+                if info:
+                    _log_report(dataset)
 
     return Shards()
-
-# %% ../nbs/00c_data.ipynb #3e43a931
-def _find_rank(rank, world):
-    import torch.distributed as dist
-
-    here = (
-        (dist.get_rank(), dist.get_world_size())
-        if dist.is_available() and dist.is_initialized()
-        else (int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)))
-    )
-    return here[0] if rank is None else rank, here[1] if world is None else world
-
-
-def _log_report(dataset):  # a worker's counts would be lost with it
-    for reason, example in dataset.report.examples.items():
-        logging.getLogger('samtok.data').warning(
-            '%s: %d times. First case: %s', reason, dataset.report[reason], example
-        )

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'RunError', 'atomic_write', 'read_json', 'fingerprint', 'lock', 'last_checkpoint', 'data_file', 'find_file',
-           'import_object', 'new_names', 'resolve_scale', 'load_scale', 'check_names', 'check_device', 'check_gpus',
+           'import_object', 'resolve_scale', 'new_names', 'load_scale', 'check_names', 'check_device', 'check_gpus',
            'seed_everything', 'environment', 'read_rows', 'write_rows', 'Run', 'bootstrap_replicates',
-           'quantile_interval', 'mean_ci', 'parse_args', 'run_command', 'leave_group', 'run_main', 'launch', 'watch',
-           'progress', 'pool_map']
+           'quantile_interval', 'mean_ci', 'parse_args', 'run_command', 'leave_group', 'run_main', 'progress',
+           'pool_map', 'launch', 'watch']
 
 # %% ../nbs/00d_runs.ipynb #66953e55
 import argparse
@@ -37,18 +37,19 @@ class RunError(ValueError):
 
 
 def atomic_write(
-    path, content
-):  # path; str, bytes, or a function that writes into an open binary file; raises RunError
+    path: str | Path,  # the file; its folder is made if missing
+    content,  # str, bytes, or a function that writes into an open binary file
+) -> None:  # raises RunError where the file cannot be written
     "Write a file so that it is whole or absent."
     path = Path(path)
     part = path.with_name(path.name + '.part')
-    write = (
-        content if callable(content) else lambda f: f.write(content.encode() if isinstance(content, str) else content)
-    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, 'wb') as f:
-            write(f)
+            if callable(content):
+                content(f)
+            else:
+                f.write(content.encode() if isinstance(content, str) else content)
         os.replace(part, path)
     except OSError as e:
         raise RunError(
@@ -57,10 +58,10 @@ def atomic_write(
 
 # %% ../nbs/00d_runs.ipynb #0f6a2d96
 def read_json(
-    path,  # str or Path
-    *keys,  # str: names that the object must have; none: any JSON value will do
-    error=RunError,  # exception class that is raised, with a sentence
-):  # -> the value: dict, list, ...
+    path: str | Path,  # the file
+    *keys: str,  # names that the object must have; none: any JSON value will do
+    error: type = RunError,  # exception class that is raised, with a sentence
+):  # dict, list, ...: the value
     "Read a JSON file, in UTF-8 with or without byte-order mark, else in Latin-1."
     name = os.path.basename(path)
     try:
@@ -81,7 +82,8 @@ def read_json(
     return found
 
 # %% ../nbs/00d_runs.ipynb #85a0eea0
-def _sampled(tensor):  # torch.Tensor -> (sum of its bits, some of its bits), the same on every device
+def _sampled(tensor):
+    "Sum and 16 of the values of a tensor's bits: the same on every device."
     import torch
 
     bits = tensor.detach().contiguous().flatten()
@@ -91,10 +93,19 @@ def _sampled(tensor):  # torch.Tensor -> (sum of its bits, some of its bits), th
     return int(bits.sum(dtype=torch.int64)), bits[places].tolist() if len(bits) else []
 
 
+def _bytes(value):
+    "Bytes of a tensor or array."
+    if hasattr(value, 'detach'):
+        import torch
+
+        value = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return np.ascontiguousarray(value).tobytes()
+
+
 def fingerprint(
     *parts,  # each: bytes, a module with state_dict(), or a value that JSON can hold
-    sampled=False,  # bool: of weights, take a checksum and 16 values of each tensor instead of all bytes
-):  # -> str, 16 hexadecimal digits
+    sampled: bool = False,  # of weights, take a checksum and 16 values of each tensor instead of all bytes
+) -> str:  # 16 hexadecimal digits
     "Hash values and weights."
     h = hashlib.sha256()
     for part in parts:
@@ -103,19 +114,16 @@ def fingerprint(
         elif not hasattr(part, 'state_dict'):
             h.update(json.dumps(part, sort_keys=True).encode())
         else:
-            for name, v in sorted(part.state_dict().items()):
+            for name, value in sorted(part.state_dict().items()):
                 if sampled:
-                    h.update(json.dumps([name, list(v.shape), str(v.dtype), *_sampled(v)]).encode())
-                    continue
-                if hasattr(v, 'detach'):
-                    import torch
-
-                    v = v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-                h.update(name.encode() + b'\0' + np.ascontiguousarray(v).tobytes())
+                    h.update(json.dumps([name, list(value.shape), str(value.dtype), *_sampled(value)]).encode())
+                else:
+                    h.update(name.encode() + b'\0' + _bytes(value))
     return h.hexdigest()[:16]
 
 # %% ../nbs/00d_runs.ipynb #09107956
-def _try_lock(file):  # open file -> bool: does this process hold the lock now?
+def _try_lock(file):
+    "Take the lock of an open file -> bool: does this process hold it now?"
     try:
         import fcntl
     except ImportError:
@@ -129,8 +137,8 @@ def _try_lock(file):  # open file -> bool: does this process hold the lock now?
 
 @contextmanager
 def lock(
-    path,  # file, made if missing
-    seconds=0.0,  # to wait for another process
+    path: str | Path,  # file, made if missing
+    seconds: float = 0.0,  # to wait for another process
 ):  # yields bool: does this process hold the lock?
     "Hold a lock on a file while the block runs."
     with open(path, 'w') as f:
@@ -141,10 +149,10 @@ def lock(
 
 # %% ../nbs/00d_runs.ipynb #77546e36
 def last_checkpoint(
-    folder,  # str or Path: where the checkpoints lie
-    pattern='checkpoint-{step}/trainer_state.json',  # str: the file that is written last, of each step and {rank}
-    ranks=1,  # int: number of processes that write one each
-):  # -> int: step of the newest checkpoint that is whole, or None
+    folder: str | Path,  # where the checkpoints lie
+    pattern: str = 'checkpoint-{step}/trainer_state.json',  # the file that is written last, of each {step} and {rank}
+    ranks: int = 1,  # number of processes that write one each
+) -> int | None:  # step of the newest checkpoint that is whole, None without one
     "Find the newest checkpoint that was written to its end."
     first = pattern.format(step='*', rank=0)
     name = re.compile('.*' + re.escape(pattern.format(step='STEP', rank=0)).replace('STEP', r'(\d+)'))
@@ -160,18 +168,23 @@ def _package():
     return Path(util.find_spec('samtok').origin).resolve().parent
 
 
-def data_file(*parts):  # names below the data folder -> Path; raises RunError if it does not exist
+def data_file(
+    *parts: str,  # names below the data folder
+) -> Path:  # raises RunError if it does not exist
     "Find a file or folder that is shipped with the package."
     for root in (_package() / '_data', _package().parent / 'data'):
         if root.joinpath(*parts).exists():
             return root.joinpath(*parts)
     raise RunError(
-        f'The package data {"/".join(parts)} is missing: reinstall samtok, or in a checkout see data/README.md for what makes it.'
+        f'The package data {"/".join(parts)} is missing: reinstall samtok, or in a checkout see data/README.md '
+        'for what makes it.'
     )
 
 
-def find_file(name):  # str or Path -> Path; raises RunError
-    "Find a file of the user's, or one of the package's data by its name below the data folder."
+def find_file(
+    name: str | Path,  # path of a file or folder, or its name below the data folder of the package
+) -> Path:  # raises RunError if there is neither
+    "Find a file of the user's, or one of the package's data."
     if Path(name).exists():
         return Path(name)
     try:
@@ -181,9 +194,9 @@ def find_file(name):  # str or Path -> Path; raises RunError
 
 # %% ../nbs/00d_runs.ipynb #a73eb481
 def import_object(
-    name,  # str: "module:object", for example "samtok.masks:mask_iou"
-    error=RunError,  # exception class that is raised, with a sentence
-):  # -> the object
+    name: str,  # "module:object", for example "samtok.masks:mask_iou"
+    error: type = RunError,  # exception class that is raised, with a sentence
+):  # the object
     "Import what a registry names."
     module, _, attribute = name.partition(':')
     try:
@@ -204,22 +217,10 @@ RENAMED = dict(  # parameters of releases up to 0.1 -> their names today; they a
 )
 
 
-def new_names(
-    params,  # dict: parameters, perhaps by their old names
-):  # -> dict with the names of today; warns where a name was old
-    "Replace old names of parameters."
-    old = [k for k in params if k in RENAMED]
-    if old:
-        said = ', '.join(f'{k} is now {RENAMED[k]}' for k in old)
-        warnings.warn(f'Parameters have new names: {said}.', DeprecationWarning, stacklevel=2)
-    params = {RENAMED.get(k, k): v for k, v in params.items()}
-    return params | dict(scale='smoke') if params.get('scale') == 'lesson' else params
-
-
 def resolve_scale(
-    scale,  # "auto", "smoke", "toy" or "full"; "lesson", the old name of "smoke", is accepted
-    gpus,  # int: number of GPUs
-):  # -> "smoke", "toy" or "full"
+    scale: str,  # "auto", "smoke", "toy" or "full"; "lesson", the old name of "smoke", is accepted
+    gpus: int,  # number of GPUs
+) -> str:  # "smoke", "toy" or "full"; raises RunError for another scale
     "Turn `auto` into a scale."
     if scale == 'lesson':
         warnings.warn('The scale lesson is now called smoke.', DeprecationWarning, stacklevel=2)
@@ -229,34 +230,44 @@ def resolve_scale(
     return scale if scale != 'auto' else 'full' if gpus else 'smoke'
 
 
-def _fitting(
-    name, value, default
-):  # a parameter's value in the type of its default; raises RunError with what would fit
+def new_names(
+    params: dict,  # parameters, perhaps by their old names
+) -> dict:  # the same with the names of today; warns where a name or the scale was old
+    "Replace old names of parameters."
+    old = [name for name in params if name in RENAMED]
+    if old:
+        changes = ', '.join(f'{name} is now {RENAMED[name]}' for name in old)
+        warnings.warn(f'Parameters have new names: {changes}.', DeprecationWarning, stacklevel=2)
+    params = {RENAMED.get(name, name): value for name, value in params.items()}
+    if params.get('scale') == 'lesson':
+        params['scale'] = resolve_scale('lesson', gpus=0)
+    return params
+
+
+def _fitting(name, value, default):
+    "A parameter's value in the type of its default; raises RunError with what would fit."
     if isinstance(default, bool):
         return value.lower() == 'true' if isinstance(value, str) and value.lower() in ('true', 'false') else value
     if isinstance(default, (int, float)):
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or isinstance(default, int)
-            and value != int(value)
-        ):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or isinstance(default, int) and value != int(value):
             raise RunError(
                 f'{name} is {value!r}: give a {"whole " * isinstance(default, int)}number, such as {default}.'
             )
-        if value < (least := 1 if name in ('batch', 'accumulate', 'replies') else min(0, default)):
+        least = 1 if name in ('batch', 'accumulate', 'replies') else min(0, default)
+        if value < least:
             raise RunError(f'{name} is {value}: give a number of at least {least}.')
         return type(default)(value)
     return str(value) if isinstance(default, str) and isinstance(value, (int, float)) else value
 
 
 def load_scale(
-    name,  # of the run, for example "train_tokenizer"
-    scale='auto',
-    gpus=0,
-    folder=None,  # folder of the parameter files; None: data/params
-    **overrides,
-):  # single parameters that win over the file; None: not given -> dict; raises RunError for unknown names
+    name: str,  # of the run, for example "train_tokenizer"
+    scale: str = 'auto',  # "auto", "smoke", "toy" or "full"
+    gpus: int = 0,  # number of GPUs
+    folder: str | Path | None = None,  # folder of the parameter files; None: data/params
+    **overrides,  # single parameters that win over the file; None: not given
+) -> dict:  # name -> value, with scale and gpus; raises RunError for unknown names
     "Read the parameters of a run at a scale."
     scale = resolve_scale(scale, gpus)
     file = Path(folder) / f'{name}_{scale}.json' if folder else data_file('params', f'{name}_{scale}.json')
@@ -269,25 +280,30 @@ def load_scale(
     return {**params, **{k: _fitting(k, v, params[k]) for k, v in given.items()}}
 
 # %% ../nbs/00d_runs.ipynb #bc1526c7
-def check_names(namespace):  # globals() of a notebook right after its parameters
-    "Refuse a parameter that the notebook does not have; raises RunError with the name that is meant."
-    known = namespace.get('__annotations__') or getattr(
-        sys.modules['__main__'], '__annotations__', {}
-    )  # from Python 3.14 on only the module has them
+def _is_plain(value):
+    return value is None or isinstance(value, (bool, int, float, str, list, dict))
 
-    def plain(v):
-        return v is None or isinstance(v, (bool, int, float, str, list, dict))
 
-    for name in (
-        k for k, v in namespace.items() if k.islower() and k[0] != '_' and plain(v) and known and k not in known
-    ):
+def check_names(
+    namespace: dict,  # globals() of a notebook right after its parameters
+) -> None:  # raises RunError with the name that is meant
+    "Refuse a parameter that the notebook does not have."
+    known = namespace.get('__annotations__')
+    if not known:  # from Python 3.14 on only the module has them
+        known = getattr(sys.modules['__main__'], '__annotations__', {})
+    for name, value in namespace.items():
+        if not known or name in known or not name.islower() or name[0] == '_' or not _is_plain(value):
+            continue
         near = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, known, 1)
         raise RunError(
-            f'The notebook has no parameter {name}{f": do you mean {near[0]}?" if near else "."} papermill --help-notebook lists those that it has.'
+            f'The notebook has no parameter {name}{f": do you mean {near[0]}?" if near else "."} '
+            'papermill --help-notebook lists those that it has.'
         )
 
 # %% ../nbs/00d_runs.ipynb #0e515c5c
-def check_device(device):  # "cpu", "cuda", "cuda:1", "auto" or a torch.device -> what torch takes
+def check_device(
+    device,  # "cpu", "cuda", "cuda:1", "auto" or a torch.device
+):  # what torch takes; raises RunError for a device that is not there
     "Refuse with a sentence a device that is not there."
     import torch
 
@@ -302,7 +318,9 @@ def check_device(device):  # "cpu", "cuda", "cuda:1", "auto" or a torch.device -
     return device
 
 
-def check_gpus(gpus):  # number of GPUs asked for
+def check_gpus(
+    gpus: int,  # number of GPUs asked for
+) -> None:  # raises RunError if this machine has fewer
     "Refuse with a sentence if this machine has fewer GPUs than asked for."
     if gpus < 0:
         raise RunError(f'{gpus} GPUs were asked for: give 0 for the CPU, or a number of GPUs.')
@@ -310,24 +328,14 @@ def check_gpus(gpus):  # number of GPUs asked for
         return
     import torch
 
-    if (have := torch.cuda.device_count()) < gpus:
+    have = torch.cuda.device_count()
+    if have < gpus:
         raise RunError(
             f'{gpus} GPUs were asked for and this machine has {have}: give -p gpus {have}'
             + (' (the CPU).' if not have else '.')
         )
 
 # %% ../nbs/00d_runs.ipynb #81fe6cb8
-def seed_everything(seed):  # int; torch only if it is installed
-    "Seed Python, NumPy and torch."
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    try:
-        import torch
-    except ImportError:
-        return
-    torch.manual_seed(seed)
-
-# %% ../nbs/00d_runs.ipynb #a854dba1
 _PACKAGES = (
     'samtok',
     'torch',
@@ -343,6 +351,19 @@ _PACKAGES = (
 )
 
 
+def seed_everything(
+    seed: int,  # any whole number
+) -> None:  # torch is seeded only if it is installed
+    "Seed Python, NumPy and torch."
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        import torch
+    except ImportError:
+        return
+    torch.manual_seed(seed)
+
+
 def _version(name):
     try:
         return metadata.version(name)
@@ -350,24 +371,25 @@ def _version(name):
         return None
 
 
-def _git(*args):  # output of git in this package's repository, or None outside of one
+def _git(*args):
+    "Output of git in this package's repository, or None outside of one."
+    command = ['git', '-C', str(_package()), *args]
     try:
-        return subprocess.run(
-            ['git', '-C', str(_package()), *args], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _commit():  # of the checkout -> (hash, are tracked files changed?); (None, None) for an installed wheel, even one inside somebody's repository
+def _commit():
+    "Commit of the checkout and whether tracked files changed; (None, None) for an installed wheel."
     top = _git('rev-parse', '--show-toplevel')
-    if not top or Path(top).resolve() != _package().parent:
+    if not top or Path(top).resolve() != _package().parent:  # a wheel inside somebody's repository
         return None, None
     changes = _git('status', '--porcelain', '--untracked-files=no')
     return _git('rev-parse', 'HEAD'), None if changes is None else bool(changes)
 
 
-def environment():  # -> dict of plain values
+def environment() -> dict:  # name -> plain value
     "Describe what a run ran on."
     torch = sys.modules.get('torch')
     commit, dirty = _commit()
@@ -384,41 +406,49 @@ def environment():  # -> dict of plain values
     )
 
 # %% ../nbs/00d_runs.ipynb #5aadcba8
-def _plain(
-    v, bad
-):  # what JSON can hold; arrays and tensors become lists, other objects text; `bad` collects what is not finite
-    if isinstance(v, dict):
-        return {str(k): _plain(x, bad) for k, x in v.items()}
-    if isinstance(v, (list, tuple)):
-        return [_plain(x, bad) for x in v]
-    if isinstance(v, float) and not math.isfinite(v):
-        return bad.append(v)
-    if v is None or type(v) in (bool, int, float, str):
-        return v
-    return _plain(v.tolist(), bad) if hasattr(v, 'tolist') else str(v)
+def _plain(value, bad):
+    "What JSON can hold: arrays and tensors become lists, other objects text; `bad` collects what is not finite."
+    if isinstance(value, dict):
+        return {str(k): _plain(v, bad) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, bad) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        bad.append(value)
+        return None
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    return _plain(value.tolist(), bad) if hasattr(value, 'tolist') else str(value)
 
 
-def _clean(row):  # numbers that are not finite become None and are counted in `not_finite`, at any depth
-    out = _plain(row, bad := [])
+def _clean(record):
+    "Numbers that are not finite become None and are counted in `not_finite`, at any depth."
+    bad = []
+    out = _plain(record, bad)
     return {**out, 'not_finite': len(bad)} if bad else out
 
 
-def read_rows(path):  # metrics.jsonl -> list of dict; lines that were cut by a kill are left out
+def read_rows(
+    path: str | Path,  # a file with one JSON object a line, such as metrics.jsonl; it may be missing
+) -> list:  # of dict; lines that were cut by a kill are left out
     "Read a metrics file."
-    rows = []
-    for line in Path(path).read_text(errors='replace').splitlines() if Path(path).exists() else []:
+    lines = Path(path).read_text(errors='replace').splitlines() if Path(path).exists() else []
+    records = []
+    for line in lines:
         try:
-            row = json.loads(line)
+            record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+        if isinstance(record, dict):
+            records.append(record)
+    return records
 
 
-def write_rows(path, rows):  # list of dict
-    "Write rows as lines of JSON, numbers that are not finite as null; the file is whole or absent."
-    atomic_write(path, ''.join(json.dumps(_clean(r), ensure_ascii=False) + '\n' for r in rows))
+def write_rows(
+    path: str | Path,  # the file
+    rows: list,  # of dict, one for each line
+) -> None:  # the file is whole or absent
+    "Write records as lines of JSON, numbers that are not finite as null."
+    atomic_write(path, ''.join(json.dumps(_clean(record), ensure_ascii=False) + '\n' for record in rows))
 
 # %% ../nbs/00d_runs.ipynb #83352b62
 class Run:
@@ -426,98 +456,112 @@ class Run:
 
     def __init__(
         self,
-        path,  # folder, made if missing
-        params,  # dict of plain values
-        main=True,
-    ):  # False on ranks that must not write
-        self.path, self.params, self.main = Path(path), _plain(params, []), main
+        path: str | Path,  # folder, made if missing
+        params: dict,  # plain values; raises RunError if the folder holds a run with others
+        main: bool = True,  # False on ranks that must not write
+    ):
+        self.path = Path(path)
+        self.params = _plain(params, [])
+        self.main = main
         self.name = '/'.join(self.path.parts[-2:])  # for sentences
-        self.metrics_path, self.result_path = self.path / 'metrics.jsonl', self.path / 'result.json'
+        self.metrics_path = self.path / 'metrics.jsonl'
+        self.result_path = self.path / 'result.json'
         self.checkpoint_path = self.path / 'checkpoint.pt'
         old = self.path / 'params.json'
-        if old.exists() and (before := read_json(old)) != self.params:
-            names = {*before, *self.params}
-            if RENAMED.keys() & before.keys() or before.get('scale') == 'lesson':  # a folder of an older release
-                before = new_names(before)
-                names = before.keys() & self.params.keys()
-            differ = sorted(k for k in names if before.get(k) != self.params.get(k))
-        else:
-            differ = []
-        if differ:
-            raise RunError(
-                f'The folder {self.name} holds a run with other parameters ({", ".join(differ)} differ): choose another folder, or delete this one.'
-            )
-        if main and not old.exists():
+        if old.exists():
+            self._check_params(read_json(old))
+        elif main:
             atomic_write(old, json.dumps(self.params, indent=1))
             atomic_write(self.path / 'environment.json', json.dumps(environment(), indent=1))
 
+    def _check_params(self, before):
+        names = {*before, *self.params}
+        if before != self.params and (RENAMED.keys() & before.keys() or before.get('scale') == 'lesson'):
+            before = new_names(before)  # a folder of an older release
+            names = before.keys() & self.params.keys()
+        differ = sorted(k for k in names if before.get(k) != self.params.get(k))
+        if differ:
+            raise RunError(
+                f'The folder {self.name} holds a run with other parameters ({", ".join(differ)} differ): '
+                'choose another folder, or delete this one.'
+            )
+
     @property
-    def finished(self):
+    def finished(self) -> bool:
+        "Is there a result already?"
         return self.result_path.exists()
 
-    def skip(self):  # -> bool: is there a result already? Says so, since nothing will run
+    @property
+    def result(self) -> dict | None:
+        "What `save_result` wrote, None before."
+        return read_json(self.result_path) if self.finished else None
+
+    def skip(self) -> bool:  # is there a result already?
+        "Say so where a run is finished, since nothing will run."
         if self.finished and self.main:
             print(
-                f'The run in {self.name} was finished before: this is its result, and nothing runs again. To repeat it choose another folder, or delete this one.',
+                f'The run in {self.name} was finished before: this is its result, and nothing runs again. '
+                'To repeat it choose another folder, or delete this one.',
                 file=sys.stderr,
             )
         return self.finished
 
-    @property
-    def result(self):
-        return read_json(self.result_path) if self.finished else None
+    def log(
+        self,
+        step: int,  # number of the step
+        **metrics,  # plain numbers
+    ) -> None:  # nothing is written on ranks that must not write
+        "Append a line of metrics."
+        if not self.main:
+            return
+        with open(self.metrics_path, 'ab+') as f:
+            if f.tell():
+                f.seek(-1, 2)
+            torn = f.read(1) not in (b'', b'\n')  # a kill cut the last line: start a new one
+            f.write(b'\n' * torn + json.dumps(_clean(dict(step=step, **metrics))).encode() + b'\n')
 
-# %% ../nbs/00d_runs.ipynb #06f42839
-def _log(self, step, **metrics):  # step: int; metrics: plain numbers
-    "Append a line of metrics; nothing on ranks that must not write."
-    if not self.main:
-        return
-    with open(self.metrics_path, 'ab+') as f:
-        if f.tell():
-            f.seek(-1, 2)
-        torn = f.read(1) not in (b'', b'\n')  # a kill cut the last line: start a new one
-        f.write(b'\n' * torn + json.dumps(_clean(dict(step=step, **metrics))).encode() + b'\n')
+    def rows(self) -> list:  # of dict, in the order of writing
+        "Read the metrics."
+        return read_rows(self.metrics_path)
 
+    def truncate(
+        self,
+        step: int,  # the last one that stays
+    ) -> None:
+        "Forget the metrics after a step, which a resumed run will do again."
+        if self.main and self.metrics_path.exists():
+            write_rows(self.metrics_path, [record for record in self.rows() if record['step'] <= step])
 
-def _rows(self):
-    return read_rows(self.metrics_path)  # -> list of dict, in the order of writing
+    def keep(
+        self,
+        **facts,  # plain values, such as a fingerprint of the data
+    ) -> None:  # raises RunError where one has changed since the run was started
+        "Remember what a run is made of beside its parameters."
+        file = self.path / 'made_of.json'
+        if not file.exists():
+            if self.main:
+                atomic_write(file, json.dumps(facts, indent=1))
+            return
+        if differ := [k for k, v in read_json(file).items() if facts.get(k) != v]:
+            raise RunError(
+                f'The run in {self.name} was started on other {" and ".join(differ)}, which changed since: '
+                'choose another folder, or delete this one.'
+            )
 
-
-def _truncate(self, step):  # drop rows after `step`: what a resumed run will do again
-    "Forget the metrics after a step."
-    if self.main and self.metrics_path.exists():
-        write_rows(self.metrics_path, [r for r in self.rows() if r['step'] <= step])
-
-
-def _keep(self, **facts):  # plain values, such as a fingerprint of the data
-    "Remember what a run is made of beside its parameters; raises RunError where that has changed since it was started."
-    file = self.path / 'made_of.json'
-    if not file.exists():
-        return atomic_write(file, json.dumps(facts, indent=1)) if self.main else None
-    if differ := [k for k, v in read_json(file).items() if facts.get(k) != v]:
-        raise RunError(
-            f'The run in {self.name} was started on other {" and ".join(differ)}, which changed since: choose another folder, or delete this one.'
-        )
-
-
-Run.log, Run.rows, Run.truncate, Run.keep = _log, _rows, _truncate, _keep
-
-# %% ../nbs/00d_runs.ipynb #ed1be259
-def _save_result(
-    self,
-    metrics,  # dict; values: numbers, lists, or dicts of mean_ci
-    n,  # number of samples behind the metrics
-    seconds,  # of the run
-    command=None,
-):  # that makes it again
-    "Write result.json once; a finished result is never overwritten. As in the metrics, NaN is null and counted in `not_finite`."
-    if not self.main:
-        return
-    if self.finished:
-        raise RunError(f'The run {self.path.name} has a result already: it is not overwritten.')
-    env = environment()
-    result = _clean(
-        dict(
+    def save_result(
+        self,
+        metrics: dict,  # values: numbers, lists, or dicts of mean_ci
+        n: int,  # number of samples behind the metrics
+        seconds: float,  # that the run took
+        command: str | None = None,  # that makes the result again
+    ) -> None:  # raises RunError if there is a result already
+        "Write result.json once. As in the metrics, NaN is null and counted in `not_finite`."
+        if not self.main:
+            return
+        if self.finished:
+            raise RunError(f'The run {self.path.name} has a result already: it is not overwritten.')
+        env = environment()
+        result = dict(
             params=self.params,
             command=command,
             commit=env['commit'],
@@ -526,55 +570,61 @@ def _save_result(
             seconds=seconds,
             metrics=metrics,
         )
-    )
-    atomic_write(self.result_path, json.dumps(result, indent=1, allow_nan=False) + '\n')
-
-
-Run.save_result = _save_result
+        atomic_write(self.result_path, json.dumps(_clean(result), indent=1, allow_nan=False) + '\n')
 
 # %% ../nbs/00d_runs.ipynb #f56e2f11
 def bootstrap_replicates(
-    draw, n, n_boot, seed
-):  # function of a generator and b, which draws n of n values b times -> dict figure: (b,); all n_boot of them
-    rng, step = np.random.default_rng(seed), max(1, int(4e6 // n))
-    drawn = [draw(rng, min(step, n_boot - i)) for i in range(0, n_boot, step)]
+    draw,  # function of a numpy Generator and b: draws n of n values b times -> dict figure -> (b,)
+    n: int,  # number of values; it bounds how many replicates are drawn at once
+    n_boot: int,  # number of replicates
+    seed: int,  # of the generator
+) -> dict:  # figure -> (n_boot,) float64
+    "Compute figures of samples that are drawn with replacement, in blocks that fit into memory."
+    rng = np.random.default_rng(seed)
+    block = max(1, int(4e6 // n))
+    drawn = [draw(rng, min(block, n_boot - i)) for i in range(0, n_boot, block)]
     return {k: np.concatenate([d[k] for d in drawn]) for k in drawn[0]}
 
 
 def quantile_interval(
-    values, level, other=float('nan')
-):  # replicates; what stands for both ends where none is finite -> dict(low, high)
+    values: np.ndarray,  # (B,) float64: replicates; those that are not finite are left out
+    level: float,  # share of the replicates between both ends, 0.95
+    other: float = float('nan'),  # stands for both ends where no replicate is finite
+) -> dict:  # low, high: float
+    "Take the middle of replicates as an interval."
     values = values[np.isfinite(values)]
-    return (
-        dict(zip(('low', 'high'), map(float, np.quantile(values, [(1 - level) / 2, (1 + level) / 2]))))
-        if len(values)
-        else dict(low=other, high=other)
-    )
+    if not len(values):
+        return dict(low=other, high=other)
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return dict(low=float(low), high=float(high))
 
 
 def mean_ci(
     values,  # list or array of numbers
-    n_boot=1000,
-    seed=0,
-    level=0.95,
-):  # -> dict(mean, low, high, n); raises RunError for NaN or no values
+    n_boot: int = 1000,  # number of replicates
+    seed: int = 0,  # of the generator
+    level: float = 0.95,  # share of the replicates inside the interval
+) -> dict:  # mean, low, high: float, 6 decimals; n: int; raises RunError for NaN or no values
     "Compute a mean with its bootstrap confidence interval."
-    v = np.asarray(values, np.float64).ravel()
-    if not len(v):
+    values = np.asarray(values, np.float64).ravel()
+    n = len(values)
+    if not n:
         raise RunError('There are no values to average.')
-    if not np.isfinite(v).all():
-        raise RunError(
-            f'{int((~np.isfinite(v)).sum())} of {len(v)} values are not finite: decide what they count as first.'
-        )
-    drawn = bootstrap_replicates(
-        lambda rng, b: dict(mean=v[rng.integers(0, len(v), (b, len(v)))].mean(1)), len(v), n_boot, seed
-    )
-    return {
-        k: round(x, 6) for k, x in dict(mean=float(v.mean()), **quantile_interval(drawn['mean'], level)).items()
-    } | dict(n=len(v))
+    finite = np.isfinite(values)
+    if not finite.all():
+        raise RunError(f'{int((~finite).sum())} of {n} values are not finite: decide what they count as first.')
+
+    def draw(rng, b):
+        return dict(mean=values[rng.integers(0, n, (b, n))].mean(1))
+
+    interval = quantile_interval(bootstrap_replicates(draw, n, n_boot, seed)['mean'], level)
+    figures = dict(mean=float(values.mean()), **interval)
+    return {k: round(x, 6) for k, x in figures.items()} | dict(n=n)
 
 # %% ../nbs/00d_runs.ipynb #68abbfc6
 def _typed(default):
+    "A function that reads the text of an option in the type of its default."
+
     def read(text):
         if text.lower() == 'none':
             return None
@@ -597,43 +647,38 @@ def _typed(default):
 
 
 def parse_args(
-    defaults,  # dict name -> value
-    argv=None,
-    prog=None,
-    help=None,
-    description=None,
-):  # help: dict name -> text; returns dict
+    defaults: dict,  # name -> value
+    argv: list | None = None,  # of str; None: those of this process
+    prog: str | None = None,  # name of the program in its help
+    help: dict | None = None,  # name -> text
+    description: str | None = None,  # first lines of the help
+) -> dict:  # name -> value
     "Read `--name value` options with the types of their defaults."
-    p = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
-    for k, v in defaults.items():
-        p.add_argument(
-            f'--{k}',
-            type=_typed(v),
-            default=v,
-            help=(help or {}).get(k, '') + (f' (default: {v})'.replace('%', '%%') if v not in ('', None, {}) else ''),
-        )
-    return vars(p.parse_args(argv))
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    for name, value in defaults.items():
+        text = (help or {}).get(name, '')
+        if value not in ('', None, {}):
+            text += f' (default: {value})'.replace('%', '%%')
+        parser.add_argument(f'--{name}', type=_typed(value), default=value, help=text)
+    return vars(parser.parse_args(argv))
 
-# %% ../nbs/00d_runs.ipynb #132e517f
+
 def run_command(
-    notebook,  # its name without the ending, for example "04_sft"
-    params,  # dict of the run
-    base,
-):  # dict of its scale alone -> str; values that are dicts cannot be given to papermill and are left out
+    notebook: str,  # its name without the ending, for example "04_sft"
+    params: dict,  # of the run
+    base: dict,  # of its scale alone
+) -> str:  # values that are dicts cannot be given to papermill and are left out
     "Write the papermill command that repeats a run."
-    given = {
-        k: v
-        for k, v in dict(
-            scale=params['scale'], gpus=params['gpus'] or None, **{k: v for k, v in params.items() if base.get(k) != v}
-        ).items()
-        if v is not None and not isinstance(v, dict)
-    }
-    return f'papermill nbs/{notebook}.ipynb out.ipynb' + ''.join(
-        f' -p {k} {shlex.quote(str(v))}' for k, v in given.items()
-    )
+    given = dict(scale=params['scale'], gpus=params['gpus'] or None)
+    given |= {k: v for k, v in params.items() if base.get(k) != v}
+    command = f'papermill nbs/{notebook}.ipynb out.ipynb'
+    for name, value in given.items():
+        if value is not None and not isinstance(value, dict):
+            command += f' -p {name} {shlex.quote(str(value))}'
+    return command
 
 # %% ../nbs/00d_runs.ipynb #a2f49c08
-def leave_group():
+def leave_group() -> None:
     "End torch's process group where there is one: its threads can abort an interpreter that ends before it."
     dist = sys.modules.get('torch.distributed')
     if dist and dist.is_available() and dist.is_initialized():
@@ -641,65 +686,105 @@ def leave_group():
 
 
 def run_main(
-    name,  # of the run, for example "train_tokenizer"
+    name: str,  # of the run, for example "train_tokenizer"
     load,  # function of scale, gpus and what is in `first` -> dict of parameters
-    train,
-    run,  # functions of parameters and a run folder -> result dict or None: in this process; in as many as it takes
-    argv=None,
-    **first,
-):  # first: further options that decide on the defaults, with theirs
+    train,  # function of parameters and a run folder -> result dict or None: works in this process
+    run,  # the same, in as many processes as it takes
+    argv: list | None = None,  # of str; None: those of this process
+    **first,  # further options that decide on the defaults, with theirs
+) -> None:  # prints the metrics of the result
     "Run a module of the package from the command line: every parameter of the scale's file is an option."
-    argv, first = sys.argv[1:] if argv is None else argv, dict(scale='auto', gpus=0) | first
-    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for k, v in first.items():
-        p.add_argument(f'--{k}', type=_typed(v), default=v)
-    defaults = load(**vars(p.parse_known_args(argv)[0]))
-    args = parse_args({**first, **defaults, 'out': f'runs/{name}_{defaults["scale"]}'}, argv, prog=f'samtok.{name}')
-    path, args = args['out'], {k: args[k] for k in defaults}
-    result = train(args, path) if 'RANK' in os.environ else run(args, path)
+    argv = sys.argv[1:] if argv is None else argv
+    first = dict(scale='auto', gpus=0) | first
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option, default in first.items():
+        parser.add_argument(f'--{option}', type=_typed(default), default=default)
+    defaults = load(**vars(parser.parse_known_args(argv)[0]))
+    out = f'runs/{name}_{defaults["scale"]}'
+    args = parse_args({**first, **defaults, 'out': out}, argv, prog=f'samtok.{name}')
+    params = {k: args[k] for k in defaults}
     if 'RANK' in os.environ:
+        result = train(params, args['out'])
         leave_group()
+    else:
+        result = run(params, args['out'])
     if result:
         print(json.dumps(result['metrics'], indent=1))
 
+# %% ../nbs/00d_runs.ipynb #568066f3
+def progress(
+    items,  # iterable, or int: the number of steps
+    desc: str = '',  # label of the bar
+):  # iterable over the items, or over range(items)
+    "Show a progress bar over items."
+    from tqdm.auto import tqdm
+
+    watched = sys.stderr.isatty() or 'JPY_PARENT_PID' in os.environ
+    quiet = os.environ.get('RANK', '0') != '0' or 'CI' in os.environ or not watched
+    return tqdm(range(items) if isinstance(items, int) else items, desc=desc, mininterval=1, disable=quiet, leave=False)
+
+
+_job = None  # what the forks of pool_map do
+
+
+def _do(item):
+    return _job(item)
+
+
+def pool_map(
+    fn,  # function of an item; it must not call torch
+    items,  # iterable
+    workers: int = 0,  # processes; 0: this one
+):  # iterator over fn(item), in order
+    "Map in forked processes."
+    global _job
+    if not workers or 'fork' not in get_all_start_methods():
+        yield from map(fn, items)
+        return
+    _job = fn
+    with get_context('fork').Pool(workers) as pool:
+        yield from pool.imap(_do, items, 16)
+
 # %% ../nbs/00d_runs.ipynb #8a56ecb6
 def launch(
-    module,  # name of a module with a command line, "samtok.train_tokenizer"
-    args,  # dict: --name value
-    gpus=0,  # processes, one for each GPU; 0 or 1: one plain process
-    run_dir='.',
-    env=None,
-):  # folder of worker.log; extra environment variables -> subprocess.Popen
+    module: str,  # name of a module with a command line, "samtok.train_tokenizer"
+    args: dict,  # --name value
+    gpus: int = 0,  # processes, one for each GPU; 0 or 1: one plain process
+    run_dir: str | Path = '.',  # folder of worker.log
+    env: dict | None = None,  # extra environment variables
+) -> subprocess.Popen:  # the process, or the launcher of the processes
     "Start a module as worker processes."
-    head = (
-        [sys.executable, '-m']
-        + (['torch.distributed.run', '--standalone', f'--nproc-per-node={gpus}', '-m'] if gpus > 1 else [])
-        + [module]
-    )
+    launcher = ['torch.distributed.run', '--standalone', f'--nproc-per-node={gpus}', '-m'] if gpus > 1 else []
     options = [f'--{k}={json.dumps(v) if isinstance(v, (list, dict)) else v}' for k, v in args.items()]
+    command = [sys.executable, '-m', *launcher, module, *options]
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     with open(Path(run_dir) / 'worker.log', 'ab') as log:
-        return subprocess.Popen(head + options, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
 
 
-def _last_words(lines, n=12):  # of a log -> those of the worker that failed, before the launcher sums up
-    sums_up = [i for i, l in enumerate(lines) if re.match(r'E\d{4} .*elastic.*failed', l)]
-    own = [l for l in lines[: sums_up[-1] if sums_up else None] if not re.match(r'[WEI]\d{4} .*torch/distributed/', l)]
-    return own[-n:]
+def _last_lines(lines, n=12):
+    "Last lines of a log that are of the worker that failed, before the launcher's summary."
+    summaries = [i for i, line in enumerate(lines) if re.match(r'E\d{4} .*elastic.*failed', line)]
+    if summaries:
+        lines = lines[: summaries[-1]]
+    return [line for line in lines if not re.match(r'[WEI]\d{4} .*torch/distributed/', line)][-n:]
 
 
 def watch(
-    path, proc, on_log=None, every=1.0
-):  # run folder, process of launch, called with all rows when there are new ones
-    "Follow a run until its processes end; raises RunError with the end of their log if they fail."
+    path: str | Path,  # run folder
+    proc: subprocess.Popen,  # of launch
+    on_log=None,  # function of all records of the metrics, called when there are new ones
+    every: float = 1.0,  # seconds between two readings
+) -> None:  # raises RunError with the end of the log if a process fails
+    "Follow a run until its processes end."
     seen = 0
     try:
         while True:
             ended = proc.poll() is not None
-            rows = read_rows(Path(path) / 'metrics.jsonl')
-            if on_log and len(rows) != seen:
-                on_log(rows)
-                seen = len(rows)  # fewer rows: a resumed run forgot some
+            records = read_rows(Path(path) / 'metrics.jsonl')
+            if on_log and len(records) != seen:
+                on_log(records)
+                seen = len(records)  # fewer than before: a resumed run forgot some
             if ended:
                 break
             time.sleep(every)
@@ -708,12 +793,12 @@ def watch(
             proc.terminate()
             proc.wait()  # an interrupt or a failing on_log leaves no workers behind
     if proc.returncode:
+        lines = (Path(path) / 'worker.log').read_text(errors='replace').splitlines()
         raise RunError(
-            f'The workers ended with code {proc.returncode}. Their last lines:\n'
-            + '\n'.join(_last_words((Path(path) / 'worker.log').read_text(errors='replace').splitlines()))
+            f'The workers ended with code {proc.returncode}. Their last lines:\n' + '\n'.join(_last_lines(lines))
         )
 
-# %% ../nbs/00d_runs.ipynb #b4b6b6c3
+
 def _demo(argv=None):
     args = parse_args(dict(out='', steps=3, wait=0.0, fail=False), argv)
     run = Run(args['out'], dict(steps=args['steps']), main=os.environ.get('RANK', '0') == '0')
@@ -723,38 +808,6 @@ def _demo(argv=None):
     if args['fail']:
         raise SystemExit('the disk is full')
 
-# %% ../nbs/00d_runs.ipynb #48e86ab2
-def progress(items, desc=''):  # iterable or int -> iterable
-    "Show a progress bar over items."
-    from tqdm.auto import tqdm
 
-    quiet = (
-        os.environ.get('RANK', '0') != '0'
-        or 'CI' in os.environ
-        or not (sys.stderr.isatty() or 'JPY_PARENT_PID' in os.environ)
-    )
-    return tqdm(range(items) if isinstance(items, int) else items, desc=desc, mininterval=1, disable=quiet, leave=False)
-
-# %% ../nbs/00d_runs.ipynb #ca80a0e0
-_job = None  # what the forks of pool_map do
-
-
-def _do(item):
-    return _job(item)
-
-
-def pool_map(
-    fn, items, workers=0
-):  # function of an item, iterable; processes, 0: this one -> iterator over fn(item), in order
-    "Map in forked processes; the function must not call torch."
-    global _job
-    if not workers or 'fork' not in get_all_start_methods():
-        yield from map(fn, items)
-        return
-    _job = fn
-    with get_context('fork').Pool(workers) as pool:
-        yield from pool.imap(_do, items, 16)
-
-# %% ../nbs/00d_runs.ipynb #fe58fb53
 if __name__ == '__main__' and '__file__' in globals():
     _demo()
