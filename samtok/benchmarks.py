@@ -92,7 +92,7 @@ class Reason(DatasetWrapper):
         super().__init__(ReasonSeg(root))
 
     def load(self, record) -> Conversation:
-        sample = self._sample(record)
+        sample = self.add_sample(record)
         long = sample.meta['is_sentence']
         masks = [sample.masks.any(0)] + ([sample.meta['void']] if 'void' in sample.meta else [])
         text = sample.meta['texts'][0]
@@ -123,7 +123,7 @@ class MaskSet(DatasetWrapper):
         super().__init__(known)
 
     def load(self, record) -> Conversation:
-        sample = self._sample(record)
+        sample = self.add_sample(record)
         messages = [
             dict(role='user', content='<image:0>'),
             dict(role='assistant', content=''.join(f'<mask:{k}>' for k in range(len(sample)))),
@@ -245,7 +245,7 @@ class ShardChat(ChatDataset):
 
     def __init__(
         self,
-        path: str,  # folder of shards, or JSON file with a list of them, see samtok.shards.shard_folders
+        path: 'str | list',  # folder of shards, JSON file with a list of them, or that list: dicts with a path
         tokenizer: 'str | MaskTokenizer',  # that made the words
         part: str = 'heldout',  # 'heldout', 'train' (the others), or 'all'
         share: float = 0.01,  # of the records, see is_heldout
@@ -254,7 +254,8 @@ class ShardChat(ChatDataset):
         if part not in ('heldout', 'train', 'all'):
             raise EvaluateError(f"part is {part!r}: use 'heldout', 'train' or 'all'.")
         self.part, self.share = part, float(share)
-        self.files = [str(f) for r in shard_folders(path) for f in sorted(Path(r['path']).glob('*.parquet'))]
+        folders = path if isinstance(path, list) else shard_folders(path)
+        self.files = [str(f) for r in folders for f in sorted(Path(r['path']).glob('*.parquet'))]
         known = isinstance(tokenizer, MaskTokenizer)
         self.tokenizer = tokenizer if known else MaskTokenizer.from_pretrained(tokenizer)
         self._made_by = {}  # id of a tokenizer -> are the words its words?
@@ -704,7 +705,7 @@ class Choices(Metric):
         known = pick[0] is not None and pick[0][1] == 'A'
         scores = [s if known else min(0, s) for s in (at(m, r['choices']) for m, r in zip(pick[1:], rows, strict=True))]
         kinds = {k: [s for s, r in zip(scores, rows) if r['type'] == k] for k in ('positive', 'negative')}
-        with self._sample(id, group) as row:
+        with self.add_sample(id, group) as row:
             row.update(
                 n=1,
                 recognised=int(known),
@@ -712,7 +713,7 @@ class Choices(Metric):
                 **{f'has_{k}': int(bool(v)) for k, v in kinds.items()},
             )
 
-    def _from_sums(self, s):
+    def from_sums(self, s):
         pos, neg = (ratio(s[k], s[f'has_{k}']) for k in ('positive', 'negative'))
         return dict(positive=pos, negative=neg, average=(pos + neg) / 2, recognised=ratio(s['recognised'], s['n']))
 
@@ -740,10 +741,10 @@ class Pairs(Metric):
     def update(self, answers, truth, id, group=None):  # one answer
         "Count one region; an answer without two numbers is not counted."
         found = _numbers(answers[0], 2, 0, 10)
-        with self._sample(id, group) as row:
+        with self.add_sample(id, group) as row:
             row.update(n=int(found is not None), **dict(zip(('reference', 'points'), found or (0, 0))))
 
-    def _from_sums(self, s):
+    def from_sums(self, s):
         return dict(relative=100 * ratio(s['points'], s['reference']), points=ratio(s['points'], s['n']))
 
 
@@ -765,10 +766,10 @@ class Grades(Metric):
     def update(self, answers, truth, id, group=None):  # one answer
         "Count one region; an answer without four numbers is not counted."
         found = _numbers(answers[0], 4, 0, 5)
-        with self._sample(id, group) as row:
+        with self.add_sample(id, group) as row:
             row.update(n=int(found is not None), **dict(zip(self.names, found or (0,) * 4)))
 
-    def _from_sums(self, s):
+    def from_sums(self, s):
         return {**(each := {k: ratio(s[k], s['n']) for k in self.names}), 'average': sum(each.values()) / 4}
 
 # %% ../nbs/07b_benchmarks.ipynb #6b8c87d7

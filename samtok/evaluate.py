@@ -168,10 +168,10 @@ class TargetIoU(Metric):
         group=None,
     ):
         "Count one sample."
-        with self._sample(id, group) as row:
+        with self.add_sample(id, group) as row:
             row.update(target_IoU=float(iou), n=1)
 
-    def _ratios(self):
+    def ratios(self):
         return dict(target_IoU=('target_IoU', 'n', 0))
 
 
@@ -189,7 +189,7 @@ class CodeMatch(Metric):
         "Count one sample that has true masks."
         found, codes = None if found is None else set(map(tuple, found)), [tuple(c) for c in codes]
         first = {c[0] for c in found or ()}
-        with self._sample(id, group) as row:
+        with self.add_sample(id, group) as row:
             row.update(
                 n=1,
                 masks=0 if found is None else len(codes),
@@ -198,7 +198,7 @@ class CodeMatch(Metric):
                 upper_bound=float(upper_bound),
             )
 
-    def _ratios(self):
+    def ratios(self):
         return dict(
             exact_match=('exact', 'masks', 0),
             first_code_match=('first', 'masks', 0),

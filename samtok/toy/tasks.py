@@ -209,10 +209,10 @@ class Attributes(Metric):
         "Count one description."
         named, true = read_caption(description), read_caption(truth)
         right = {k: int(named[k] == true[k]) for k in ATTRIBUTES}
-        with self._sample(id, group) as row:
+        with self.add_sample(id, group) as row:
             row.update(n=1, **right, mean=float(np.mean(list(right.values()))), all=int(all(right.values())))
 
-    def _from_sums(self, s):
+    def from_sums(self, s):
         return {k: ratio(s[k], s['n']) for k in ('mean', 'all', *ATTRIBUTES)}
 
 
