@@ -179,7 +179,7 @@ def parity_prompts(model, i):  # -> dense prompts (N,1,256,256), sparse (N,3,256
 def _compare_decode(model, e, name, codes, cases):  # -> dict of largest distances; masks only where they were recorded
     codes = np.asarray(codes)
     ((low, scores),) = model.decode_vectors(
-        e, model.quantizer.codes_to_vectors(torch.as_tensor(codes).to(model.device))[:, None]
+        e, model.quantizer.get_output_from_indices(torch.as_tensor(codes).to(model.device))[:, None]
     )
     row = dict(
         case=name,

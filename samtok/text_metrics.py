@@ -145,7 +145,7 @@ def _hits(self, iou, text):  # (G,P) each -> list of pairs
 
 # %% ../nbs/07a_text_metrics.ipynb #d020ecfa
 def _figures(self, columns, weights=None):
-    s = self._sums(columns, weights)
+    s = self.sums(columns, weights)
     out = dict(mIoU=ratio(s['mIoU'], s['n']), recall=ratio(s['TP'], s['labels']))
     ids = [self.rows[int(i)]['id'] for i in columns['at']]
     order = sorted(range(len(ids)), key=lambda i: (isinstance(ids[i], str), ids[i]))
@@ -162,7 +162,7 @@ def _table(self):
     return ids, {**columns, 'at': np.arange(len(ids), dtype=np.float64)}  # the row that holds the hits
 
 
-GCG._hits, GCG._figures, GCG.table = _hits, _figures, _table
+GCG._hits, GCG.figures, GCG.table = _hits, _figures, _table
 GCG.__getstate__ = lambda self: {
     **self.__dict__,
     'similarity': None,
@@ -368,7 +368,7 @@ def _mean(self, shares):  # (...,predicates), NaN: in no image
 
 def _per_predicate(self, k):  # -> (predicates,) float, NaN for those in no image
     "Give the recall of each predicate within the first k."
-    s = self._sums(self.table()[1])
+    s = self.sums(self.table()[1])
     return ratio(s[f'mR@{k}'], s['has'])
 
 

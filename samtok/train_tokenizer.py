@@ -290,7 +290,7 @@ def start_codebooks(
         batch = make_batch(samples, model.config, params['masks_per_image'], params['truth_size'], rng).to(model.device)
         output = model(batch.pixels, batch.dense, batch.corners, batch.index, quantize=False)
         z.append(output.latents.float().flatten(0, 1))
-    model.quantizer.start(torch.cat(z))
+    model.quantizer.init_kmeans(torch.cat(z))
     model.train(training)
     return sum(len(v) for v in z)
 
