@@ -383,8 +383,8 @@ def train(
         )
     started = time.time()
     memory = (
-        f"The GPU's memory is full with {params['batch']} replies of up to {params['max_new_tokens']} tokens at a time: "
-        f'lower batch (and raise accumulate {params["accumulate"]} as much) or max_new_tokens, '
+        f"The GPU's memory is full with {params['batch']} replies of up to {params['max_new_tokens']} tokens "
+        f'at a time: lower batch (and raise accumulate {params["accumulate"]} as much) or max_new_tokens, '
         'set gradient_checkpointing, or share the weights among the GPUs with fsdp or deepspeed.'
     )
     trained = train_and_merge(trainer, run, memory)
