@@ -71,7 +71,7 @@ _STYLE = """<style>
 </style>"""
 _GONE_HTML = f'{_STYLE}<div class="samtok-gone">{_GONE}</div>'
 
-# %% ../nbs/10_widgets.ipynb #7874fbe8
+
 class _Live(widgets.VBox):
     "What all widgets share: a line for problems, a sentence for the time after the kernel, a still picture."
 
@@ -266,7 +266,7 @@ def _paint(view, *masks, start=1):  # scaled image, masks (H,W) of the image's s
     colors = [color_of(start + k) for k in range(len(masks))]
     return overlay(view, np.stack([resize_mask(mask, view.shape[:2]) for mask in masks]), colors=colors)
 
-# %% ../nbs/10_widgets.ipynb #67bbd659
+
 def _width(pixels):
     return widgets.Layout(width=f'{pixels}px')
 
