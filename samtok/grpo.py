@@ -476,10 +476,11 @@ def compare(
     for name, start in before.scores.items():
         end = after.scores[name]
         for figure in start.figures:
-            if figure in end.figures:
-                out[f'{name}/{figure}_before'] = start.figures[figure]
-                out[f'{name}/{figure}_after'] = end.figures[figure]
-                out[f'{name}/{figure}_difference'] = paired_difference(start, end, figure)
+            if figure not in end.figures or figure == 'ECE':  # a figure of all samples together
+                continue
+            out[f'{name}/{figure}_before'] = start.figures[figure]
+            out[f'{name}/{figure}_after'] = end.figures[figure]
+            out[f'{name}/{figure}_difference'] = paired_difference(start, end, figure)
     return out
 
 
