@@ -476,10 +476,12 @@ def open_scenes(
     rounds: int = 6,  # questions about a scene
     share: dict | None = None,  # task of ASK -> weight; None: ASK_SHARE
     kind: str | dict | None = None,  # of referring expressions, see SceneChat
+    no_target_ratio: float = REFER_SHARE['no_target'],  # of the referring expressions, in [0,1]
+    length: int = 0,  # a conversation ends at about so many words and masks; 0: by rounds only
     **world,  # arguments of ShapeWorld
 ) -> SceneChat:
     "Open the conversations that `samtok.shards` knows by the name `shapeworld`."
-    return SceneChat(ShapeWorld(**world), rounds, share, kind)
+    return SceneChat(ShapeWorld(**world), rounds, share, kind, no_target_ratio, length)
 
 # %% ../../nbs/toy/01_scenes.ipynb #0e8c7f40
 PHRASES = (

@@ -407,10 +407,11 @@ TINY_SIZES = dict(hidden=64, layers=2, heads=4, vision=32, vision_layers=1, grid
 def load_tiny(
     family: str,  # one of FAMILIES
     seed: int = 0,  # of the random weights
+    **sizes,  # other sizes than TINY_SIZES, see tiny_model
 ):  # -> model, processor; raises ValueError
     "Make the tiny random model of a family, with a tokenizer for the language of the scenes."
     if family not in FAMILIES:
         raise ValueError(f'There is no tiny model of {family!r}: choose from {", ".join(FAMILIES)}.')
     tokenizer = tiny_tokenizer(toy_corpus(), TINY_TOKENS, phrases=PHRASES, family=family)
     processor = tiny_processor(family, tokenizer, TINY_IMAGE['patch'], pixels=(TINY_IMAGE['side'] ** 2,) * 2)
-    return tiny_model(family, processor, **TINY_SIZES, seed=seed), processor
+    return tiny_model(family, processor, **TINY_SIZES | sizes, seed=seed), processor
