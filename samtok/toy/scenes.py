@@ -21,7 +21,7 @@ import numpy as np
 
 from ..chat import PROMPTS, ChatDataset, ChatError, Conversation, answer_masks, answer_triplets, reading_order
 from ..masks import masks_to_boxes
-from ..runs import RunError, atomic_write, check_device, parse_args, pool_map, progress
+from ..runs import RunError, atomic_write, check_device, find_file, parse_args, pool_map, progress
 from ..shards import open_conversations, tokenizer_fingerprint
 from .shapeworld import COLORS, INVERSE, LETTERS, SHAPES, SIZES, TEXTURES, ShapeWorld, render
 
@@ -400,6 +400,7 @@ class SceneChat(ChatDataset):
         kind: str | dict | None = None,  # of REFER, or kind -> weight; None: REFER_SHARE
         no_target_ratio: float = REFER_SHARE['no_target'],  # of the referring expressions, in [0,1]
         length: int = 0,  # a conversation ends at about so many words and masks; 0: by rounds only
+        codes: str = '',  # file of scene_codes, from which masks get their words; empty: they are encoded
     ):
         super().__init__()
         kinds = kind if isinstance(kind, dict) else [kind] * bool(kind)
@@ -411,10 +412,23 @@ class SceneChat(ChatDataset):
         self.kind = kind
         self.no_target_ratio = no_target_ratio
         self.length = length
+        self.codes = codes
         self.outlines = {}  # number of a scene -> its outline, for all epochs
 
     def __len__(self) -> int:
         return len(self.world)
+
+    def known_words(
+        self,
+        tokenizer,  # MaskTokenizer that is to write the masks
+    ):  # CodeTable, or None; raises RunError where another tokenizer made the codes, or for fewer scenes
+        "Look the words of masks up in a file of codes."
+        if not self.codes:
+            return None
+        table = code_table(find_file(self.codes), tokenizer.vocab, tokenizer)
+        if len(table) < len(self):
+            raise RunError(f'{Path(self.codes).name} has the codes of {len(table)} scenes, {len(self)} are asked for.')
+        return table
 
     def records(self):  # -> iterable of the numbers of the scenes
         "List the scenes."
@@ -478,10 +492,11 @@ def open_scenes(
     kind: str | dict | None = None,  # of referring expressions, see SceneChat
     no_target_ratio: float = REFER_SHARE['no_target'],  # of the referring expressions, in [0,1]
     length: int = 0,  # a conversation ends at about so many words and masks; 0: by rounds only
+    codes: str = '',  # file of scene_codes, from which masks get their words; empty: they are encoded
     **world,  # arguments of ShapeWorld
 ) -> SceneChat:
     "Open the conversations that `samtok.shards` knows by the name `shapeworld`."
-    return SceneChat(ShapeWorld(**world), rounds, share, kind, no_target_ratio, length)
+    return SceneChat(ShapeWorld(**world), rounds, share, kind, no_target_ratio, length, codes)
 
 # %% ../../nbs/toy/01_scenes.ipynb #0e8c7f40
 PHRASES = (
