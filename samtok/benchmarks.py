@@ -242,7 +242,7 @@ class ShardChat(ChatDataset):
 
     def __init__(
         self,
-        path: str,  # folder of shards, or JSON file with a list of them, see samtok.shards.shard_folders
+        path: 'str | list',  # folder of shards, JSON file with a list of them, or that list: dicts with a path
         tokenizer: 'str | MaskTokenizer',  # that made the words: folder, hub id, or itself
         part: str = 'heldout',  # 'heldout', 'train' (the others), or 'all'
         share: float = 0.01,  # of the records that are held out, in [0,1]
@@ -251,7 +251,8 @@ class ShardChat(ChatDataset):
         if part not in ('heldout', 'train', 'all'):
             raise EvaluateError(f"part is {part!r}: use 'heldout', 'train' or 'all'.")
         self.part, self.share = part, float(share)
-        self.files = [str(f) for r in shard_folders(path) for f in sorted(Path(r['path']).glob('*.parquet'))]
+        folders = path if isinstance(path, list) else shard_folders(path)
+        self.files = [str(f) for r in folders for f in sorted(Path(r['path']).glob('*.parquet'))]
         known = isinstance(tokenizer, MaskTokenizer)
         self.tokenizer = tokenizer if known else MaskTokenizer.from_pretrained(tokenizer)
         self._same = {}  # id of a tokenizer: does it write the same words?

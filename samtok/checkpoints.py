@@ -21,79 +21,84 @@ class CheckpointError(ValueError):
     "A checkpoint that is missing, damaged, unsafe or made for another architecture."
 
 
-def _load(path):
-    if path.suffix == '.safetensors':
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+def _load_safetensors(path):  # Path -> dict name -> tensor
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-        try:
-            return load_file(path)
-        except SafetensorError as e:
-            raise CheckpointError(f'{path.name} is damaged or truncated ({e}): copy or download it again.') from e
+    try:
+        return load_file(path)
+    except SafetensorError as e:
+        raise CheckpointError(f'{path.name} is damaged or truncated ({e}): copy or download it again.') from e
+
+
+def _load_torch(path):  # Path -> whatever was saved, tensors and plain containers only
     with path.open('rb') as file:
         head = file.read(16)
     if head and head[:1] != b'\x80' and head[:2] != b'PK':
         raise CheckpointError(
             f'{path.name} is not a checkpoint of torch (it begins with {head!r}): download the file itself.'
         )
-    try:
-        return torch.load(
-            path, map_location='cpu', weights_only=True, mmap=is_zipfile(path)
-        )  # mapped: read when copied into a network
+    try:  # mapped: tensors are read when they are copied into a network
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=is_zipfile(path))
     except pickle.UnpicklingError as e:
         raise CheckpointError(
-            f'{path.name} holds Python objects beside its tensors, which could run code; it was not loaded and nothing in it was executed. Ask for a file with weights only.'
+            f'{path.name} holds Python objects beside its tensors, which could run code; it was not loaded and '
+            'nothing in it was executed. Ask for a file with weights only.'
         ) from e
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
-        raise CheckpointError(
-            f'{path.name} is damaged or truncated ({str(e).partition(". ")[0].splitlines()[0] if str(e) else type(e).__name__}): copy or download it again.'
-        ) from e
+        why = str(e).partition('. ')[0].splitlines()[0] if str(e) else type(e).__name__
+        raise CheckpointError(f'{path.name} is damaged or truncated ({why}): copy or download it again.') from e
 
-# %% ../nbs/01b_checkpoints.ipynb #8c258a7d
+
+def _unwrapped(state):  # the dict of tensors may lie under "model" or "state_dict", also in several layers
+    while isinstance(state, dict):
+        inner = [state[key] for key in ('model', 'state_dict') if isinstance(state.get(key), dict)]
+        if not inner:
+            break
+        state = inner[0]
+    return state
+
+
 def read_checkpoint(
-    path,  # .pth, .pt, .bin or .safetensors
-):  # dict name -> tensor on the CPU; raises CheckpointError
+    path: str | Path,  # .pth, .pt, .bin or .safetensors
+) -> dict:  # name -> tensor on the CPU; raises CheckpointError
     "Read the tensors in a checkpoint file, without running anything in it."
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f'The checkpoint {path.name} does not exist: give the path of the file.')
-    head = path.open('rb').read(64)
+    with path.open('rb') as file:
+        head = file.read(64)
     if head.startswith(b'version https://git-lfs') or head.lstrip()[:1] == b'<':
         raise CheckpointError(
-            f'{path.name} is not the weights but a page or pointer in their place ({path.stat().st_size} bytes): download the file itself.'
+            f'{path.name} is not the weights but a page or pointer in their place '
+            f'({path.stat().st_size} bytes): download the file itself.'
         )
-    state = _load(path)
-    while (
-        isinstance(state, dict)
-        and (inner := next((state[k] for k in ('model', 'state_dict') if isinstance(state.get(k), dict)), None))
-        is not None
-    ):
-        state = inner
+    state = _unwrapped(_load_safetensors(path) if path.suffix == '.safetensors' else _load_torch(path))
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise CheckpointError(f'{path.name} holds no dictionary of tensors: is it a checkpoint of a model?')
     return state
 
 # %% ../nbs/01b_checkpoints.ipynb #6b7c3191
 def load_checked(
-    model,  # torch module
-    state,  # dict name -> tensor, in the model's names
-    name,  # of the checkpoint, for the message
-    allow_missing=(),
-):  # beginnings of names that may keep their values; returns the names that did
-    "Load a state dict strictly; raises CheckpointError."
+    model: torch.nn.Module,  # its parameters and buffers are replaced
+    state: dict,  # name -> tensor, in the model's names
+    name: str,  # of the checkpoint, for the message
+    allow_missing: tuple = (),  # beginnings of names that may keep their values
+) -> list:  # names that kept their values; raises CheckpointError
+    "Load a state dict strictly."
     own = model.state_dict()
     missing = [k for k in own if k not in state]
-    wrong = dict(
-        missing=[k for k in missing if not k.startswith(tuple(allow_missing) or '\0')],
-        unknown=[k for k in state if k not in own],
-        other_shape=[
-            f'{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}'
-            for k in own
-            if k in state and own[k].shape != state[k].shape
-        ],
-    )
+    other_shape = []
+    for k, value in own.items():
+        if k in state and value.shape != state[k].shape:
+            other_shape.append(f'{k} {tuple(state[k].shape)} for {tuple(value.shape)}')
+    wrong = {
+        'missing': [k for k in missing if not k.startswith(tuple(allow_missing))],
+        'unknown': [k for k in state if k not in own],
+        'other shape': other_shape,
+    }
     if any(wrong.values()):
-        what = '; '.join(f'{len(v)} {k.replace("_", " ")} (first: {v[0]})' for k, v in wrong.items() if v)
+        what = '; '.join(f'{len(keys)} {kind} (first: {keys[0]})' for kind, keys in wrong.items() if keys)
         raise CheckpointError(
             f'{name} does not fit this architecture: {what}. Check backbone, dim, codebook_size and depth.'
         )
@@ -105,15 +110,16 @@ _RENAMED_FOLDERS = {'toy/eyes': 'toy/pretrained_vision'}  # old name of a folder
 
 
 def find_pretrained(
-    name,  # folder, hub id "user/name", "toy" or a folder of the package's data such as "toy/base"
-    toy,  # the folder of the package's data that "toy" alone stands for
-    error=CheckpointError,
-):  # raised with a sentence where it can be neither -> Path of a folder, or the hub id (str)
-    "Tell a folder from a hub id, and find the toys of the package."
-    path, text = Path(name), str(name)
+    name: str | Path,  # folder, hub id "user/name", "toy" or a folder of the package's data such as "toy/base"
+    toy: str,  # the folder of the package's data that "toy" alone stands for
+    error: type = CheckpointError,  # raised with a sentence where the name can be neither
+) -> Path | str:  # Path of a folder, or the hub id (str)
+    "Tell a folder from a hub id, and find the weights that come with the package."
+    text = str(name)
     if text in _RENAMED_FOLDERS:
         warnings.warn(f'{text} is now called {_RENAMED_FOLDERS[text]}.', DeprecationWarning, stacklevel=2)
-        path, text = Path(_RENAMED_FOLDERS[text]), _RENAMED_FOLDERS[text]
+        text = name = _RENAMED_FOLDERS[text]
+    path = Path(name)
     if text == 'toy':
         return data_file('toy', toy)
     if path.is_dir() and text:
@@ -124,44 +130,53 @@ def find_pretrained(
         raise error(
             f'{text or "An empty name"} is not a folder with weights: give a folder, a hub id "user/name", or "toy".'
         )
-    if (top := Path(path.parts[0])).is_dir():
+    top = Path(path.parts[0])
+    if top.is_dir():
+        inside = ', '.join(sorted(p.name for p in top.iterdir())[:8]) or 'nothing in it'
         raise error(
-            f'There is no folder {text}; {top} has {", ".join(sorted(p.name for p in top.iterdir())[:8]) or "nothing in it"}. (A hub id whose first part is also a folder here, {top}, is not asked for: start elsewhere for that.)'
+            f'There is no folder {text}; {top} has {inside}. (A hub id whose first part is also a folder here, '
+            f'{top}, is not asked for: start elsewhere for that.)'
         )
     return text
 
-
-def hub_problem(name, e):  # hub id, what fetching it raised -> sentence; None where the hub knows it
+# %% ../nbs/01b_checkpoints.ipynb #3a723c4f
+def hub_problem(
+    name: str,  # hub id
+    e: Exception,  # what fetching it raised
+) -> str | None:  # a sentence; None where the hub knows the name
     "Say why a name cannot be found on the hub."
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    kinds = {
+    reasons = {
         RepositoryNotFoundError: 'does the hub know it (or show it to you)',
         HFValidationError: 'is it a valid hub id',
         LocalEntryNotFoundError: 'could the hub be reached',
         ConnectionError: 'could the hub be reached',
     }
-    why = next(
-        (w for cause in (e, e.__cause__, e.__context__) for kind, w in kinds.items() if isinstance(cause, kind)), None
-    )
-    return (
-        why
-        and f'Neither is there a folder {name} here, nor {why}: correct the path or the id, or fetch the files where there is a network and give their folder.'
-    )
+    for cause in (e, e.__cause__, e.__context__):
+        for kind, reason in reasons.items():
+            if isinstance(cause, kind):
+                return (
+                    f'Neither is there a folder {name} here, nor {reason}: correct the path or the id, '
+                    'or fetch the files where there is a network and give their folder.'
+                )
+    return None
 
 
 def fetch_files(
-    name, patterns, error=CheckpointError, **kwargs
-):  # hub id; names of files; class of what is raised; kwargs go to huggingface_hub -> Path of the folder that has them
+    name: str,  # hub id
+    patterns: list,  # names of files, * is allowed
+    error: type = CheckpointError,  # raised with a sentence where the files cannot be fetched
+    **kwargs,  # of huggingface_hub.snapshot_download, for example revision
+) -> Path:  # folder that has the files
     "Fetch some files of a repository on the hub."
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(name), allow_patterns=patterns, **kwargs))
     except (OSError, ValueError) as e:
-        raise error(
-            hub_problem(name, e) or f'{name} could not be fetched: {type(e).__name__}: {str(e).splitlines()[0][:200]}'
-        ) from e
+        why = f'{name} could not be fetched: {type(e).__name__}: {str(e).splitlines()[0][:200]}'
+        raise error(hub_problem(name, e) or why) from e
 
 # %% ../nbs/01b_checkpoints.ipynb #2dda943f
 _VIDEO = (
@@ -175,57 +190,65 @@ _VIDEO = (
     'obj_ptr_tpos_proj.',
     'mask_downsample.',
 )
-
-_DECODER, _ENCODER = 'sam_mask_decoder.transformer.', 'sam_mask_encoder.transformer.'
+_DECODER = 'sam_mask_decoder.transformer.'
+_ENCODER = 'sam_mask_encoder.transformer.'
 
 
 def sam2_state(
-    raw,  # dict of a sam2.1 checkpoint
-    warm_mask_encoder=False,  # start the mask encoder's transformer from the decoder's, which has the same shape
-):  # (dict in our names, report dict with `unused` and `note`)
+    raw: dict,  # name -> tensor of a sam2.1 checkpoint
+    warm_mask_encoder: bool = False,  # start the mask encoder's transformer from the decoder's, of the same shape
+) -> tuple:  # dict in our names, report dict with `unused` (list of names) and `note` (str)
     "Select what a tokenizer uses of a SAM 2.1 checkpoint."
     state = {k: v for k, v in raw.items() if not k.startswith(_VIDEO)}
+    encoder = 'the mask encoder'
     if warm_mask_encoder:
         state |= {k.replace(_DECODER, _ENCODER): v.clone() for k, v in state.items() if k.startswith(_DECODER)}
-    encoder = 'the mask encoder starts from the mask decoder, its token' if warm_mask_encoder else 'the mask encoder'
-    return state, dict(
+        encoder = 'the mask encoder starts from the mask decoder, its token'
+    report = dict(
         unused=[k for k in raw if k.startswith(_VIDEO)],
         note=f'SAM 2 was loaded; {encoder} and the quantizer are fresh and have to be trained.',
     )
+    return state, report
 
 # %% ../nbs/01b_checkpoints.ipynb #fc1f43be
 _PREFIX = 'model.sam2_model.'
-_BOOK = dict(weight='codebook', cluster_size_ema='cluster_size', embed_ema='embed_sum')
+_CODEBOOK = dict(weight='codebook', cluster_size_ema='cluster_size', embed_ema='embed_sum')  # their name -> ours
 
 
 def published_state(
-    raw,  # dict of the authors' .pth file
-):  # (dict in our names, report dict); raises CheckpointError for names of neither
+    raw: dict,  # name -> tensor of the authors' .pth file
+) -> tuple:  # dict in our names, report dict with `unused` and `note`; raises CheckpointError for names of neither
     "Translate a published tokenizer checkpoint."
     state, unused = {}, []
-    for k, v in raw.items():
-        if k.removeprefix(_PREFIX).startswith(_VIDEO):
-            unused.append(k)
-        elif k.startswith(_PREFIX):
-            state[k.removeprefix(_PREFIX)] = v
-        elif k.startswith('quantizer.codebooks.') and (leaf := k.rsplit('.', 1)[1]) in _BOOK:
-            state[k.rsplit('.', 1)[0] + '.' + _BOOK[leaf]] = v[:-1] if leaf == 'weight' else v
+    for name, value in raw.items():
+        ours = name.removeprefix(_PREFIX)
+        head, _, leaf = name.rpartition('.')
+        if ours.startswith(_VIDEO):
+            unused.append(name)
+        elif name.startswith(_PREFIX):
+            state[ours] = value
+        elif name.startswith('quantizer.codebooks.') and leaf in _CODEBOOK:
+            state[f'{head}.{_CODEBOOK[leaf]}'] = value[:-1] if leaf == 'weight' else value
         else:
             raise CheckpointError(
-                f'{k} is not a name of a published tokenizer (model.sam2_model.*, quantizer.codebooks.*): is this a checkpoint of something else?'
+                f'{name} is not a name of a published tokenizer (model.sam2_model.*, quantizer.codebooks.*): '
+                'is this a checkpoint of something else?'
             )
     return state, dict(unused=unused, note='A published tokenizer was loaded whole.')
 
 # %% ../nbs/01b_checkpoints.ipynb #a228ee6d
 def to_published(
-    state,  # dict in our names (MaskTokenizer.state_dict())
-):  # dict in the authors' names, padding rows included
+    state: dict,  # name -> tensor in our names (MaskTokenizer.state_dict())
+) -> dict:  # in the authors' names, padding entries included
     "Translate a tokenizer's weights into the published layout."
-    back, out = {v: k for k, v in _BOOK.items()}, {}
-    for k, v in state.items():
-        if k.startswith('quantizer.'):
-            head, leaf = k.rsplit('.', 1)
-            out[f'{head}.{back[leaf]}'] = torch.cat([v, v.new_zeros(1, v.shape[1])]) if leaf == 'codebook' else v
+    theirs = {ours: name for name, ours in _CODEBOOK.items()}
+    out = {}
+    for name, value in state.items():
+        head, _, leaf = name.rpartition('.')
+        if not name.startswith('quantizer.'):
+            out[_PREFIX + name] = value
+        elif leaf == 'codebook':
+            out[f'{head}.{theirs[leaf]}'] = torch.cat([value, value.new_zeros(1, value.shape[1])])
         else:
-            out[_PREFIX + k] = v
+            out[f'{head}.{theirs[leaf]}'] = value
     return out

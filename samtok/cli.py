@@ -11,174 +11,173 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
+from .data import read_ids, read_image
+from .masks import MaskError, check_mask, mask_to_box, mask_to_polygons, mask_to_rle, segmentation_to_mask
+from .runs import read_json
+
 # %% ../nbs/11_cli.ipynb #afed3141
+def _is_polygon(value):
+    "Is it one polygon, a list of numbers?"
+    return isinstance(value, list) and bool(value) and isinstance(value[0], (int, float))
+
+
+def _read_image_mask(path, size):
+    ids = read_ids(path, 'mask')
+    mask = check_mask(ids > 0, size, name=f'mask {path.name}')
+    values = len(np.unique(ids))
+    if values > 2:
+        raise MaskError(
+            f'{path.name} has {values} values and is no mask: a mask is 0 outside and one value inside '
+            '(smoothing its edge adds values between). Of a map of regions samtok.masks.id_map_to_masks makes masks.'
+        )
+    return mask
+
+
 def read_masks(
-    path,  # .png (or another image) or .json
-    size,  # (H, W) of the image
-):  # list of (H,W) bool; raises MaskError, ImageError
+    path: str | Path,  # .png (or another lossless image), or .json
+    size: tuple,  # (H,W) of the image
+) -> list:  # of (H,W) bool; raises MaskError, ImageError
     "Read the masks in a file: an image, or JSON with RLE or polygons, one or a list."
-    import numpy as np
-
-    from samtok.data import read_ids
-    from samtok.masks import MaskError, check_mask, segmentation_to_mask
-
     path = Path(path)
     if path.suffix.lower() != '.json':
-        ids = read_ids(path, 'mask')
-        mask = check_mask(ids > 0, size, name=f'mask {path.name}')
-        if (k := len(np.unique(ids))) > 2:
-            raise MaskError(
-                f'{path.name} has {k} values and is no mask: a mask is 0 outside and one value inside (smoothing its edge adds values between). Of a map of regions samtok.masks.id_map_to_masks makes masks.'
-            )
-        return [mask]
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise MaskError(f'{path.name} cannot be read as JSON: {e}.') from e
+        return [_read_image_mask(path, size)]
+    data = read_json(path, error=MaskError)
     if isinstance(data, dict) and 'masks' in data:
         data = data['masks']
-    one = isinstance(data, dict) or (isinstance(data, list) and data and isinstance(data[0], (int, float)))
-    items = [data] if one or (data and isinstance(data[0], list) and isinstance(data[0][0], (int, float))) else data
-    if not items:
+    if not isinstance(data, (dict, list)) or data == []:
         raise MaskError(f'{path.name} holds no mask: give an RLE dict, polygons, or a list of them.')
-    return [
-        segmentation_to_mask(m.get('rle', m.get('segmentation', m)) if isinstance(m, dict) else m, size) for m in items
-    ]
+    one = isinstance(data, dict) or _is_polygon(data) or _is_polygon(data[0])
+    masks = []
+    for item in [data] if one else data:
+        if isinstance(item, dict):
+            item = item.get('rle', item.get('segmentation', item))
+        masks.append(segmentation_to_mask(item, size))
+    return masks
 
 # %% ../nbs/11_cli.ipynb #68fb609c
-def _run(prog, work, args):  # call work(args); a known error becomes one sentence and exit code 2
+def _run(prog, work, args):
+    "Call work(args); a known error becomes one sentence and exit code 2."
     try:
-        return work(args)
+        work(args)
     except (ValueError, OSError) as e:
         print(f'{prog}: {e}', file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(2) from e
 
 
 def _parser(prog, text):
-    p = argparse.ArgumentParser(prog=prog, description=text)
-    p.add_argument('image', help='image file')
-    p.add_argument(
+    parser = argparse.ArgumentParser(prog=prog, description=text)
+    parser.add_argument('image', help='image file')
+    parser.add_argument(
         '--tokenizer',
         default='toy',
         help='of masks: folder, hub id, "toy" (default), or a folder of the package such as toy/tokenizer_16',
     )
-    p.add_argument('--device', default='cpu', help='cpu or cuda')
-    p.add_argument('--json', action='store_true', help='print JSON')
-    return p
+    parser.add_argument('--device', default='cpu', help='cpu or cuda')
+    parser.add_argument('--json', action='store_true', help='print JSON')
+    return parser
 
 # %% ../nbs/11_cli.ipynb #2f674c43
 def _encode(args):
-    import numpy as np
-
-    from samtok.data import read_image
-    from samtok.masks import mask_to_box
     from samtok.tokenizer import MaskTokenizer
 
     image = read_image(args.image)
-    named = [(Path(f).name, i, m) for f in args.masks for i, m in enumerate(read_masks(f, image.shape[:2]))]
+    size = image.shape[:2]
+    named = [(Path(file).name, i, mask) for file in args.masks for i, mask in enumerate(read_masks(file, size))]
     if not named:
         raise ValueError('No masks were given: name at least one PNG or JSON file.')
-    if empty := [f'{f}, mask {i}' if f.endswith('.json') else f for f, i, m in named if not m.any()]:
-        raise ValueError(f'{empty[0]} has no pixel: leave it out.')
+    for file, i, mask in named:
+        if not mask.any():
+            place = f'{file}, mask {i}' if file.endswith('.json') else file
+            raise ValueError(f'{place} has no pixel: leave it out.')
     tokenizer = MaskTokenizer.from_pretrained(args.tokenizer, device=args.device)
-    codes = tokenizer.encode(image, np.stack([m for *_, m in named]))
-    rows = [
-        dict(
-            file=f,
-            index=i,
-            words=tokenizer.vocab.format(c),
-            codes=c.tolist(),
-            box=mask_to_box(m).tolist(),
-            area=int(m.sum()),
-        )
-        for (f, i, m), c in zip(named, codes)
-    ]
-    print(
-        json.dumps(dict(image=Path(args.image).name, size=list(image.shape[:2]), masks=rows), indent=1)
-        if args.json
-        else '\n'.join(r['words'] for r in rows)
-    )
+    all_codes = tokenizer.encode(image, np.stack([mask for _, _, mask in named]))
+    records = []
+    for (file, i, mask), codes in zip(named, all_codes):
+        words = tokenizer.vocab.format(codes)
+        box, area = mask_to_box(mask).tolist(), int(mask.sum())
+        records.append(dict(file=file, index=i, words=words, codes=codes.tolist(), box=box, area=area))
+    if args.json:
+        print(json.dumps(dict(image=Path(args.image).name, size=list(size), masks=records), indent=1))
+    else:
+        print('\n'.join(record['words'] for record in records))
 
 
-def encode_main(argv=None):  # IMAGE MASK... [--tokenizer T] [--json]
+def encode_main(
+    argv: list | None = None,  # IMAGE MASK... [--tokenizer T] [--device D] [--json]; None: those of this process
+) -> None:  # raises SystemExit(2) after an error
     "Print the words of masks of an image (console command `samtok-encode`)."
-    p = _parser('samtok-encode', 'Masks of an image as words, one line for each mask.')
-    p.add_argument('masks', nargs='+', help='PNG masks, or JSON with RLE or polygons')
-    _run('samtok-encode', _encode, p.parse_args(argv))
+    parser = _parser('samtok-encode', 'Masks of an image as words, one line for each mask.')
+    parser.add_argument('masks', nargs='+', help='PNG masks, or JSON with RLE or polygons')
+    _run('samtok-encode', _encode, parser.parse_args(argv))
 
 # %% ../nbs/11_cli.ipynb #11c46611
 def _words_text(words):
+    "The text with words: as given, of a file, or of standard input."
     if words == '-':
         return sys.stdin.read()
     path = Path(words)
-    if '<|' not in words and path.is_file():
-        text = path.read_text()
-        return ''.join(m['words'] for m in json.loads(text)['masks']) if path.suffix == '.json' else text
-    if '<|' not in words and path.suffix in ('.txt', '.json'):
+    if '<|' in words:
+        return words
+    if path.is_file():
+        if path.suffix == '.json':
+            return ''.join(mask['words'] for mask in read_json(path, 'masks')['masks'])
+        return path.read_text()
+    if path.suffix in ('.txt', '.json'):
         raise OSError(f'There is no file {words}.')
     return words
 
 
-def _save_masks(masks, out):  # -> list of file names; out names the first or only file
-    import numpy as np
+def _save_masks(masks, out):
+    "Write masks as PNG -> names of the files; out names the first or only one."
     from PIL import Image
 
     if out.suffix.lower() != '.png':
         raise OSError(f'{out} is no PNG file, and others do not keep masks exactly: let its name end in .png.')
     paths = [out if len(masks) == 1 else out.with_stem(f'{out.stem}_{i}') for i in range(len(masks))]
-    try:
-        for m, p in zip(masks, paths):
-            Image.fromarray(m * np.uint8(255)).save(p)
-    except (OSError, ValueError) as e:
-        raise OSError(
-            f'{p} cannot be written ({getattr(e, "strerror", None) or e}): give a PNG file in a folder that exists.'
-        ) from e
-    return [p.name for p in paths]
+    for mask, path in zip(masks, paths):
+        try:
+            Image.fromarray(mask * np.uint8(255)).save(path)
+        except (OSError, ValueError) as e:
+            why = getattr(e, 'strerror', None) or e
+            raise OSError(f'{path} cannot be written ({why}): give a PNG file in a folder that exists.') from e
+    return [path.name for path in paths]
 
-# %% ../nbs/11_cli.ipynb #f7282a21
+
 def _decode(args):
-    from samtok.data import read_image
-    from samtok.masks import mask_to_polygons, mask_to_rle
     from samtok.tokenizer import MaskTokenizer
 
-    image, tokenizer = read_image(args.image), MaskTokenizer.from_pretrained(args.tokenizer, device=args.device)
+    image = read_image(args.image)
+    tokenizer = MaskTokenizer.from_pretrained(args.tokenizer, device=args.device)
     spans = tokenizer.vocab.parse(_words_text(args.words))
-    good, bad = [s for s in spans if s.ok], [s for s in spans if not s.ok]
+    good = [span for span in spans if span.ok]
+    bad = [span for span in spans if not span.ok]
     if not good:
         raise ValueError('The text holds no well-formed mask words' + (f': {bad[0].problem}' if bad else '.'))
     masks, scores = tokenizer.decode(image, tokenizer.vocab.codes(good), return_scores=True)
     files = _save_masks(masks, Path(args.output)) if args.output else [None] * len(masks)
     convert = mask_to_polygons if args.format == 'polygon' else mask_to_rle
-    rows = [
-        dict(
-            words=s.text,
-            score=round(float(v), 4),
-            area=int(m.sum()),
-            **(dict(file=f) if f else {args.format: convert(m)}),
-        )
-        for s, v, m, f in zip(good, scores, masks, files)
-    ]
-    for s in bad:
-        print(f'samtok-decode: left out {s.text!r}: {s.problem}', file=sys.stderr)
-    print(
-        json.dumps(
-            dict(
-                image=Path(args.image).name,
-                size=list(image.shape[:2]),
-                masks=rows,
-                left_out=[dict(text=s.text, problem=s.problem) for s in bad],
-            ),
-            indent=1,
-        )
-        if args.json
-        else '\n'.join(r.get('file') or json.dumps(r[args.format]) for r in rows)
-    )
+    records = []
+    for span, score, mask, file in zip(good, scores, masks, files):
+        where = dict(file=file) if file else {args.format: convert(mask)}
+        records.append(dict(words=span.text, score=round(float(score), 4), area=int(mask.sum()), **where))
+    for span in bad:
+        print(f'samtok-decode: left out {span.text!r}: {span.problem}', file=sys.stderr)
+    if args.json:
+        left_out = [dict(text=span.text, problem=span.problem) for span in bad]
+        reply = dict(image=Path(args.image).name, size=list(image.shape[:2]), masks=records, left_out=left_out)
+        print(json.dumps(reply, indent=1))
+    else:
+        print('\n'.join(record.get('file') or json.dumps(record[args.format]) for record in records))
 
 
-def decode_main(argv=None):  # IMAGE WORDS [-o MASK.png] [--format rle|polygon] [--json]
-    "Draw the masks that words mean in an image (console command `samtok-decode`)."
-    p = _parser('samtok-decode', 'Mask words of an image as masks.')
-    p.add_argument('words', help='text with mask words, a file with such text, or - for standard input')
-    p.add_argument('-o', '--output', help='PNG file to write; several masks get a number')
-    p.add_argument('--format', choices=('rle', 'polygon'), default='rle', help='of masks that are printed')
-    _run('samtok-decode', _decode, p.parse_args(argv))
+def decode_main(
+    argv: list | None = None,  # IMAGE WORDS [-o MASK.png] [--format rle|polygon] [--json]; None: of this process
+) -> None:  # raises SystemExit(2) after an error
+    "Write the masks that words stand for in an image (console command `samtok-decode`)."
+    parser = _parser('samtok-decode', 'Mask words of an image as masks.')
+    parser.add_argument('words', help='text with mask words, a file with such text, or - for standard input')
+    parser.add_argument('-o', '--output', help='PNG file to write; several masks get a number')
+    parser.add_argument('--format', choices=('rle', 'polygon'), default='rle', help='of masks that are printed')
+    _run('samtok-decode', _decode, parser.parse_args(argv))

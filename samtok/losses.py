@@ -11,27 +11,27 @@ import torch.nn.functional as F
 
 # %% ../nbs/01a_losses.ipynb #42333f41
 def dice_loss(
-    logits,  # (...,P) float
-    truth,  # (...,P) float in [0,1]
-    eps=1.0,  # added above and below: an empty prediction of an empty mask costs 0 (published value)
-):  # (...) float in [0,1]
+    logits: torch.Tensor,  # (...,P) float
+    truth: torch.Tensor,  # (...,P) float in [0,1]
+    eps: float = 1.0,  # added above and below: an empty prediction of an empty mask costs 0 (published value)
+) -> torch.Tensor:  # (...) float in [0,1]
     "Compute one minus the soft Dice overlap along the last axis."
     p = logits.sigmoid()
     return 1 - (2 * (p * truth).sum(-1) + eps) / (p.sum(-1) + truth.sum(-1) + eps)
 
 # %% ../nbs/01a_losses.ipynb #4ca5c441
 def ce_loss(
-    logits,  # (...,P) float
-    truth,  # (...,P) float in [0,1]
-):  # (...) float >= 0
+    logits: torch.Tensor,  # (...,P) float
+    truth: torch.Tensor,  # (...,P) float in [0,1]
+) -> torch.Tensor:  # (...) float >= 0
     "Compute the binary cross-entropy from logits, averaged along the last axis."
     return F.binary_cross_entropy_with_logits(logits, truth, reduction='none').mean(-1)
 
 # %% ../nbs/01a_losses.ipynb #082e6916
 def sample_points(
-    maps,  # (N,h,w) or (N,C,h,w) float
-    points,  # (N,P,2) float, (x,y) in [0,1] of the image's width and height
-):  # (N,P) or (N,C,P) float
+    maps: torch.Tensor,  # (N,h,w) or (N,C,h,w) float
+    points: torch.Tensor,  # (N,P,2) float, (x,y) in [0,1] of the image's width and height
+) -> torch.Tensor:  # (N,P) or (N,C,P) float
     "Read maps at points, bilinearly, with zeros outside."
     if maps.dim() == 3:
         return sample_points(maps[:, None], points)[:, 0]
@@ -40,56 +40,55 @@ def sample_points(
 # %% ../nbs/01a_losses.ipynb #944e8be8
 @torch.no_grad()
 def uncertain_points(
-    logits,  # (N,h,w) float, or (N,C,h,w): the least certain of C candidates counts
-    points,  # P, how many points for each mask (published: 12544)
-    oversample=3.0,  # candidates for each point (published)
-    importance=0.75,  # share of uncertain points (published)
-    candidates=None,
-    rest=None,
-):  # (N,3P,2) and (N,P-.75P,2) in [0,1], to fix the draw; returns (N,P,2)
+    logits: torch.Tensor,  # (N,h,w) float, or (N,C,h,w): the least certain of C candidates counts
+    points: int,  # P, how many points for each mask (published: 12544)
+    oversample: float = 3.0,  # candidates for each point (published)
+    importance: float = 0.75,  # share of uncertain points (published)
+    candidates: torch.Tensor | None = None,  # (N,3P,2) float in [0,1], to choose from; None: random
+    rest: torch.Tensor | None = None,  # (N,P-.75P,2) float in [0,1], the other points; None: random
+) -> torch.Tensor:  # (N,P,2) float, (x,y) in [0,1]
     "Choose points, most of them where the prediction is least certain."
-    n, sure = int(importance * points), points - int(importance * points)
+    uncertain = int(importance * points)
 
-    def draw(k):
+    def uniform(k):
         return torch.rand(len(logits), k, 2, device=logits.device)
 
-    candidates = draw(int(points * oversample)) if candidates is None else candidates
-    certain = sample_points(logits, candidates).abs()
-    if certain.dim() == 3:
-        certain = certain.amin(1)
-    best = certain.topk(n, dim=1, largest=False).indices
+    if candidates is None:
+        candidates = uniform(int(points * oversample))
+    certainty = sample_points(logits, candidates).abs()
+    if certainty.dim() == 3:
+        certainty = certainty.amin(1)
+    best = certainty.topk(uncertain, dim=1, largest=False).indices
     chosen = candidates.gather(1, best[..., None].expand(-1, -1, 2))
-    return torch.cat([chosen, draw(sure) if rest is None else rest], 1)
+    return torch.cat([chosen, uniform(points - uncertain) if rest is None else rest], 1)
 
 # %% ../nbs/01a_losses.ipynb #8e5ff759
 def mask_terms(
-    logits,  # (N,C,h,w) float, C candidates for each mask
-    truth,  # (N,H,W) float in [0,1], of any resolution
-    points=12544,
-    **given,
-):  # 0: all pixels, truth resized to the logits; `given`: see uncertain_points
-    "Compute cross-entropy and Dice of each candidate: two (N,C) tensors."
+    logits: torch.Tensor,  # (N,C,h,w) float, C candidates for each mask
+    truth: torch.Tensor,  # (N,H,W) float in [0,1], of any resolution
+    points: int = 12544,  # P for each mask (published); 0: all pixels, truth resized to the logits
+    **given,  # oversample, importance, candidates and rest of uncertain_points
+) -> tuple:  # cross-entropy and Dice of each candidate, two (N,C) float32 tensors
+    "Compute cross-entropy and Dice of each candidate."
     logits, truth = logits.float(), truth.float()
     if points:
         at = uncertain_points(logits, points, **given)
-        flat, t = sample_points(logits, at), sample_points(truth, at)
+        predicted, target = sample_points(logits, at), sample_points(truth, at)
     else:
-        flat, t = (
-            logits.flatten(2),
-            F.interpolate(truth[:, None], logits.shape[2:], mode='bilinear', antialias=True)[:, 0].flatten(1),
-        )
-    t = t[:, None].expand_as(flat)
-    return ce_loss(flat, t), dice_loss(flat, t)
+        resized = F.interpolate(truth[:, None], logits.shape[2:], mode='bilinear', antialias=True)
+        predicted, target = logits.flatten(2), resized[:, 0].flatten(1)
+    target = target[:, None].expand_as(predicted)
+    return ce_loss(predicted, target), dice_loss(predicted, target)
 
 # %% ../nbs/01a_losses.ipynb #bba857ea
 def mask_loss(
-    logits,  # (N,h,w) float
-    truth,  # (N,H,W) float in [0,1]
-    points=12544,
-    ce_weight=2.0,
-    dice_weight=0.5,
-    **given,
-):  # published weights; returns dict(ce, dice, loss) of scalars
+    logits: torch.Tensor,  # (N,h,w) float
+    truth: torch.Tensor,  # (N,H,W) float in [0,1]
+    points: int = 12544,  # as in mask_terms (published)
+    ce_weight: float = 2.0,  # of the cross-entropy (published)
+    dice_weight: float = 0.5,  # of Dice (published)
+    **given,  # oversample, importance, candidates and rest of uncertain_points
+) -> dict:  # weighted ce and dice and their sum, loss: scalar tensors
     "Compute the paper's mask loss, averaged over masks."
     ce, dice = mask_terms(logits[:, None], truth, points, **given)
     ce, dice = ce_weight * ce.mean(), dice_weight * dice.mean()
@@ -97,11 +96,11 @@ def mask_loss(
 
 # %% ../nbs/01a_losses.ipynb #1874f888
 def candidate_loss(
-    losses,  # (N,C) float, loss of each candidate
-    scores,  # (N,C) float, predicted IoU of each candidate
-    rule='chosen',
-):  # "chosen" (published), "best" or "relaxed"; returns a scalar
-    "Average over masks the loss of the candidates that a rule lets learn."
+    losses: torch.Tensor,  # (N,C) float, loss of each candidate
+    scores: torch.Tensor,  # (N,C) float, predicted IoU of each candidate
+    rule: str = 'chosen',  # "chosen" (published), "best" or "relaxed"
+) -> torch.Tensor:  # () float; raises ValueError for another rule
+    "Average over masks the loss of the candidates that a rule trains."
     if rule not in ('chosen', 'best', 'relaxed'):
         raise ValueError(f'There is no candidate rule {rule!r}: use "chosen", "best" or "relaxed".')
     if rule == 'chosen':
@@ -112,12 +111,13 @@ def candidate_loss(
 # %% ../nbs/01a_losses.ipynb #cbc4329a
 @torch.no_grad()
 def logit_iou(
-    logits,  # (N,C,h,w) float
-    truth,  # (N,H,W) float in [0,1]
-    threshold=0.0,  # on the logit
-):  # (N,C) float in [0,1]; two empty masks agree: 1
+    logits: torch.Tensor,  # (N,C,h,w) float
+    truth: torch.Tensor,  # (N,H,W) float in [0,1]
+    threshold: float = 0.0,  # on the logit
+) -> torch.Tensor:  # (N,C) float in [0,1]; two empty masks agree: 1
     "Compute the IoU of thresholded candidates with the truth, at the resolution of the logits."
-    t = F.interpolate(truth[:, None].float(), logits.shape[2:], mode='bilinear', antialias=True) > 0.5
-    p = logits > threshold
-    inter, union = (p & t).flatten(2).sum(2), (p | t).flatten(2).sum(2)
+    target = F.interpolate(truth[:, None].float(), logits.shape[2:], mode='bilinear', antialias=True) > 0.5
+    predicted = logits > threshold
+    inter = (predicted & target).flatten(2).sum(2)
+    union = (predicted | target).flatten(2).sum(2)
     return torch.where(union > 0, inter / union.clamp_min(1), torch.ones_like(inter, dtype=torch.float))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MaskError', 'check_mask', 'check_masks', 'mask_to_rle', 'rle_to_mask', 'coco_rle', 'rle_area', 'rle_to_box',
            'rle_iou', 'mask_to_box', 'masks_to_boxes', 'xywh_to_xyxy', 'xyxy_to_xywh', 'check_box', 'box_to_mask',
-           'ratio', 'mask_iou', 'mask_iou_pairs', 'box_iou', 'polygons_to_mask', 'mask_to_polygons',
-           'segmentation_to_mask', 'resize_mask', 'id_map_to_masks']
+           'mask_iou', 'mask_iou_pairs', 'box_iou', 'polygons_to_mask', 'mask_to_polygons', 'segmentation_to_mask',
+           'resize_mask', 'id_map_to_masks']
 
 # %% ../nbs/00_masks.ipynb #8d7c454f
 from pathlib import Path
@@ -20,10 +20,10 @@ class MaskError(ValueError):
 
 # %% ../nbs/00_masks.ipynb #5d3bf363
 def check_mask(
-    mask,  # (H,W) bool, or integers that are only {0,1} or {0,255}
-    size=None,  # (H,W) that the mask must have
-    name='mask',  # how the error calls it
-):  # (H,W) bool, C-contiguous; an empty mask (no pixel set) is fine; raises MaskError
+    mask: np.ndarray,  # (H,W) bool, or integers that are only {0,1} or {0,255}
+    size: tuple[int, int] | None = None,  # (H,W) that the mask must have
+    name: str = 'mask',  # what the error calls it
+) -> np.ndarray:  # (H,W) bool, C-contiguous; an empty mask (no pixel set) is fine; raises MaskError
     "Check that `mask` is one binary mask and return it as bool."
     if isinstance(mask, (str, Path)):
         raise MaskError(f'The {name} is the name of a file ({mask}): read it first, samtok.cli.read_masks(path, size).')
@@ -43,12 +43,13 @@ def check_mask(
         mask = _binary(mask, name)
     if size is not None and mask.shape != tuple(size):
         raise MaskError(
-            f'The {name} is {mask.shape[0]}x{mask.shape[1]} but the image is {size[0]}x{size[1]} (height x width); use resize_mask or the right image.'
+            f'The {name} is {mask.shape[0]}x{mask.shape[1]} but the image is {size[0]}x{size[1]} (height x width); '
+            'use resize_mask or the right image.'
         )
     return np.ascontiguousarray(mask)
 
 
-def _binary(mask, name):
+def _binary(mask, name):  # array that is not bool -> bool; raises MaskError
     if mask.dtype.kind == 'f':
         nan = 'holds NaN and ' if np.isnan(mask).any() else ''
         raise MaskError(f'The {name} {nan}is {mask.dtype}; choose a threshold yourself, for example `scores > 0`.')
@@ -57,15 +58,16 @@ def _binary(mask, name):
     top = int(mask.max(initial=0))
     if top not in (0, 1, 255) or not ((mask == 0) | (mask == top)).all():
         raise MaskError(
-            f'The {name} holds the values {np.unique(mask)[:6].tolist()}; a mask has only 0/1 or 0/255. For a map of ids use id_map_to_masks.'
+            f'The {name} holds the values {np.unique(mask)[:6].tolist()}; a mask has only 0/1 or 0/255. '
+            'For a map of ids use id_map_to_masks.'
         )
     return mask > 0
 
 # %% ../nbs/00_masks.ipynb #d5ca2ba4
 def check_masks(
-    masks,  # list of (H,W), (N,H,W) array, or a single (H,W); values as in check_mask
-    size=None,  # (H,W); needed when an empty list is given
-):  # (N,H,W) bool, C-contiguous; raises MaskError
+    masks: np.ndarray | list,  # list of (H,W), (N,H,W) array, or a single (H,W); values as in check_mask
+    size: tuple[int, int] | None = None,  # (H,W) that the masks must have; needed when an empty list is given
+) -> np.ndarray:  # (N,H,W) bool, C-contiguous; raises MaskError
     "Check several masks of one image and return them as one bool array."
     if isinstance(masks, (list, tuple)) and not (masks and np.ndim(masks[0]) == 1):
         if not masks:
@@ -79,20 +81,22 @@ def check_masks(
         return check_mask(masks, size)[None]
     if masks.ndim != 3:
         raise MaskError(f'The masks have shape {masks.shape}; give (N,H,W), (H,W) or a list of (H,W).')
-    if len(masks):
-        check_mask(masks[0], size, 'mask 0')
-        return check_mask(masks.reshape(-1, masks.shape[2]), name='stack of masks').reshape(masks.shape)
-    if 0 in masks.shape[1:] or size is not None and masks.shape[1:] != tuple(size):
-        raise MaskError(
-            f'The masks have shape {masks.shape}; height and width must be at least 1 and those of the image.'
-        )
-    return masks.astype(bool)
+    if not len(masks):
+        if 0 in masks.shape[1:] or size is not None and masks.shape[1:] != tuple(size):
+            raise MaskError(
+                f'The masks have shape {masks.shape}; height and width must be at least 1 and those of the image.'
+            )
+        return masks.astype(bool)
+    check_mask(masks[0], size, 'mask 0')
+    if masks.dtype == bool:
+        return np.ascontiguousarray(masks)
+    return check_mask(masks.reshape(-1, masks.shape[2]), name='stack of masks').reshape(masks.shape)
 
 # %% ../nbs/00_masks.ipynb #9bdf7dfd
 def mask_to_rle(
-    mask,  # (H,W) bool
-    compress=True,  # True: counts as str (COCO's letters); False: counts as a list of int
-):  # {"size": [H,W], "counts": str or list}, ready for json; raises MaskError
+    mask: np.ndarray,  # (H,W) bool
+    compress: bool = True,  # True: counts as str (COCO's letters); False: counts as a list of int
+) -> dict:  # {"size": [H,W], "counts": str or list}, ready for json; raises MaskError
     "Store a mask as run lengths down its columns."
     mask = check_mask(mask)
     if compress:
@@ -107,29 +111,33 @@ def mask_to_rle(
 def _read_letters(text, name='RLE'):
     "Unpack COCO's letters into run lengths (K,) int64."
     data = text.encode('utf-8', 'surrogatepass') if isinstance(text, str) else bytes(text)
-    c = np.frombuffer(data, np.uint8) - np.uint8(48)  # what is below '0' wraps to something large
-    if not c.size:
+    letters = np.frombuffer(data, np.uint8) - np.uint8(48)  # what is below '0' wraps to something large
+    if not letters.size:
         raise MaskError(f'The {name} string is empty; even an empty mask has one run.')
-    if c.max() > 63:
-        at = int(np.argmax(c > 63))
+    if letters.max() > 63:
+        at = int(np.argmax(letters > 63))
         raise MaskError(
-            f"The {name} string has {data[at : at + 1]!r} at position {at}, which is not one of COCO's letters ('0' to 'o')."
+            f'The {name} string has {data[at : at + 1]!r} at position {at}, '
+            "which is not one of COCO's letters ('0' to 'o')."
         )
-    if c[-1] >= 32:
+    if letters[-1] >= 32:
         raise MaskError(f'The {name} string ends in the middle of a number; it was cut off.')
-    last = np.flatnonzero(c < 32)
+    last = np.flatnonzero(letters < 32)
     first = np.zeros_like(last)
     first[1:] = last[:-1] + 1
     length = last - first + 1
     if length.max() > 7:
         raise MaskError(f'The {name} string has a number of {int(length.max())} letters; 7 hold any run.')
-    counts = np.add.reduceat((c & 31).astype(np.int64) << 5 * (np.arange(c.size) - np.repeat(first, length)), first)
-    counts -= np.where(c[last] & 16, np.int64(1) << 5 * length, 0)  # the sign bit of the last letter
-    counts[1::2], counts[2::2] = np.cumsum(counts[1::2]), np.cumsum(counts[2::2])
+    place = np.arange(letters.size) - np.repeat(first, length)  # of each letter in its number
+    counts = np.add.reduceat((letters & 31).astype(np.int64) << 5 * place, first)
+    counts -= np.where(letters[last] & 16, np.int64(1) << 5 * length, 0)  # the sign bit of the last letter
+    counts[1::2] = np.cumsum(counts[1::2])  # each is the difference to the count two before
+    counts[2::2] = np.cumsum(counts[2::2])
     return counts
 
-# %% ../nbs/00_masks.ipynb #7110ba0d
+
 def _rle_size(rle, size, name):
+    "Check the size of one RLE and return its height and width."
     if not isinstance(rle, dict) or 'size' not in rle or 'counts' not in rle:
         raise MaskError(f"The {name} is {type(rle).__name__}; give a dict with the keys 'size' and 'counts'.")
     try:
@@ -164,15 +172,19 @@ def _read_rle(rle, size=None, name='RLE'):
 
 # %% ../nbs/00_masks.ipynb #583fd7a2
 def rle_to_mask(
-    rle,  # {"size": [H,W], "counts": str, bytes or list of int}
-    size=None,  # (H,W) that the mask must have
-):  # (H,W) bool; raises MaskError for wrong sums, negative runs, broken letters, another size
+    rle: dict,  # {"size": [H,W], "counts": str, bytes or list of int}
+    size: tuple[int, int] | None = None,  # (H,W) that the mask must have
+) -> np.ndarray:  # (H,W) bool; raises MaskError for wrong sums, negative runs, broken letters, another size
     "Rebuild the mask from its run lengths."
     h, w, counts = _read_rle(rle, size)
     return np.ascontiguousarray(np.repeat(np.arange(counts.size) % 2 > 0, counts).reshape(w, h).T)
 
 # %% ../nbs/00_masks.ipynb #adb733c4
-def coco_rle(rle, size=None, name='RLE'):
+def coco_rle(
+    rle: dict,  # {"size": [H,W], "counts": str, bytes or list of int}
+    size: tuple[int, int] | None = None,  # (H,W) that the mask must have
+    name: str = 'RLE',  # what the error calls it
+) -> dict:  # {"size": [H,W], "counts": str or bytes}, no run of length 0 but the first; raises MaskError
     "Check one RLE and return it in the form that pycocotools may safely read."
     h, w, counts = _read_rle(rle, size, name)
     if counts[1:].all() and isinstance(rle['counts'], (str, bytes)):
@@ -183,50 +195,55 @@ def coco_rle(rle, size=None, name='RLE'):
 
 
 def rle_area(
-    rle,  # {"size", "counts"}
-):  # int, pixels; raises MaskError
+    rle: dict,  # {"size", "counts"}
+) -> int:  # pixels; raises MaskError
     "Count the pixels of a mask that is stored as run lengths."
     return int(_read_rle(rle)[2][1::2].sum())
 
 
 def rle_to_box(
-    rle,  # {"size", "counts"}
-):  # (4,) float64 xyxy pixels, max exclusive; raises MaskError when the mask is empty
+    rle: dict,  # {"size", "counts"}
+) -> np.ndarray:  # (4,) float64 xyxy pixels, max exclusive; raises MaskError when the mask is empty
     "Find the tight box of a mask that is stored as run lengths."
-    if not rle_area(rle):
+    runs = coco_rle(rle)
+    if not _coco.area(runs):
         raise MaskError('The RLE holds an empty mask, which has no box; drop it first.')
-    x, y, w, h = _coco.toBbox(coco_rle(rle))
+    x, y, w, h = _coco.toBbox(runs)
     return np.array([x, y, x + w, y + h])
 
 # %% ../nbs/00_masks.ipynb #ac14ea88
 def rle_iou(
-    rles_a,  # list of N RLEs
-    rles_b,  # list of M RLEs, all of one size
-    empty=1.0,  # the value where both masks are empty
-):  # (N,M) float64 in [0,1]; raises MaskError
+    rles_a: list,  # N RLEs
+    rles_b: list,  # M RLEs of the same size
+    empty: float = 1.0,  # the value where both masks are empty
+) -> np.ndarray:  # (N,M) float64 in [0,1]; raises MaskError
     "Compare every mask of one list with every mask of another, all stored as run lengths."
     rles_a, rles_b = list(rles_a), list(rles_b)
     if not rles_a or not rles_b:
         return np.zeros((len(rles_a), len(rles_b)))
     size = _read_rle(rles_a[0])[:2]
-    a, b = ([coco_rle(r, size, f'RLE {i}') for i, r in enumerate(rles)] for rles in (rles_a, rles_b))
+    a = [coco_rle(rle, size, f'RLE {i}') for i, rle in enumerate(rles_a)]
+    b = [coco_rle(rle, size, f'RLE {i}') for i, rle in enumerate(rles_b)]
     iou = np.array(_coco.iou(a, b, [0] * len(b)), dtype=float).reshape(len(a), len(b))
     iou[np.ix_(_coco.area(a) == 0, _coco.area(b) == 0)] = empty
     return iou
 
 # %% ../nbs/00_masks.ipynb #1c98c83c
 def mask_to_box(
-    mask,  # (H,W) bool
-):  # (4,) float64 xyxy pixels, max exclusive; raises MaskError when the mask is empty
+    mask: np.ndarray,  # (H,W) bool
+) -> np.ndarray:  # (4,) float64 xyxy pixels, max exclusive; raises MaskError when the mask is empty
     "Find the tight box of one mask."
-    return masks_to_boxes(check_mask(mask)[None])[0]
+    return _boxes(check_mask(mask)[None])[0]
 
 
 def masks_to_boxes(
-    masks,  # (N,H,W) bool
-):  # (N,4) float64 xyxy pixels, max exclusive; raises MaskError naming the first empty mask
+    masks: np.ndarray | list,  # (N,H,W) bool, or a list of (H,W)
+) -> np.ndarray:  # (N,4) float64 xyxy pixels, max exclusive; raises MaskError naming the first empty mask
     "Find the tight box of every mask."
-    masks = check_masks(masks) if len(masks) else np.zeros((0, 1, 1), bool)
+    return _boxes(check_masks(masks)) if len(masks) else np.zeros((0, 4))
+
+
+def _boxes(masks):  # (N,H,W) bool, checked
     sides = []
     for used in (masks.any(1), masks.any(2)):  # columns (N,W), then rows (N,H)
         if not used.any(1).all():
@@ -236,25 +253,25 @@ def masks_to_boxes(
 
 # %% ../nbs/00_masks.ipynb #02e45f8d
 def xywh_to_xyxy(
-    boxes,  # (...,4) x, y, width, height in pixels
-):  # (...,4) float64 xyxy pixels, max exclusive
+    boxes: np.ndarray,  # (...,4) x, y, width, height in pixels
+) -> np.ndarray:  # (...,4) float64 xyxy pixels, max exclusive
     "Turn COCO boxes into corner boxes."
     boxes = np.asarray(boxes, dtype=float)
     return np.concatenate([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], -1)
 
 
 def xyxy_to_xywh(
-    boxes,  # (...,4) xyxy pixels, max exclusive
-):  # (...,4) float64 x, y, width, height in pixels
+    boxes: np.ndarray,  # (...,4) xyxy pixels, max exclusive
+) -> np.ndarray:  # (...,4) float64 x, y, width, height in pixels
     "Turn corner boxes into COCO boxes."
     boxes = np.asarray(boxes, dtype=float)
     return np.concatenate([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], -1)
 
 # %% ../nbs/00_masks.ipynb #de2ccb2c
 def check_box(
-    box,  # (4,) xyxy pixels, max exclusive
-    size,  # (H,W) of the image
-):  # (4,) float64 xyxy pixels, clipped to the image; raises MaskError
+    box: np.ndarray,  # (4,) xyxy pixels, max exclusive
+    size: tuple[int, int],  # (H,W) of the image
+) -> np.ndarray:  # (4,) float64 xyxy pixels, clipped to the image; raises MaskError
     "Check a box and clip it to the image."
     try:
         box = np.asarray(box, dtype=float)
@@ -273,81 +290,85 @@ def check_box(
 
 
 def box_to_mask(
-    box,  # (4,) xyxy pixels, max exclusive
-    size,  # (H,W)
-):  # (H,W) bool: the pixels whose centre lies in the box; raises MaskError
+    box: np.ndarray,  # (4,) xyxy pixels, max exclusive
+    size: tuple[int, int],  # (H,W) of the image
+) -> np.ndarray:  # (H,W) bool: the pixels whose centre lies in the box; raises MaskError
     "Fill a box."
     x0, y0, x1, y1 = check_box(box, size)
     y, x = (np.arange(n) + 0.5 for n in size)
     return ((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))
 
 # %% ../nbs/00_masks.ipynb #2481e7cd
-def ratio(inter, union, empty):
-    return np.where(union > 0, inter / np.maximum(union, 1), empty)
-
-
-def mask_iou(
-    a,  # (N,H,W) bool, or one (H,W)
-    b,  # (M,H,W) bool, or one (H,W)
-    empty=1.0,  # the value where both masks are empty
-):  # (N,M) float64 in [0,1]; raises MaskError
-    "Compare every mask of `a` with every mask of `b`."
-    a, b = (m.reshape(len(m), np.prod(m.shape[1:])) for m in _same_size(a, b))
-    inter = np.zeros((len(a), len(b)))
-    for i in range(0, a.shape[1], 1 << 16):  # in pieces: exact in float32, little memory
-        inter += a[:, i : i + (1 << 16)].astype(np.float32) @ b[:, i : i + (1 << 16)].T.astype(np.float32)
-    return ratio(inter, a.sum(1)[:, None] + b.sum(1) - inter, empty)
-
-
-def _same_size(a, b):  # the first size that is known must hold for all
+def _same_size(a, b):
+    "Check two sets of masks; the first size that is known must hold for all."
     size = _size_of(a) or _size_of(b) or (1, 1)
     return check_masks(a, size), check_masks(b, size)
 
 
-def _size_of(masks):
+def _size_of(masks):  # -> (H,W), None where it is unknown
     shape = np.shape(masks[0] if isinstance(masks, (list, tuple)) and masks and np.ndim(masks[0]) == 2 else masks)
     return shape[-2:] if len(shape) > 1 else None
 
+
+def _ratio(inter, union, empty):  # areas -> intersection over union, empty where the union is 0
+    return np.where(union > 0, inter / np.maximum(union, 1), empty)
+
+
+def mask_iou(
+    a: np.ndarray | list,  # (N,H,W) bool, a list of (H,W), or one (H,W)
+    b: np.ndarray | list,  # (M,H,W) bool, a list of (H,W), or one (H,W)
+    empty: float = 1.0,  # the value where both masks are empty
+) -> np.ndarray:  # (N,M) float64 in [0,1]; raises MaskError
+    "Compare every mask of `a` with every mask of `b`."
+    a, b = _same_size(a, b)
+    a = a.reshape(len(a), np.prod(a.shape[1:]))
+    b = b.reshape(len(b), np.prod(b.shape[1:]))
+    inter = np.zeros((len(a), len(b)))
+    step = 1 << 16  # pixels at a time: exact in float32, little memory
+    for i in range(0, a.shape[1], step):
+        inter += a[:, i : i + step].astype(np.float32) @ b[:, i : i + step].T.astype(np.float32)
+    return _ratio(inter, a.sum(1)[:, None] + b.sum(1) - inter, empty)
+
 # %% ../nbs/00_masks.ipynb #a5f0ddcd
 def mask_iou_pairs(
-    a,  # (N,H,W) bool
-    b,  # (N,H,W) bool
-    empty=1.0,  # the value where both masks of a pair are empty
-):  # (N,) float64 in [0,1]; raises MaskError
+    a: np.ndarray | list,  # (N,H,W) bool, or a list of (H,W)
+    b: np.ndarray | list,  # (N,H,W) bool, or a list of (H,W)
+    empty: float = 1.0,  # the value where both masks of a pair are empty
+) -> np.ndarray:  # (N,) float64 in [0,1]; raises MaskError
     "Compare the first mask with the first, the second with the second, and so on."
     a, b = _same_size(a, b)
     if len(a) != len(b):
         raise MaskError(f'There are {len(a)} masks on one side and {len(b)} on the other; pairs need the same number.')
-    return ratio((a & b).sum((1, 2)), (a | b).sum((1, 2)), empty)
+    return _ratio((a & b).sum((1, 2)), (a | b).sum((1, 2)), empty)
 
 
 def box_iou(
-    a,  # (N,4) xyxy pixels, max exclusive, or one (4,)
-    b,  # (M,4) xyxy pixels, max exclusive, or one (4,)
-):  # (N,M) float64 in [0,1]; 0 where both have no area
+    a: np.ndarray,  # (N,4) xyxy pixels, max exclusive, or one (4,)
+    b: np.ndarray,  # (M,4) xyxy pixels, max exclusive, or one (4,)
+) -> np.ndarray:  # (N,M) float64 in [0,1]; 0 where both have no area
     "Compare every box of `a` with every box of `b`."
-    a, b = (np.asarray(v, dtype=float).reshape(-1, 4) for v in (a, b))
-    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
+    a, b = (np.asarray(boxes, dtype=float).reshape(-1, 4) for boxes in (a, b))
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
     inter = np.prod(np.maximum(high - low, 0), -1)
-    area_a, area_b = (np.prod(v[:, 2:] - v[:, :2], -1) for v in (a, b))
-    return ratio(inter, area_a[:, None] + area_b - inter, 0.0)
+    area_a, area_b = (np.prod(boxes[:, 2:] - boxes[:, :2], -1) for boxes in (a, b))
+    return _ratio(inter, area_a[:, None] + area_b - inter, 0.0)
 
 # %% ../nbs/00_masks.ipynb #0b37e01a
 def polygons_to_mask(
-    polygons,  # list of [x, y, x, y, ...] in pixels, or one of them; they are joined
-    size,  # (H,W)
-):  # (H,W) bool; raises MaskError
+    polygons: list,  # of [x, y, x, y, ...] in pixels, or one of them; they are joined
+    size: tuple[int, int],  # (H,W) of the image
+) -> np.ndarray:  # (H,W) bool; raises MaskError
     "Fill polygons as COCO does."
     polygons = [polygons] if len(polygons) and np.isscalar(polygons[0]) else list(polygons)
     if not polygons:
         raise MaskError('There is no polygon in the list; drop the region or draw one.')
     h, w = size
-    return rle_to_mask(
-        _coco.merge(_coco.frPyObjects([_check_polygon(p, i, h, w) for i, p in enumerate(polygons)], h, w)), (h, w)
-    )
+    checked = [_check_polygon(polygon, i, h, w) for i, polygon in enumerate(polygons)]
+    return rle_to_mask(_coco.merge(_coco.frPyObjects(checked, h, w)), (h, w))
 
 
-def _check_polygon(polygon, i, h, w):
+def _check_polygon(polygon, i, h, w):  # -> list of numbers x, y, x, y, ...; raises MaskError
     try:
         points = np.asarray(polygon, dtype=float)
     except (ValueError, TypeError) as e:
@@ -362,32 +383,34 @@ def _check_polygon(polygon, i, h, w):
 
 # %% ../nbs/00_masks.ipynb #85292597
 def mask_to_polygons(
-    mask,  # (H,W) bool
-    holes='drop',  # "drop": fill the holes in; "error": raise MaskError when the mask has one
-):  # list of flat [x, y, ...] in pixels along pixel edges, one outer contour for each part; [] for an empty mask
+    mask: np.ndarray,  # (H,W) bool
+    holes: str = 'drop',  # "drop": fill the holes in; "error": raise MaskError when the mask has one
+) -> list:  # of flat [x, y, ...] in pixels along pixel edges, one outer contour for each part; [] for an empty mask
     "Trace the outer contours of a mask; polygons cannot hold a hole, use mask_to_rle for that."
     from contourpy import FillType, contour_generator
 
     if holes not in ('drop', 'error'):
         raise MaskError(f"holes is {holes!r}; choose 'drop' or 'error'.")
-    walk = contour_generator(z=np.pad(check_mask(mask), 1).astype(float), fill_type=FillType.OuterOffset)
-    points, offsets = walk.filled(0.5, 2)
+    contours = contour_generator(z=np.pad(check_mask(mask), 1).astype(float), fill_type=FillType.OuterOffset)
+    points, offsets = contours.filled(0.5, 2)
     if holes == 'error' and any(len(o) > 2 for o in offsets):
         raise MaskError('The mask has a hole, which polygons cannot hold; use mask_to_rle.')
     return [_corners(p[: o[1]] - 0.5) for p, o in zip(points, offsets)]
 
 
-def _corners(points):
-    here, after = points[:-1], points[1:]  # midpoints of pixel edges, closed
-    upright, next_upright = here[:, 0] % 1 == 0, after[:, 0] % 1 == 0
-    x, y = np.where(upright, here[:, 0], after[:, 0]), np.where(upright, after[:, 1], here[:, 1])
-    return np.stack([x, y], 1)[upright != next_upright].ravel().tolist()
+def _corners(points):  # (K,2) midpoints of pixel edges, closed -> flat list of the corners
+    here, after = points[:-1], points[1:]
+    vertical = here[:, 0] % 1 == 0  # does the point lie on a vertical pixel edge?
+    next_vertical = after[:, 0] % 1 == 0
+    x = np.where(vertical, here[:, 0], after[:, 0])
+    y = np.where(vertical, after[:, 1], here[:, 1])
+    return np.stack([x, y], 1)[vertical != next_vertical].ravel().tolist()
 
 # %% ../nbs/00_masks.ipynb #0ac863b3
 def segmentation_to_mask(
-    segmentation,  # list of polygons, one flat polygon, or an RLE dict (counts as str, bytes or list)
-    size,  # (H,W) of the image
-):  # (H,W) bool; raises MaskError
+    segmentation: list | dict,  # list of polygons, one flat polygon, or an RLE (counts as str, bytes or list)
+    size: tuple[int, int],  # (H,W) of the image
+) -> np.ndarray:  # (H,W) bool; raises MaskError
     "Read COCO's `segmentation` field, whatever form it has."
     if isinstance(segmentation, dict):
         return rle_to_mask(segmentation, size)
@@ -397,9 +420,9 @@ def segmentation_to_mask(
 
 # %% ../nbs/00_masks.ipynb #dc73d0f7
 def resize_mask(
-    mask,  # (H,W) bool
-    size,  # (H,W) of the result
-):  # (H,W) bool, nearest pixel by pixel centres; raises MaskError
+    mask: np.ndarray,  # (H,W) bool
+    size: tuple[int, int],  # (H,W) of the result
+) -> np.ndarray:  # (H,W) bool, nearest pixel by pixel centres; raises MaskError
     "Resize a mask; every new pixel copies the old pixel under its centre."
     mask = check_mask(mask)
     if len(size) != 2 or min(size) < 1:
@@ -409,9 +432,9 @@ def resize_mask(
 
 # %% ../nbs/00_masks.ipynb #537b46f6
 def id_map_to_masks(
-    ids,  # (H,W) integers, or (H,W,3) uint8 colours with id = R + 256 G + 65536 B
-    ignore=(),  # ids to leave out, for example (0,) for unlabelled pixels
-):  # masks (N,H,W) bool, ids (N,) int64 in rising order; raises MaskError
+    ids: np.ndarray,  # (H,W) integers, or (H,W,3) uint8 colours with id = R + 256 G + 65536 B
+    ignore: tuple = (),  # ids to leave out, for example (0,) for unlabelled pixels
+) -> tuple[np.ndarray, np.ndarray]:  # masks (N,H,W) bool, ids (N,) int64 in rising order; raises MaskError
     "Split a map of region ids into one mask for each id."
     ids = np.asarray(ids)
     if ids.dtype.kind not in 'iu':

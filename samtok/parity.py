@@ -19,35 +19,36 @@ from .runs import data_file
 from .tokenizer import MaskTokenizer, mask_prompts
 
 # %% ../nbs/02b_parity.ipynb #851551c6
-def load_cases():  # -> dict name -> array; values of the reference implementation (fp32 on a CPU)
+def load_cases() -> dict:  # name -> array: values of the reference implementation (float32 on a CPU)
     "Read the recorded numbers."
     return dict(np.load(data_file('fixtures', 'parity_cases.npz')))
 
 
-def published_spec():  # -> dict(shapes: name -> shape of all 992 entries, crc32: name -> CRC-32 of some filled entries)
+def published_spec() -> dict:  # shapes: name -> shape of all 992 entries; crc32: name -> CRC-32 of some filled entries
     "Read names and shapes of a published tokenizer checkpoint."
     return json.loads(data_file('fixtures', 'published_keys.json').read_text())
 
 # %% ../nbs/02b_parity.ipynb #6c9863ae
-_STD = dict(
-    [
-        ('positional_encoding_gaussian_matrix', 1.0),
-        ('pos_embed_window', 0.2),
-        ('trunk.pos_embed', 0.2),
-        ('maskmem_tpos_enc', 0.1),
-        ('no_mem_embed', 0.1),
-        ('no_mem_pos_enc', 0.1),
-        ('no_obj_ptr', 0.1),
-        ('no_obj_embed_spatial', 0.1),
-        ('mask_tokens.weight', 1.0),
-        ('iou_token.weight', 1.0),
-        ('obj_score_token.weight', 1.0),
-        ('no_mask_embed.weight', 0.3),
-        ('not_a_point_embed.weight', 0.7),
-    ]
-    + [(f'point_embeddings.{i}.weight', 0.7) for i in range(4)]
-)
-_GAIN = (
+_STD = {  # end of the name -> standard deviation
+    'positional_encoding_gaussian_matrix': 1.0,
+    'pos_embed_window': 0.2,
+    'trunk.pos_embed': 0.2,
+    'maskmem_tpos_enc': 0.1,
+    'no_mem_embed': 0.1,
+    'no_mem_pos_enc': 0.1,
+    'no_obj_ptr': 0.1,
+    'no_obj_embed_spatial': 0.1,
+    'mask_tokens.weight': 1.0,
+    'iou_token.weight': 1.0,
+    'obj_score_token.weight': 1.0,
+    'no_mask_embed.weight': 0.3,
+    'not_a_point_embed.weight': 0.7,
+    'point_embeddings.0.weight': 0.7,
+    'point_embeddings.1.weight': 0.7,
+    'point_embeddings.2.weight': 0.7,
+    'point_embeddings.3.weight': 0.7,
+}
+_GAIN = (  # two parts of the name, gain of the matrix; the first that fits counts
     ('sam_mask_encoder', 'cross_attn_token_to_image.q_proj.weight', 4.0),
     ('sam_mask_encoder', 'final_attn_token_to_image.q_proj.weight', 4.0),
     ('sam_mask_encoder', 'token_to_image.out_proj.weight', 2.0),
@@ -65,57 +66,55 @@ def _uniform(seed_text, n):  # n float64 in [-1, 1), seeded by the CRC-32 of a t
 
 
 def _scaled(seed_text, shape, std, mean=0.0):  # uniform with a standard deviation, rounded once to float32
-    return (
-        (_uniform(seed_text, int(np.prod(shape, dtype=np.int64))) * (std * 1.7320508075688772) + mean)
-        .astype(np.float32)
-        .reshape(shape)
-    )
+    values = _uniform(seed_text, int(np.prod(shape, dtype=np.int64)))
+    return (values * (std * 1.7320508075688772) + mean).astype(np.float32).reshape(shape)
 
 # %% ../nbs/02b_parity.ipynb #ab817b92
-def _fill_book(name, shape):
+def _fill_codebook(name, shape):  # name of an entry "quantizer.codebooks.*", its shape -> float32 array
     head, leaf = name.rsplit('.', 1)
     if leaf == 'cluster_size_ema':
         return (26 + 24 * _uniform(name, shape[0])).astype(np.float32)
-    rows = shape[0] + (leaf == 'embed_ema')
-    weight = _scaled(f'{head}.weight#1540', (rows, shape[1]), 1.0 if '.0.' in head + '.' else 0.5)
+    entries = shape[0] + (leaf == 'embed_ema')  # the averages have no padding entry
+    weight = _scaled(f'{head}.weight#1540', (entries, shape[1]), 1.0 if head.endswith('.0') else 0.5)
     weight[-1] = 0
     if leaf == 'weight':
         return weight
-    return (
-        weight[:-1].astype(np.float64) * _fill_book(f'{head}.cluster_size_ema', (shape[0],)).astype(np.float64)[:, None]
-    ).astype(np.float32)
+    counts = _fill_codebook(f'{head}.cluster_size_ema', (shape[0],)).astype(np.float64)
+    return (weight[:-1].astype(np.float64) * counts[:, None]).astype(np.float32)
+
+
+def _matrix_std(name, shape):  # -> standard deviation of a weight with several dimensions
+    transposed = name.endswith(('output_upscaling.0.weight', 'output_upscaling.3.weight'))
+    fan_in = shape[0] if transposed else int(np.prod(shape[1:]))
+    gains = [gain for part, other, gain in _GAIN if part in name and other in name]
+    return (gains[0] if gains else 1.0) / math.sqrt(fan_in)
 
 
 def fill_array(
-    name,  # published name of the entry
-    shape,  # of the entry -> float32 array
-):
+    name: str,  # published name of the entry
+    shape: tuple,  # of the entry
+) -> np.ndarray:  # float32, of that shape
     "Draw the value of one checkpoint entry from its name."
     if 'quantizer.codebooks.' in name:
-        return _fill_book(name, shape)
-    std = next((s for tail, s in _STD.items() if name.endswith(tail)), None)
-    if std is not None:
-        return _scaled(name, shape, std)
+        return _fill_codebook(name, shape)
+    for end, std in _STD.items():
+        if name.endswith(end):
+            return _scaled(name, shape, std)
     if name.endswith('.bias'):
         return _scaled(name, shape, 0.01)
     if name.endswith('.gamma'):
         return _scaled(name, shape, 0.01, 0.1)
     if len(shape) == 1:
         return _scaled(name, shape, 0.05, 1.0)
-    fan_in = (
-        shape[0]
-        if name.endswith(('output_upscaling.0.weight', 'output_upscaling.3.weight'))
-        else int(np.prod(shape[1:]))
-    )
-    return _scaled(
-        name, shape, next((g for part, tail, g in _GAIN if part in name and tail in name), 1.0) / math.sqrt(fan_in)
-    )
+    return _scaled(name, shape, _matrix_std(name, shape))
 
 # %% ../nbs/02b_parity.ipynb #8e46af39
-_SIZES = {0: (480, 640), 2: (64, 64)}
+_SIZES = {0: (480, 640), 2: (64, 64)}  # of the images of the recorded cases, (H,W)
 
 
-def parity_masks(i):  # case 0 or 2 -> (N,H,W) bool
+def parity_masks(
+    i: int,  # case 0 or 2
+) -> np.ndarray:  # (N,H,W) bool
     "Draw the masks of a recorded case."
     h, w = _SIZES[i]
     y, x = np.mgrid[:h, :w]
@@ -137,83 +136,91 @@ def parity_masks(i):  # case 0 or 2 -> (N,H,W) bool
         ]
     )
 
-# %% ../nbs/02b_parity.ipynb #e939c5bd
-def parity_image(i):  # case 0 or 2 -> (H,W,3) uint8 RGB
+
+def parity_image(
+    i: int,  # case 0 or 2
+) -> np.ndarray:  # (H,W,3) uint8 RGB
     "Draw the image of a recorded case: ramps, a checkerboard, noise, and its smaller masks painted in."
     h, w = _SIZES[i]
     y, x = np.mgrid[:h, :w].astype(np.int64)
-    noise, cell = ((x * 73856093 ^ y * 19349663 ^ i * 83492791) >> 3) & 31, max(4, w // 16)
-    image = (
-        np.stack([255 * x // (w - 1), 255 * y // (h - 1), (x // cell + y // cell + i) % 2 * 150 + 40], -1) * 7 // 8
-        + noise[..., None]
-    )
+    noise = ((x * 73856093 ^ y * 19349663 ^ i * 83492791) >> 3) & 31
+    cell = max(4, w // 16)
+    channels = [255 * x // (w - 1), 255 * y // (h - 1), (x // cell + y // cell + i) % 2 * 150 + 40]
+    image = np.stack(channels, -1) * 7 // 8 + noise[..., None]
     shade = (3 * x + 5 * y) // 4 % 24
-    for mask, color in zip(parity_masks(i), ((230, 60, 20), (30, 200, 70), (40, 70, 240), (240, 230, 40))):
+    colors = ((230, 60, 20), (30, 200, 70), (40, 70, 240), (240, 230, 40))
+    for mask, color in zip(parity_masks(i), colors):
         if 2 * mask.sum() <= h * w:
             image[mask] = (np.array(color) + (noise // 2 - shade)[mask][:, None]).clip(0, 255)
     return image.clip(0, 255).astype(np.uint8)
 
 # %% ../nbs/02b_parity.ipynb #54775728
-def published_shapes():  # -> dict name -> tensor without memory, in the published layout
-    "Make the published key set as tensors on the meta device."
-    return {k: torch.empty(s, device='meta') for k, s in published_spec()['shapes'].items()}
+def published_shapes() -> dict:  # name -> tensor on the meta device, in the published layout
+    "Make the published key set as tensors without values."
+    return {name: torch.empty(shape, device='meta') for name, shape in published_spec()['shapes'].items()}
 
 # %% ../nbs/02b_parity.ipynb #322b5168
-def fill_part(model, prefix):  # fill the parameters of a part of a tokenizer in place
+def fill_part(
+    model: MaskTokenizer,  # its parameters are replaced in place
+    prefix: str,  # beginning of our names, for example "sam_prompt_encoder."
+) -> None:
     "Fill those entries of a model that begin with a prefix."
-    own = model.state_dict()
-    for k in own:
-        if k.startswith(prefix):
-            own[k].copy_(torch.from_numpy(fill_array(f'model.sam2_model.{k}', own[k].shape)))
+    for name, value in model.state_dict().items():
+        if name.startswith(prefix):
+            value.copy_(torch.from_numpy(fill_array(f'model.sam2_model.{name}', value.shape)))
 
 
 @torch.no_grad()
-def parity_prompts(model, i):  # -> dense prompts (N,1,256,256), sparse (N,3,256), embedded masks (N,256,64,64)
+def parity_prompts(
+    model: MaskTokenizer,  # of the published architecture
+    i: int,  # case 0 or 2
+) -> tuple:  # dense prompts (N,1,256,256), sparse (N,3,256), embedded masks (N,256,64,64), all float32
     "Make the prompts of a recorded case."
     masks = parity_masks(i)
     dense, corners = mask_prompts(masks, masks_to_boxes(masks), 1024, 64)
-    sparse, embedded = model.sam_prompt_encoder((corners, torch.tensor([[2, 3]]).expand(len(masks), 2)), None, dense)
+    labels = torch.tensor([[2, 3]]).expand(len(masks), 2)  # SAM's labels of a box's corners
+    sparse, embedded = model.sam_prompt_encoder((corners, labels), None, dense)
     return dense, sparse, embedded
 
 # %% ../nbs/02b_parity.ipynb #a532cdce
-def _compare_decode(model, e, name, codes, cases):  # -> dict of largest distances; masks only where they were recorded
-    codes = np.asarray(codes)
-    ((low, scores),) = model.decode_vectors(
-        e, model.quantizer.codes_to_vectors(torch.as_tensor(codes).to(model.device))[:, None]
-    )
-    row = dict(
-        case=name,
-        masks=len(codes),
-        logits=float(np.abs(low[:, ::8, ::8].cpu().numpy() - cases[f'{name}.low_res_logits']).max()),
-    )
-    if f'{name}.mask_bits' not in cases:
-        return row
-    masks = model.decode(e, codes)
-    truth = np.stack(
-        [np.unpackbits(b)[: masks[0].size].reshape(masks[0].shape).astype(bool) for b in cases[f'{name}.mask_bits']]
-    )
-    iou = (masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2))
-    return row | dict(
-        scores=float(np.abs(scores.cpu().numpy() - cases[f'{name}.iou_scores'].max(1)).max()),
-        iou=float(iou.min()),
-        pixels_differ=int((masks ^ truth).sum()),
-    )
-
-# %% ../nbs/02b_parity.ipynb #229bc6a3
-_EXTRA = {
+_EXTRA = {  # case -> codes that were recorded beside those of its masks, by name
     0: dict(
-        img0_extra=[[0, 0], [255, 255], [17, 200]], img0_first_code_only=[[33, -1]], img0_minus_one_published=[[33, 0]]
+        img0_extra=[[0, 0], [255, 255], [17, 200]],
+        img0_first_code_only=[[33, -1]],
+        img0_minus_one_published=[[33, 0]],
     ),
     2: dict(img2_extra=[[0, 0], [255, 255]]),
 }
 
 
+def _compare_decode(model, embedding, name, codes, cases):  # -> dict of largest distances; masks where recorded
+    codes = np.asarray(codes)
+    vectors = model.quantizer.get_output_from_indices(torch.as_tensor(codes).to(model.device))[:, None]
+    ((low, scores),) = model.decode_vectors(embedding, vectors)
+    logits_off = np.abs(low[:, ::8, ::8].cpu().numpy() - cases[f'{name}.low_res_logits']).max()
+    figures = dict(case=name, masks=len(codes), logits=float(logits_off))
+    if f'{name}.mask_bits' not in cases:
+        return figures
+    masks = model.decode(embedding, codes)
+    bits = [np.unpackbits(b)[: masks[0].size].reshape(masks[0].shape) for b in cases[f'{name}.mask_bits']]
+    truth = np.stack(bits).astype(bool)
+    iou = (masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2))
+    scores_off = np.abs(scores.cpu().numpy() - cases[f'{name}.iou_scores'].max(1)).max()
+    return figures | dict(scores=float(scores_off), iou=float(iou.min()), pixels_differ=int((masks ^ truth).sum()))
+
+
 def compare_case(
-    model, i, cases
-):  # -> list of dict of figures for a table: the masks of case i, then codes that were recorded beside them
+    model: MaskTokenizer,  # of the published architecture, with filled weights
+    i: int,  # case 0 or 2
+    cases: dict,  # the records, as of load_cases
+) -> list:  # of dicts of figures for a table: the masks of the case, then codes that were recorded beside them
     "Compute a recorded case and measure the distance to the reference."
-    e, masks, g = model.embed_image(parity_image(i)), parity_masks(i), lambda k: cases[f'img{i}.{k}']
-    z, codes = model.mask_embeddings(e, masks)[:, 0].cpu().numpy(), model.encode(e, masks)
-    row = _compare_decode(model, e, f'img{i}', codes, cases)
-    row |= dict(codes_equal=bool((codes == g('codes')).all()), vectors=float(np.abs(z - g('mask_embeds')).max()))
-    return [row] + [_compare_decode(model, e, name, extra, cases) for name, extra in _EXTRA[i].items()]
+    embedding = model.embed_image(parity_image(i))
+    masks = parity_masks(i)
+    vectors = model.mask_embeddings(embedding, masks)[:, 0].cpu().numpy()
+    codes = model.encode(embedding, masks)
+    figures = _compare_decode(model, embedding, f'img{i}', codes, cases)
+    figures['codes_equal'] = bool((codes == cases[f'img{i}.codes']).all())
+    figures['vectors'] = float(np.abs(vectors - cases[f'img{i}.mask_embeds']).max())
+    extra = [_compare_decode(model, embedding, name, codes, cases) for name, codes in _EXTRA[i].items()]
+    return [figures] + extra

@@ -6,6 +6,8 @@
 __all__ = ['nearest_codes', 'kmeans', 'gather_rows', 'VectorQuantize', 'CodeError', 'ResidualVQ', 'code_usage']
 
 # %% ../nbs/01_quantizer.ipynb #fefffc15
+import warnings
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -13,48 +15,52 @@ from torch import nn
 
 # %% ../nbs/01_quantizer.ipynb #b682602e
 def nearest_codes(
-    x,  # (N,D) float vectors
-    codebook,  # (S,D) float rows
-):  # (N,) int64 in [0,S)
-    "Find the nearest row of a codebook for each vector."
+    x: torch.Tensor,  # (N,D) float vectors
+    codebook: torch.Tensor,  # (S,D) float, S entries
+) -> torch.Tensor:  # (N,) int64 in [0,S)
+    "Find the nearest entry of a codebook for each vector."
     return (codebook.pow(2).sum(1) - 2 * x @ codebook.T).argmin(1)
 
 # %% ../nbs/01_quantizer.ipynb #76525808
 def kmeans(
-    x,  # (N,D) float vectors, N >= 1
-    k,  # number of centres
-    steps=20,  # Lloyd steps
-    seed=0,
-):  # of the first centres; returns (k,D) float32 centres
+    x: torch.Tensor,  # (N,D) float vectors, N >= 1
+    k: int,  # number of centres, may exceed N
+    steps: int = 20,  # Lloyd steps
+    seed: int = 0,  # of the choice of the first centres
+) -> torch.Tensor:  # (k,D) float32 centres
     "Cluster vectors by k-means++ and Lloyd steps."
-    x, g = x.detach().float(), torch.Generator().manual_seed(seed)
-    centres = x[torch.randint(len(x), (1,), generator=g)]
-    d = (x - centres).pow(2).sum(1)
+    x = x.detach().float()
+    generator = torch.Generator().manual_seed(seed)
+    centres = x[torch.randint(len(x), (1,), generator=generator)]
+    distance = (x - centres).pow(2).sum(1)  # squared, to the nearest centre so far
     for _ in range(1, k):
-        i = torch.multinomial(d.clamp_min(1e-12).cpu(), 1, generator=g)
+        i = torch.multinomial(distance.clamp_min(1e-12).cpu(), 1, generator=generator)
         centres = torch.cat([centres, x[i]])
-        d = torch.minimum(d, (x - x[i]).pow(2).sum(1))
+        distance = torch.minimum(distance, (x - x[i]).pow(2).sum(1))
     for _ in range(steps):
-        centres = _lloyd(x, centres)
+        centres = _lloyd_step(x, centres)
     return centres
 
 
-def _lloyd(x, centres):
+def _lloyd_step(x, centres):  # -> (k,D) moved centres
     codes = nearest_codes(x, centres)
-    n = torch.bincount(codes, minlength=len(centres)).to(x)[:, None]
-    centres = torch.where(n > 0, torch.zeros_like(centres).index_add_(0, codes, x) / n.clamp_min(1), centres)
-    empty = (n[:, 0] == 0).nonzero()[:, 0]
+    counts = torch.bincount(codes, minlength=len(centres)).to(x)[:, None]
+    sums = torch.zeros_like(centres).index_add_(0, codes, x)
+    centres = torch.where(counts > 0, sums / counts.clamp_min(1), centres)
+    empty = (counts[:, 0] == 0).nonzero()[:, 0]
     far = (x - centres[codes]).pow(2).sum(1).topk(min(len(empty), len(x))).indices
     centres[empty[: len(far)]] = x[far]
     return centres
 
 # %% ../nbs/01_quantizer.ipynb #d82ebbf5
-def _world():
+def _world():  # -> number of processes
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def gather_rows(x):  # (N,...) tensor, N may differ between ranks; returns (sum of N,...)
-    "Concatenate the rows of all ranks in rank order; in a single process return `x`."
+def gather_rows(
+    x: torch.Tensor,  # (N,...), N may differ between ranks
+) -> torch.Tensor:  # (sum of N,...); in a single process x itself
+    "Concatenate the vectors of all ranks in rank order."
     if _world() == 1:
         return x
     sizes = [torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(_world())]
@@ -63,83 +69,114 @@ def gather_rows(x):  # (N,...) tensor, N may differ between ranks; returns (sum 
     padded[: len(x)] = x
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
-    return torch.cat([p[: int(n)] for p, n in zip(parts, sizes)])
+    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes)])
 
 # %% ../nbs/01_quantizer.ipynb #25d08229
+def _renamed(old, new, value=None):  # warn of an old name -> value
+    warnings.warn(f'{old} is now called {new}.', DeprecationWarning, stacklevel=3)
+    return value
+
+
+def _old_name(old, new):  # -> property that warns and gives what the new name gives
+    return property(lambda self: _renamed(old, new, getattr(self, new)), doc=f'Old name of `{new}`.')
+
+
 class VectorQuantize(nn.Module):
     "A codebook that follows the vectors it quantizes by exponential moving averages."
 
+    start = _old_name('start', 'init_kmeans')
+    codes_to_vectors = _old_name('codes_to_vectors', 'get_output_from_indices')
+
     def __init__(
         self,
-        dim,  # D, width of the vectors
-        size=256,  # S, number of rows
-        decay=0.99,  # of the moving averages
-        eps=1e-5,  # smooths the counts
-        restart=True,  # put dead rows on random vectors of the batch
-        dead_below=1.0,
-    ):  # average count under which a row is dead
+        dim: int,  # D, width of the vectors
+        codebook_size: int = 256,  # S, number of entries
+        decay: float = 0.99,  # of the moving averages
+        eps: float = 1e-5,  # smooths the counts
+        restart: bool = True,  # move dead entries to random vectors of the batch
+        dead_below: float = 1.0,  # average count under which an entry is dead
+        *,
+        size: int | None = None,  # old name of codebook_size
+    ):
         super().__init__()
-        self.decay, self.eps, self.restart, self.dead_below = decay, eps, restart, dead_below
-        self.register_buffer('codebook', torch.randn(size, dim) / dim**0.5)
-        self.register_buffer('cluster_size', torch.ones(size))
+        if size is not None:
+            codebook_size = _renamed('size', 'codebook_size', size)
+        self.decay = decay
+        self.eps = eps
+        self.restart = restart
+        self.dead_below = dead_below
+        self.register_buffer('codebook', torch.randn(codebook_size, dim) / dim**0.5)
+        self.register_buffer('cluster_size', torch.ones(codebook_size))
         self.register_buffer('embed_sum', self.codebook.clone())
 
-    def forward(self, x):  # (N,D) float -> quantized (N,D), codes (N,) int64, commitment loss ()
+    def forward(
+        self,
+        x: torch.Tensor,  # (N,D) float vectors
+    ) -> tuple:  # quantized (N,D) float, codes (N,) int64 in [0,S), commitment loss () float
+        "Quantize vectors; in training mode also update the codebook."
         codes = nearest_codes(x.detach(), self.codebook)
-        quantized = self.codes_to_vectors(codes)
+        quantized = self.get_output_from_indices(codes)
         if self.training:
             self.update(x.detach(), codes)
         return quantized, codes, F.mse_loss(x, quantized)
 
-    def codes_to_vectors(self, codes):
-        return self.codebook[codes]  # (N,) int64 -> (N,D)
+    def get_output_from_indices(
+        self,
+        indices: torch.Tensor,  # (...) int64 in [0,S)
+    ) -> torch.Tensor:  # (...,D) float
+        "Look up the entries that codes point to."
+        return self.codebook[indices]
 
-# %% ../nbs/01_quantizer.ipynb #c48bd5be
-@torch.no_grad()
-def _update(self, x, codes, order=None):
-    "Move the averages by one batch (x (N,D), codes (N,)); `order` fixes the rows that restarts take, for tests."
-    x, codes = gather_rows(x.float()), gather_rows(codes)
-    n = torch.bincount(codes, minlength=len(self.codebook)).to(x)
-    self.cluster_size.mul_(self.decay).add_(n, alpha=1 - self.decay)
-    self.embed_sum.mul_(self.decay).add_(torch.zeros_like(self.embed_sum).index_add_(0, codes, x), alpha=1 - self.decay)
-    if self.restart and len(x):
-        self._restart(x, order)
-    total = self.cluster_size.sum()
-    smooth = total * (self.cluster_size + self.eps) / (total + len(self.codebook) * self.eps)
-    self.codebook.copy_(self.embed_sum / smooth[:, None])
+    @torch.no_grad()
+    def init_kmeans(
+        self,
+        x: torch.Tensor,  # (N,D) float vectors, N >= 1; of all ranks together
+        seed: int = 0,  # of the subset of at most 20,000 vectors and of the first centres
+    ) -> None:
+        "Place the entries on the k-means centres of vectors, with the sizes of the clusters as counts."
+        self._init_local(gather_rows(x.detach().float()), seed)
 
+    def _init_local(self, x, seed):  # x (N,D) float32, the same on all ranks
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        x = x[order[:20_000].to(x.device)]
+        size = len(self.codebook)
+        self.codebook.copy_(kmeans(x, size, seed=seed))
+        counts = torch.bincount(nearest_codes(x, self.codebook), minlength=size).to(x)
+        self.cluster_size.copy_((counts * size / len(x)).clamp_min(1))
+        self.embed_sum.copy_(self.codebook * self.cluster_size[:, None])
 
-def _restart(self, x, order=None):
-    size = len(self.codebook)
-    if order is None:
-        order = torch.randperm(max(len(x), size), device=x.device)
-    noise = torch.randn(size, x.shape[1], device=x.device) * (0.01 / x.shape[1] ** 0.5 if len(x) < size else 0.0)
-    if _world() > 1:
-        dist.broadcast(order, 0)
-        dist.broadcast(noise, 0)
-    fresh = x[order[:size] % len(x)] + noise
-    dead = self.cluster_size < self.dead_below
-    self.embed_sum[dead], self.cluster_size[dead] = fresh[dead], 1.0
+    @torch.no_grad()
+    def update(
+        self,
+        x: torch.Tensor,  # (N,D) float vectors of this rank
+        codes: torch.Tensor,  # (N,) int64, their codes
+        order: torch.Tensor | None = None,  # (>=S,) int64, the vectors that dead entries move to; None: random
+    ) -> None:
+        "Move the averages by one batch and recompute the entries."
+        x, codes = gather_rows(x.float()), gather_rows(codes)
+        counts = torch.bincount(codes, minlength=len(self.codebook)).to(x)
+        sums = torch.zeros_like(self.embed_sum).index_add_(0, codes, x)
+        self.cluster_size.mul_(self.decay).add_(counts, alpha=1 - self.decay)
+        self.embed_sum.mul_(self.decay).add_(sums, alpha=1 - self.decay)
+        if self.restart and len(x):
+            self._restart(x, order)
+        total = self.cluster_size.sum()
+        smooth = total * (self.cluster_size + self.eps) / (total + len(self.codebook) * self.eps)
+        self.codebook.copy_(self.embed_sum / smooth[:, None])
 
-
-VectorQuantize.update, VectorQuantize._restart = _update, _restart
-
-# %% ../nbs/01_quantizer.ipynb #e25609ec
-def _start_local(book, x, seed):
-    rows = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:20_000].to(x.device)]
-    book.codebook.copy_(kmeans(rows, len(book.codebook), seed=seed))
-    n = torch.bincount(nearest_codes(rows, book.codebook), minlength=len(book.codebook)).to(x)
-    book.cluster_size.copy_((n * len(n) / len(rows)).clamp_min(1))
-    book.embed_sum.copy_(book.codebook * book.cluster_size[:, None])
-
-
-@torch.no_grad()
-def _start(self, x, seed=0):
-    "Put the rows on the k-means centres of vectors x (N,D), with the clusters' sizes as counts."
-    _start_local(self, gather_rows(x.detach().float()), seed)
-
-
-VectorQuantize.start = _start
+    def _restart(self, x, order=None):  # move dead entries to vectors x (N,D) of all ranks
+        size, dim = self.codebook.shape
+        if order is None:
+            order = torch.randperm(max(len(x), size), device=x.device)
+        scale = 0.01 / dim**0.5 if len(x) < size else 0.0  # vectors that are used twice are moved apart
+        noise = torch.randn(size, dim, device=x.device) * scale
+        if _world() > 1:
+            dist.broadcast(order, 0)
+            dist.broadcast(noise, 0)
+        fresh = x[order[:size] % len(x)] + noise
+        dead = self.cluster_size < self.dead_below
+        self.embed_sum[dead] = fresh[dead]
+        self.cluster_size[dead] = 1.0
 
 # %% ../nbs/01_quantizer.ipynb #944f5e29
 class CodeError(ValueError):
@@ -147,99 +184,107 @@ class CodeError(ValueError):
 
 
 class ResidualVQ(nn.Module):
-    "`depth` codebooks, each quantizing the residual of those before it."
+    "Several codebooks, each quantizing the residual of those before it."
+
+    start = _old_name('start', 'init_kmeans')
+    codes_to_vectors = _old_name('codes_to_vectors', 'get_output_from_indices')
+    size = _old_name('size', 'codebook_size')
+    depth = _old_name('depth', 'num_quantizers')
 
     def __init__(
         self,
-        dim,  # D, width of the vectors
-        size=256,  # S, rows in each codebook
-        depth=2,  # K, number of codes of a vector
-        shared=False,  # one codebook at every depth (the published tokenizer does not share)
-        **kwargs,
-    ):  # decay, eps, restart, dead_below of `VectorQuantize`
+        dim: int,  # D, width of the vectors
+        codebook_size: int = 256,  # S, entries in each codebook
+        num_quantizers: int = 2,  # K, number of codes of a vector
+        shared: bool = False,  # one codebook at every level (the published tokenizer does not share)
+        *,
+        size: int | None = None,  # old name of codebook_size
+        depth: int | None = None,  # old name of num_quantizers
+        **kwargs,  # decay, eps, restart and dead_below of `VectorQuantize`
+    ):
         super().__init__()
-        self.depth, self.size = depth, size
-        books = [VectorQuantize(dim, size, **kwargs) for _ in range(1 if shared else depth)]
-        self.codebooks = nn.ModuleList(books * depth if shared else books)
+        if size is not None:
+            codebook_size = _renamed('size', 'codebook_size', size)
+        if depth is not None:
+            num_quantizers = _renamed('depth', 'num_quantizers', depth)
+        self.codebook_size = codebook_size
+        self.num_quantizers = num_quantizers
+        codebooks = [VectorQuantize(dim, codebook_size, **kwargs) for _ in range(1 if shared else num_quantizers)]
+        self.codebooks = nn.ModuleList(codebooks * num_quantizers if shared else codebooks)
+
+    def forward(
+        self,
+        x: torch.Tensor,  # (...,D) float vectors, quantized in float32 also under autocast
+    ) -> tuple:  # quantized (...,D) with straight-through gradient, codes (...,K) int64, commitment loss ()
+        "Quantize vectors level by level; in training mode also update the codebooks."
+        with torch.autocast(x.device.type, enabled=False):
+            flat = x.float().reshape(-1, x.shape[-1])
+            residual = flat.detach()
+            total = torch.zeros_like(flat)
+            codes, losses = [], []
+            for book in self.codebooks:
+                quantized, level_codes, _ = book(residual)
+                residual = residual - quantized
+                total = total + quantized
+                codes.append(level_codes)
+                losses.append(F.mse_loss(flat, total))
+            out = (flat + (total - flat).detach()).reshape(x.shape)
+            codes = torch.stack(codes, -1).reshape(*x.shape[:-1], len(codes))
+            return out, codes, torch.stack(losses).mean()
 
     @torch.no_grad()
-    def start(self, x, seed=0):  # x (N,D): place every codebook by k-means on the residuals it will see
+    def init_kmeans(
+        self,
+        x: torch.Tensor,  # (N,D) float vectors, N >= 1; of all ranks together
+        seed: int = 0,  # of the first codebook; seed + 1 of the second, and so on
+    ) -> None:
+        "Place every codebook by k-means on the residuals that it will quantize."
         x = gather_rows(x.detach().float())
+        placed = []
         for i, book in enumerate(self.codebooks):
-            if book not in list(self.codebooks)[:i]:
-                _start_local(book, x, seed + i)
-            x = x - book.codes_to_vectors(nearest_codes(x, book.codebook))
+            if not any(book is other for other in placed):  # a shared codebook is placed once
+                book._init_local(x, seed + i)
+                placed.append(book)
+            x = x - book.get_output_from_indices(nearest_codes(x, book.codebook))
 
-# %% ../nbs/01_quantizer.ipynb #881e691c
-def _rvq_forward(self, x):
-    "Quantize x (...,D) in float32: returns quantized (...,D) with straight-through gradient, codes (...,K) int64, commitment loss ()."
-    with torch.autocast(x.device.type, enabled=False):
-        flat = x.float().reshape(-1, x.shape[-1])
-        residual, total, codes, losses = flat.detach(), torch.zeros_like(flat), [], []
-        for book in self.codebooks:
-            rows, code, _ = book(residual)
-            residual, total = residual - rows, total + rows
-            codes.append(code)
-            losses.append(F.mse_loss(flat, total))
-        out = flat + (total - flat).detach()
-        return (
-            out.reshape(x.shape),
-            torch.stack(codes, -1).reshape(*x.shape[:-1], len(codes)),
-            torch.stack(losses).mean(),
-        )
+    def get_output_from_indices(
+        self,
+        indices: torch.Tensor,  # (...,K') int, K' <= K, codes in [0,S) or -1 for a missing later level
+    ) -> torch.Tensor:  # (...,D) float; raises CodeError for codes that no codebook has
+        "Sum the entries that codes point to."
+        self._check_codes(indices)
+        parts = []
+        for book, codes in zip(self.codebooks, indices.unbind(-1)):
+            parts.append(book.get_output_from_indices(codes.clamp_min(0)) * (codes >= 0)[..., None])
+        return sum(parts[1:], parts[0])
 
-
-ResidualVQ.forward = _rvq_forward
-
-# %% ../nbs/01_quantizer.ipynb #67f29484
-def _codes_to_vectors(self, codes):  # (...,K') int, K' <= K, values in [0,S) or -1 for a missing later level
-    "Sum the rows that codes point to: (...,K') -> (...,D); raises CodeError for codes no book has."
-    if codes.shape[-1] > self.depth or codes.shape[-1] == 0:
-        raise CodeError(
-            f'Codes of {codes.shape[-1]} levels do not fit a quantizer of depth {self.depth}: give 1 to {self.depth} codes for each mask.'
-        )
-    if (
-        codes.numel()
-        and (
-            bad := (codes < -1)
-            | (codes >= self.size)
-            | ((codes == -1) & (torch.arange(codes.shape[-1], device=codes.device) == 0))
-        ).any()
-    ):
-        where = bad.nonzero()[0].tolist()
-        raise CodeError(
-            f'Code {int(codes[tuple(where)])} at position {where} is outside [0, {self.size}); only a level after the first may be -1 (missing).'
-        )
-    parts = [
-        book.codes_to_vectors(c.clamp_min(0)) * (c >= 0)[..., None] for book, c in zip(self.codebooks, codes.unbind(-1))
-    ]
-    return sum(parts[1:], parts[0])
-
-
-ResidualVQ.codes_to_vectors = _codes_to_vectors
+    def _check_codes(self, codes):  # raise CodeError for a wrong number of levels or a code outside the codebooks
+        levels = codes.shape[-1]
+        if levels > self.num_quantizers or levels == 0:
+            raise CodeError(
+                f'Codes of {levels} levels do not fit a quantizer of depth {self.num_quantizers}: '
+                f'give 1 to {self.num_quantizers} codes for each mask.'
+            )
+        first = torch.arange(levels, device=codes.device) == 0
+        bad = (codes < -1) | (codes >= self.codebook_size) | ((codes == -1) & first)
+        if bad.any():
+            where = bad.nonzero()[0].tolist()
+            raise CodeError(
+                f'Code {int(codes[tuple(where)])} at position {where} is outside [0, {self.codebook_size}); '
+                'only a level after the first may be -1 (missing).'
+            )
 
 # %% ../nbs/01_quantizer.ipynb #ad9630c0
 def code_usage(
-    codes,  # (N,K) int64 codes of many masks
-    size,  # S, rows in each codebook
-):  # dict of lists of K floats: usage in [0,1], perplexity in [1,S]
+    codes: torch.Tensor,  # (N,K) int64 codes of many masks, -1 is not counted
+    size: int,  # S, entries in each codebook
+) -> dict:  # lists of K floats: usage in [0,1] and perplexity in [1,S]
     "Measure how much of each codebook a set of codes uses."
-    counts = [torch.bincount(c[c >= 0], minlength=size).double() for c in codes.unbind(-1)]
-    p = [n / n.sum().clamp_min(1) for n in counts]
-    return dict(
-        usage=[round(float((n > 0).double().mean()), 4) for n in counts],
-        perplexity=[round(float(torch.exp(-(q * q.clamp_min(1e-12).log()).sum())), 3) for q in p],
-    )
-
-# %% ../nbs/01_quantizer.ipynb #d2d1ffb4
-def _rank_check(rank, world, folder, split):
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=world)
-    state = torch.load(f'{folder}/start.pt', weights_only=True)
-    book = VectorQuantize(*state['codebook'].shape[::-1]).train()
-    book.load_state_dict(state)
-    x = torch.load(f'{folder}/x.pt', weights_only=True)
-    torch.manual_seed(7 if rank == 0 else 99)  # only the draw of rank 0 counts
-    for part in x:
-        book(part[:split] if rank == 0 else part[split:])
-    torch.save(book.state_dict(), f'{folder}/end{rank}.pt')
-    dist.destroy_process_group()
+    usage, perplexity = [], []
+    for level_codes in codes.unbind(-1):
+        counts = torch.bincount(level_codes[level_codes >= 0], minlength=size).double()
+        share = counts / counts.sum().clamp_min(1)
+        entropy = -(share * share.clamp_min(1e-12).log()).sum()
+        usage.append(round(float((share > 0).double().mean()), 4))
+        perplexity.append(round(float(torch.exp(entropy)), 3))
+    return dict(usage=usage, perplexity=perplexity)

@@ -18,7 +18,7 @@ import time
 import numpy as np
 
 # %% ../nbs/00b_show.ipynb #2afd0e34
-PALETTE = np.array(
+PALETTE = np.array(  # (12,3) RGB
     [
         (0, 114, 178),
         (230, 159, 0),
@@ -34,70 +34,86 @@ PALETTE = np.array(
         (150, 150, 150),
     ],
     np.uint8,
-)  # (12,3) RGB
-_ERROR = dict(right=(0, 158, 115), missed=(0, 114, 178), extra=(213, 94, 0))
+)
+_ERROR = dict(right=(0, 158, 115), missed=(0, 114, 178), extra=(213, 94, 0))  # RGB
 
 
-def color_of(i):  # number of a region -> (3,) uint8 RGB
+def color_of(
+    i: int,  # number of a region, from 0
+) -> np.ndarray:  # (3,) uint8 RGB
     "Pick the colour of a region."
     return PALETTE[i % len(PALETTE)]
 
 
-def _ink(color):
-    return 'black' if np.dot(color, (0.299, 0.587, 0.114)) > 140 else 'white'  # for text on a colour
+def _ink(color):  # RGB of a background -> name of the colour that text on it should have
+    return 'black' if np.dot(color, (0.299, 0.587, 0.114)) > 140 else 'white'
 
 # %% ../nbs/00b_show.ipynb #e044c593
-def outline(mask):  # (H,W) bool -> (H,W) bool
+def outline(
+    mask: np.ndarray,  # (H,W) bool
+) -> np.ndarray:  # (H,W) bool
     "Find the pixels of a mask that touch its outside (or the border of the image)."
     p = np.pad(mask, 1)
     return mask & ~(p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:])
 
 
 def overlay(
-    image,  # (H,W,3) uint8
-    masks,  # (N,H,W) bool, or one (H,W)
-    alpha=0.5,  # strength of the colour inside
-    colors=None,  # (N,3) uint8; None: the palette
-):  # (H,W,3) uint8
+    image: np.ndarray,  # (H,W,3) uint8
+    masks: np.ndarray,  # (N,H,W) bool, or one (H,W)
+    alpha: float = 0.5,  # strength of the colour inside, in [0,1]
+    colors: np.ndarray | None = None,  # (N,3) uint8 RGB; None: the palette
+) -> np.ndarray:  # (H,W,3) uint8
     "Paint masks over an image, with outlines."
     masks = np.asarray(masks, bool)
     if masks.size and masks.shape[-2:] != image.shape[:2]:
         raise ValueError(
             f'The masks are {masks.shape} and the image is {image.shape[:2]}: resize the masks to the image.'
         )
-    out, masks = image.astype(np.float32), masks.reshape(-1, *image.shape[:2])
-    for i, m in enumerate(masks):
-        c = np.asarray(color_of(i) if colors is None else colors[i], np.float32)
-        out[m] = (1 - alpha) * out[m] + alpha * c
-        out[outline(m)] = c
+    out = image.astype(np.float32)
+    for i, mask in enumerate(masks.reshape(-1, *image.shape[:2])):
+        color = np.asarray(color_of(i) if colors is None else colors[i], np.float32)
+        out[mask] = (1 - alpha) * out[mask] + alpha * color
+        out[outline(mask)] = color
     return out.round().astype(np.uint8)
 
 # %% ../nbs/00b_show.ipynb #6c9a2fda
 def faded(
-    image,  # (H,W,3) uint8
-    by=0.75,  # 0: as it is, 1: gray
-):  # (H,W,3) uint8
+    image: np.ndarray,  # (H,W,3) uint8
+    by: float = 0.75,  # share of the colour that is taken out; 0: as it is, 1: gray
+) -> np.ndarray:  # (H,W,3) uint8
     "Take most of the colour and contrast out of an image."
     gray = 0.5 * image.astype(np.float32).mean(-1, keepdims=True) + 105
     return ((1 - by) * image + by * gray).round().astype(np.uint8)
 
 # %% ../nbs/00b_show.ipynb #771742b1
-def new_axes(n, cols, ratio=1.0, width=8.0):  # n panels -> figure, list of n axes; ratio = height / width of a panel
-    from matplotlib.figure import Figure
+def new_axes(
+    n: int,  # number of panels
+    cols: int,  # panels side by side, at most
+    ratio: float = 1.0,  # height / width of a panel
+    width: float = 8.0,  # of the figure, inches, at most
+) -> tuple:  # matplotlib Figure, list of n Axes
+    "Make a figure with axes for some panels, without frames."
+    from matplotlib import figure
+
+    class Figure(figure.Figure):
+        def _repr_png_(self):
+            return figure_png(self)
 
     cols = max(1, min(cols, n))
-    rows = -(-n // cols)
-    w = min(width, 2.7 * cols)
-    fig = type('Figure', (Figure,), dict(_repr_png_=figure_png))(
-        figsize=(w, w / cols * ratio * rows + 0.3 * rows), dpi=80, layout='constrained'
-    )
-    axes = np.atleast_1d(fig.subplots(rows, cols)).ravel()
+    lines = -(-n // cols)
+    width = min(width, 2.7 * cols)
+    height = width / cols * ratio * lines + 0.3 * lines
+    fig = Figure(figsize=(width, height), dpi=80, layout='constrained')
+    axes = np.atleast_1d(fig.subplots(lines, cols)).ravel()
     for ax in axes:
         ax.set_axis_off()
     return fig, list(axes[:n])
 
 
-def figure_png(fig, colors=160):  # matplotlib figure -> bytes; few colours keep pictures of noisy images small
+def figure_png(
+    fig,  # matplotlib Figure
+    colors: int = 160,  # at most; few colours keep pictures of noisy images small
+) -> bytes:  # PNG file
     "Render a figure as PNG."
     from PIL import Image
 
@@ -108,13 +124,13 @@ def figure_png(fig, colors=160):  # matplotlib figure -> bytes; few colours keep
 
 # %% ../nbs/00b_show.ipynb #93900258
 def show_image(
-    image,  # (H,W,3) uint8
-    masks=None,  # (N,H,W) bool
-    boxes=None,  # (M,4) xyxy pixels
-    labels=None,  # list of str, written at the boxes or the masks
-    title=None,
-    ax=None,
-):  # matplotlib axes; None: a new figure, which is returned
+    image: np.ndarray,  # (H,W,3) uint8
+    masks: np.ndarray | None = None,  # (N,H,W) bool
+    boxes: np.ndarray | None = None,  # (M,4) xyxy pixels, max exclusive
+    labels: list[str] | None = None,  # written at the boxes or the masks
+    title: str | None = None,  # above the picture
+    ax=None,  # matplotlib Axes; None: a new figure
+):  # -> the new matplotlib Figure, None when axes were given
     "Show an image with boxes and labels; with masks over it, it is faded."
     fig = None
     if ax is None:
@@ -123,139 +139,114 @@ def show_image(
     ax.set_axis_off()
     if title:
         ax.set_title(title, fontsize=9)
-    for i, (x0, y0, x1, y1) in enumerate([] if boxes is None else boxes):
-        ax.plot(
-            [x0 - 0.5, x1 - 0.5, x1 - 0.5, x0 - 0.5, x0 - 0.5],
-            [y0 - 0.5, y0 - 0.5, y1 - 0.5, y1 - 0.5, y0 - 0.5],
-            c=color_of(i) / 255,
-            lw=1.2,
-        )
-    for i, text in enumerate(labels or []):
-        px, py = (
-            (boxes[i][0], boxes[i][1])
-            if boxes is not None
-            else [v.mean() for v in np.nonzero(masks[i])[::-1]]
-            if masks is not None and masks[i].any()
-            else (0, 0)
-        )
-        ax.text(
-            px,
-            py,
-            text,
-            fontsize=7,
-            color=_ink(color_of(i)),
-            clip_on=True,
-            bbox=dict(facecolor=color_of(i) / 255, pad=1, lw=0),
-        )
+    for i, box in enumerate([] if boxes is None else boxes):
+        x0, y0, x1, y1 = (v - 0.5 for v in box)  # the centre of the first pixel is 0
+        ax.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], c=color_of(i) / 255, lw=1.2)
+    for i, label in enumerate(labels or []):
+        frame = dict(facecolor=color_of(i) / 255, pad=1, lw=0)
+        place = _label_place(i, masks, boxes)
+        ax.text(*place, label, fontsize=7, color=_ink(color_of(i)), clip_on=True, bbox=frame)
     return fig
+
+
+def _label_place(i, masks, boxes):  # -> x, y of the label of region i, pixels
+    if boxes is not None:
+        return boxes[i][0], boxes[i][1]
+    if masks is not None and masks[i].any():
+        y, x = np.nonzero(masks[i])
+        return x.mean(), y.mean()
+    return 0, 0
 
 # %% ../nbs/00b_show.ipynb #25445217
 def show_grid(
-    items,  # list of dict: image and other arguments of show_image
-    cols=4,
-):  # panels in a row; returns a figure
+    items: list[dict],  # one for each panel: image and other arguments of show_image
+    cols: int = 4,  # panels side by side, at most
+):  # -> matplotlib Figure; raises ValueError for an empty list
     "Show several images in a grid."
     if not items:
         raise ValueError('There is nothing to show: give at least one dict with an image.')
-    h, w = np.mean([i['image'].shape[:2] for i in items], axis=0)
+    h, w = np.mean([item['image'].shape[:2] for item in items], axis=0)
     fig, axes = new_axes(len(items), cols, h / w)
     for item, ax in zip(items, axes):
         show_image(**item, ax=ax)
     return fig
 
 # %% ../nbs/00b_show.ipynb #8e1d20f9
-def error_image(truth, pred):  # (N,H,W) bool each, in pairs -> (H,W,3) uint8
+def error_image(
+    truth: np.ndarray,  # (N,H,W) bool, or one (H,W)
+    pred: np.ndarray,  # bool of the same shape
+) -> np.ndarray:  # (H,W,3) uint8 RGB; raises ValueError for different shapes
     "Colour where predictions are right, missing or too much."
     truth, pred = (np.asarray(m, bool).reshape(-1, *np.shape(m)[-2:]) for m in (truth, pred))
     if truth.shape != pred.shape:
         raise ValueError(f'Truth {truth.shape} and prediction {pred.shape} are not pairs of the same size.')
     out = np.full((*truth.shape[1:], 3), 235, np.uint8)
-    for name, where in (
-        ('right', (truth & pred).any(0)),
-        ('missed', (truth & ~pred).any(0)),
-        ('extra', (pred & ~truth).any(0)),
-    ):
-        out[where] = _ERROR[name]
+    out[(truth & pred).any(0)] = _ERROR['right']
+    out[(truth & ~pred).any(0)] = _ERROR['missed']
+    out[(pred & ~truth).any(0)] = _ERROR['extra']
     return out
 
 # %% ../nbs/00b_show.ipynb #ae991abc
 def show_comparison(
-    image,  # (H,W,3) uint8
-    truth,
-    pred,  # (N,H,W) bool, in pairs
-    titles=('image', 'truth', 'prediction', 'error'),
-):  # of the panels; returns a figure
+    image: np.ndarray,  # (H,W,3) uint8
+    truth: np.ndarray,  # (N,H,W) bool
+    pred: np.ndarray,  # (N,H,W) bool, in the order of the truth
+    titles: tuple = ('image', 'truth', 'prediction', 'error'),  # of the four panels
+):  # -> matplotlib Figure
     "Show truth beside prediction beside error."
+    panels = (
+        dict(image=image),
+        dict(image=image, masks=truth),
+        dict(image=image, masks=pred),
+        dict(image=error_image(truth, pred)),
+    )
     fig, axes = new_axes(4, 4, image.shape[0] / image.shape[1])
-    for ax, args, t in zip(
-        axes,
-        (
-            dict(image=image),
-            dict(image=image, masks=truth),
-            dict(image=image, masks=pred),
-            dict(image=error_image(truth, pred)),
-        ),
-        titles,
-    ):
-        show_image(**args, title=t, ax=ax)
-    for i, (name, c) in enumerate(_ERROR.items()):
-        axes[3].text(
-            0.02 + 0.36 * i,
-            0.02,
-            name,
-            fontsize=7,
-            color='white',
-            transform=axes[3].transAxes,
-            bbox=dict(facecolor=np.array(c) / 255, pad=1, lw=0),
-        )
+    for ax, panel, title in zip(axes, panels, titles):
+        show_image(**panel, title=title, ax=ax)
+    last = axes[3]
+    for i, (name, color) in enumerate(_ERROR.items()):
+        frame = dict(facecolor=np.array(color) / 255, pad=1, lw=0)
+        last.text(0.02 + 0.36 * i, 0.02, name, fontsize=7, color='white', transform=last.transAxes, bbox=frame)
     return fig
 
 # %% ../nbs/00b_show.ipynb #5d1a41ff
 def plot_curves(
-    rows,  # list of dict
-    keys,  # names to draw, one panel each
-    x='step',
-    ax=None,
-):  # name of the x values; one axes for all keys instead of panels; returns a figure
+    rows: list[dict],  # records, each with `x` and with some of the keys
+    keys: list[str],  # names to draw, one panel each
+    x: str = 'step',  # name of the x values
+    ax=None,  # matplotlib Axes for all keys; None: a new figure with panels
+):  # -> the new matplotlib Figure, None when axes were given
     "Plot metrics against steps."
     fig, axes = (None, [ax] * len(keys)) if ax is not None else new_axes(len(keys), 3, 0.62)
-    for i, (key, a) in enumerate(zip(keys, axes)):
-        a.set_axis_on()
+    for i, (key, panel) in enumerate(zip(keys, axes)):
+        panel.set_axis_on()
         points = [(r[x], r[key]) for r in rows if r.get(key) is not None]
-        a.plot(
-            *zip(*points) if points else ([], []),
-            '.-' if len(points) < 30 else '-',
-            c=color_of(i) / 255,
-            lw=1.2,
-            label=key,
-        )
-        a.set_title(key, fontsize=9) if ax is None else a.legend(fontsize=7)
-        a.set_xlabel(x, fontsize=8)
-        a.tick_params(labelsize=7)
+        xs, ys = zip(*points) if points else ([], [])
+        style = '.-' if len(points) < 30 else '-'
+        panel.plot(xs, ys, style, c=color_of(i) / 255, lw=1.2, label=key)
+        if ax is None:
+            panel.set_title(key, fontsize=9)
+        else:
+            panel.legend(fontsize=7)
+        panel.set_xlabel(x, fontsize=8)
+        panel.tick_params(labelsize=7)
     return fig
 
 # %% ../nbs/00b_show.ipynb #c64c58b5
 def compare_curves(
-    runs,  # dict: name of a run -> list of rows
-    keys,  # metrics, one panel each
-    x='step',
-):  # name of the x values; returns a figure
+    runs: dict[str, list[dict]],  # name of a run -> its records
+    keys: list[str],  # metrics, one panel each
+    x: str = 'step',  # name of the x values
+):  # -> matplotlib Figure; raises ValueError without keys
     "Plot the same metrics of several runs."
     if not keys:
         raise ValueError('There is nothing to compare: name at least one metric.')
     fig, axes = new_axes(len(keys), 3, 0.8)
     for key, ax in zip(keys, axes):
-        plot_curves(
-            [
-                {x: r[x], name: r[key]}
-                for name, rows in runs.items()
-                for r in rows
-                if r.get(x) is not None and r.get(key) is not None
-            ],
-            list(runs),
-            x,
-            ax,
-        )
+        points = []  # of all runs, the metric under the name of the run
+        for name, rows in runs.items():
+            points += [{x: r[x], name: r[key]} for r in rows if r.get(x) is not None and r.get(key) is not None]
+        plot_curves(points, list(runs), x, ax)
         ax.set_title(key, fontsize=9)
     return fig
 
@@ -263,10 +254,16 @@ def compare_curves(
 class LiveFigure:
     "A figure that is drawn again in place while something runs."
 
-    def __init__(self, every=1.0):  # seconds between two updates
-        self.every, self.last, self.handle, self.updates = every, 0.0, None, 0
+    def __init__(
+        self,
+        every: float = 1.0,  # seconds between two updates, at least
+    ):
+        self.every = every
+        self.last = 0.0  # time of the last update, seconds
+        self.handle = None  # IPython's display, after the first update
+        self.updates = 0  # how often it was drawn
 
-    def _seen(self):
+    def _in_notebook(self):
         if 'CI' in os.environ:
             return False
         try:
@@ -276,9 +273,12 @@ class LiveFigure:
         shell = get_ipython()
         return shell is not None and getattr(shell, 'kernel', None) is not None
 
-    def update(self, draw):  # function without arguments that returns a figure
+    def update(
+        self,
+        draw,  # function without arguments that returns a matplotlib Figure
+    ):
         "Draw again if the last time is long enough ago."
-        if time.time() - self.last < self.every or not self._seen():
+        if time.time() - self.last < self.every or not self._in_notebook():
             return
         from IPython.display import Image, display
 
@@ -287,7 +287,8 @@ class LiveFigure:
             self.handle = display(picture, display_id=True)
         else:
             self.handle.update(picture)
-        self.last, self.updates = time.time(), self.updates + 1
+        self.last = time.time()
+        self.updates += 1
 
     def close(self):
         "Take the display away; the final figure is shown by the cell."
@@ -303,110 +304,103 @@ class _Html(str):
 
 
 def words_html(
-    text,  # str
-    spans,  # objects with start, end, ok, problem, as MaskVocab.parse returns
-):  # str that notebooks show as HTML
+    text: str,  # with mask words
+    spans: list,  # objects with start, end, ok, problem, as MaskVocab.parse returns
+) -> str:  # notebooks show it as HTML
     "Colour the mask words in a text."
-    out, at, k = [], 0, 0
-    for s in spans:
-        out.append(html.escape(text[at : s.start]))
-        at = s.end
-        style = (
-            f'background:rgb{tuple(int(v) for v in color_of(k))};color:{_ink(color_of(k))}'
-            if s.ok
-            else 'border:1px dotted #c00'
-        )
+    out, at, usable = [], 0, 0
+    for span in spans:
+        style = 'border:1px dotted #c00'
+        if span.ok:
+            color = color_of(usable)
+            style = f'background:rgb{tuple(int(v) for v in color)};color:{_ink(color)}'
+            usable += 1
+        problem = html.escape(span.problem or '')
+        out.append(html.escape(text[at : span.start]))
         out.append(
-            f'<span style="{style};border-radius:3px;padding:0 2px" title="{html.escape(s.problem or "")}">{html.escape(text[s.start : s.end])}</span>'
+            f'<span style="{style};border-radius:3px;padding:0 2px" title="{problem}">'
+            f'{html.escape(text[span.start : span.end])}</span>'
         )
-        k += s.ok
-    return _Html(
-        f'<div style="font-family:monospace;white-space:pre-wrap">{"".join(out)}{html.escape(text[at:])}</div>'
-    )
+        at = span.end
+    out.append(html.escape(text[at:]))
+    return _Html(f'<div style="font-family:monospace;white-space:pre-wrap">{"".join(out)}</div>')
 
 # %% ../nbs/00b_show.ipynb #90dbef9e
-def changes_html(old, new):  # str each -> str that notebooks show as HTML
+def changes_html(
+    old: str,  # the text before
+    new: str,  # the text after
+) -> str:  # notebooks show it as HTML
     "Mark what was put into a text and what was taken out."
-    a, b = (re.findall(r'<\|[^|]*\|>|\w+|\s+|.', t, re.S) for t in (old, new))
-
-    def mark(tag, color, words):
-        return f'<{tag} style="background:{color};color:#000">{html.escape("".join(words))}</{tag}>' if words else ''
-
+    before, after = (re.findall(r'<\|[^|]*\|>|\w+|\s+|.', text, re.S) for text in (old, new))
     out = []
-    for what, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        out.append(
-            html.escape(''.join(a[i:j]))
-            if what == 'equal'
-            else mark('del', '#f6c9b5', a[i:j]) + mark('ins', '#bfe8d9', b[k:m])
-        )
+    for what, i, j, k, m in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        if what == 'equal':
+            out.append(html.escape(''.join(before[i:j])))
+        else:
+            out.append(_colored('del', '#f6c9b5', before[i:j]) + _colored('ins', '#bfe8d9', after[k:m]))
     return _Html(f'<div style="font-family:monospace">{"".join(out)}</div>')
 
+
+def _colored(tag, color, words):  # -> HTML, "" without words
+    return f'<{tag} style="background:{color};color:#000">{html.escape("".join(words))}</{tag}>' if words else ''
+
 # %% ../nbs/00b_show.ipynb #f857bf99
-def _cell(v):
-    if v is None:
+def _cell(value):  # -> str, safe in a Markdown table
+    if value is None:
         return '-'
-    if isinstance(v, dict) and {'mean', 'low', 'high'} <= set(v):
-        return f'{_cell(v["mean"])} ({_cell(v["low"])} to {_cell(v["high"])})'
-    if isinstance(v, (float, np.floating)):
-        return f'{v:.4g}' if abs(v) < 1 else f'{v:,.2f}'.rstrip('0').rstrip('.')
-    return str(v).replace('|', '\\|').replace('<', '&lt;')
+    if isinstance(value, dict) and {'mean', 'low', 'high'} <= set(value):
+        return f'{_cell(value["mean"])} ({_cell(value["low"])} to {_cell(value["high"])})'
+    if isinstance(value, (float, np.floating)):
+        return f'{value:.4g}' if abs(value) < 1 else f'{value:,.2f}'.rstrip('0').rstrip('.')
+    return str(value).replace('|', '\\|').replace('<', '&lt;')
+
+
+def _html_cell(value):  # -> str, safe in HTML
+    return html.escape(_cell(value).replace('&lt;', '<').replace('\\|', '|'))
 
 
 class table(list):
     "A list of dicts that notebooks show as a table; numbers are shortened, missing values are dashes."
 
     def __init__(
-        self, rows=(), note='', optional=()
-    ):  # list of dict; Markdown below the table; columns that are not shown where all values are missing
+        self,
+        rows: list[dict] = (),  # one dict for each table row: column -> value
+        note: str = '',  # Markdown below the table
+        optional: tuple = (),  # columns that are not shown where all their values are missing
+    ):
         super().__init__(rows)
-        self.note, self.optional = note, optional
+        self.note = note
+        self.optional = optional
 
-    def columns(self):  # -> list of keys, in order
-        return [
-            k
-            for k in dict.fromkeys(k for r in self for k in r)
-            if k not in self.optional or any(r.get(k) is not None for r in self)
-        ]
+    def columns(self) -> list[str]:  # in the order in which they first appear
+        "List the columns that are shown."
+        names = dict.fromkeys(name for row in self for name in row)
+        return [n for n in names if n not in self.optional or any(row.get(n) is not None for row in self)]
 
     def _repr_markdown_(self):
-        keys = self.columns()
+        columns = self.columns()
+        lines = [[name.replace('_', ' ') for name in columns], ['---' for _ in columns]]
+        lines += [[_cell(row.get(name)) for name in columns] for row in self]
+        shown = ['| ' + ' | '.join(line) + ' |' for line in lines]
+        return '\n'.join(shown + ['', self.note] * bool(self.note))
 
-        def line(cells):
-            return '| ' + ' | '.join(cells) + ' |'
-
-        return '\n'.join(
-            [line(k.replace('_', ' ') for k in keys), line('---' for _ in keys)]
-            + [line(_cell(r.get(k)) for k in keys) for r in self]
-            + ['', self.note] * bool(self.note)
-        )
-
-# %% ../nbs/00b_show.ipynb #f6dd517d
-def _table_html(self):  # -> str
-    "Write the table as HTML."
-    keys = self.columns()
-
-    def line(tag, cells):
-        return '<tr>' + ''.join(f'<{tag} style="padding:1px 8px;text-align:left">{c}</{tag}>' for c in cells) + '</tr>'
-
-    def text(v):
-        return html.escape(_cell(v).replace('&lt;', '<').replace('\\|', '|'))
-
-    return _Html(
-        '<table>'
-        + line('th', [text(k.replace('_', ' ')) for k in keys])
-        + ''.join(line('td', [text(r.get(k)) for k in keys]) for r in self)
-        + '</table>'
-    )
-
-
-table.html = _table_html
+    def html(self) -> str:  # notebooks and widgets show it as HTML
+        "Write the table as HTML, without the note."
+        columns = self.columns()
+        lines = [('th', [name.replace('_', ' ') for name in columns])]
+        lines += [('td', [row.get(name) for name in columns]) for row in self]
+        out = []
+        for tag, values in lines:
+            cells = [f'<{tag} style="padding:1px 8px;text-align:left">{_html_cell(v)}</{tag}>' for v in values]
+            out.append('<tr>' + ''.join(cells) + '</tr>')
+        return _Html('<table>' + ''.join(out) + '</table>')
 
 # %% ../nbs/00b_show.ipynb #b80c0b6e
 def usage_image(
-    counts,  # (S,) how often each code was used
-    mark=None,  # a code to frame
-    cell=9,
-):  # pixels on the side of a cell; -> (h,w,3) uint8
+    counts: np.ndarray,  # (S,) how often each code was used
+    mark: int | None = None,  # a code to frame, in [0,S)
+    cell: int = 9,  # side of a cell, pixels
+) -> np.ndarray:  # (h,w,3) uint8 RGB, h and w are ceil(sqrt(S)) cells
     "Draw how often the codes of a codebook are used."
     from matplotlib import colormaps
 
@@ -418,7 +412,7 @@ def usage_image(
     out = colors.reshape(side, side, 3).repeat(cell, 0).repeat(cell, 1)
     if mark is not None:
         y, x = (int(v) * cell for v in divmod(mark, side))
-        frame = np.zeros((cell, cell), bool)
-        frame[2:-2, 2:-2] = True
-        out[y : y + cell, x : x + cell][~frame] = _ERROR['extra']
+        frame = np.ones((cell, cell), bool)
+        frame[2:-2, 2:-2] = False
+        out[y : y + cell, x : x + cell][frame] = _ERROR['extra']
     return out

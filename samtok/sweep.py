@@ -9,7 +9,6 @@ __all__ = ['SWEEPS', 'SweepError', 'read_parameters', 'check_parameters', 'combi
 # %% ../nbs/09_sweep.ipynb #958507f9
 import argparse
 import ast
-import hashlib
 import json
 import re
 import shlex
@@ -17,7 +16,16 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from .runs import atomic_write, data_file, environment, lock, progress
+from samtok.runs import (
+    RunError,
+    atomic_write,
+    data_file,
+    environment,
+    fingerprint,
+    lock,
+    progress,
+    read_json,
+)
 from .show import color_of, new_axes, table
 
 # %% ../nbs/09_sweep.ipynb #4aa94fd1
@@ -25,127 +33,116 @@ class SweepError(ValueError):
     "A sweep that cannot start, and what to do about it."
 
 
-def _find(notebook):  # as given, or from the top of the checkout
+def _find(notebook):
+    "A notebook as given, or from the top of the checkout."
     path = Path(notebook)
     return path if path.exists() else data_file().parent / path
 
 
-def read_parameters(notebook):  # path -> dict name: name of its type, '' if it says none
+def read_parameters(
+    notebook: str | Path,  # path of a run notebook
+) -> dict:  # name -> name of its type, '' if the cell gives none; raises SweepError
     "Read the names and types in the parameters cell of a notebook."
     path = _find(notebook)
     try:
-        cells = json.loads(path.read_text(encoding='utf-8'))['cells']
-    except OSError as e:
-        raise SweepError(
-            f'The notebook {path.name} cannot be read ({e.strerror}): give the path of a run notebook.'
-        ) from e
-    except (ValueError, KeyError, TypeError) as e:
+        cells = read_json(path, 'cells')['cells']
+    except RunError as e:
+        if isinstance(e.__cause__, OSError):
+            raise SweepError(
+                f'The notebook {path.name} cannot be read ({e.__cause__.strerror}): give the path of a run notebook.'
+            ) from e
         raise SweepError(f'{path.name} is no notebook: give a .ipynb file.') from e
     tagged = [''.join(c['source']) for c in cells if 'parameters' in c.get('metadata', {}).get('tags', [])]
     if len(tagged) != 1:
         raise SweepError(f'{path.name} has {len(tagged)} cells with the tag `parameters`, and a run notebook has one.')
     names = {}
-    for n in ast.parse(tagged[0]).body:
-        for t in [n.target] if isinstance(n, ast.AnnAssign) else n.targets if isinstance(n, ast.Assign) else []:
-            if isinstance(t, ast.Name):
-                names[t.id] = ast.unparse(n.annotation) if isinstance(n, ast.AnnAssign) else ''
+    for node in ast.parse(tagged[0]).body:
+        typed = isinstance(node, ast.AnnAssign)
+        for target in [node.target] if typed else node.targets if isinstance(node, ast.Assign) else []:
+            if isinstance(target, ast.Name):
+                names[target.id] = ast.unparse(node.annotation) if typed else ''
     return names
 
 # %% ../nbs/09_sweep.ipynb #7ba30b50
 _TYPES = dict(int=int, float=(int, float), bool=bool, str=str)
 
 
-def _file_parameters(notebook):  # names in the parameter files of a run notebook
+def _file_parameters(notebook):
+    "Names in the parameter files of a run notebook."
     name = Path(notebook).stem.split('_', 1)[-1]
-    return {k for f in data_file('params').glob(f'{name}_*.json') for k in json.loads(f.read_text())}
+    return {k for file in data_file('params').glob(f'{name}_*.json') for k in read_json(file, error=SweepError)}
 
 
 def check_parameters(
-    notebook,  # path of a run notebook
-    given,
-):  # dict name: value
+    notebook: str | Path,  # path of a run notebook
+    given: dict,  # name -> value
+) -> None:  # raises SweepError
     "Refuse names and values that a run notebook does not take."
-    names, stem = read_parameters(notebook), Path(notebook).stem
+    names = read_parameters(notebook)
+    stem = Path(notebook).stem
     if 'out' not in names:
         raise SweepError(f'{stem} has no parameter `out`, the folder of the run: only run notebooks can be swept.')
     if 'out' in given:
         raise SweepError('The sweep gives every run a folder of its own: leave `out` out of the parameters.')
     if unknown := sorted(set(given) - set(names) - _file_parameters(notebook)):
         raise SweepError(f'{stem} has no parameter {", ".join(unknown)}. It has: {", ".join(sorted(names))}.')
-    for k, v in given.items():
-        wanted = _TYPES.get(names.get(k), object)
-        if v is not None and (not isinstance(v, wanted) or isinstance(v, bool) and wanted not in (bool, object)):
-            raise SweepError(f'The parameter {k} of {stem} is {names[k]}, and {v!r} is not.')
+    for name, value in given.items():
+        wanted = _TYPES.get(names.get(name), object)
+        bool_as_number = isinstance(value, bool) and wanted not in (bool, object)
+        if value is not None and (not isinstance(value, wanted) or bool_as_number):
+            raise SweepError(f'The parameter {name} of {stem} is {names[name]}, and {value!r} is not.')
 
 # %% ../nbs/09_sweep.ipynb #4f4ba861
-def combinations(grid):  # dict name: list of values, or list of dicts -> list of dicts
-    "List all combinations of a grid, the last name changing fastest."
-    runs = (
-        grid
-        if isinstance(grid, list)
-        else [
-            dict(zip(grid, values))
-            for values in product(*(v if isinstance(v, (list, tuple)) else [v] for v in grid.values()))
-        ]
-    )
+def combinations(
+    grid,  # dict name -> list of values, or list of dicts
+) -> list:  # of dict name -> value, the last name changing fastest; raises SweepError
+    "List all combinations of a grid."
+    if isinstance(grid, list):
+        runs = [dict(run) for run in grid]
+    else:
+        lists = [v if isinstance(v, (list, tuple)) else [v] for v in grid.values()]
+        runs = [dict(zip(grid, values)) for values in product(*lists)]
     if not runs:
         raise SweepError('The grid is empty: give at least one value for each parameter.')
     try:
-        written = [json.dumps(r, sort_keys=True) for r in runs]
+        written = [json.dumps(run, sort_keys=True) for run in runs]
     except TypeError as e:
         raise SweepError(f'A value of the grid is no number, text, list or None ({e}).') from e
-    if len(set(written)) < len(runs):
-        raise SweepError(
-            f'{len(runs) - len(set(written))} combinations of the grid are there twice: remove the repeated values.'
-        )
-    return [dict(r) for r in runs]
+    repeated = len(runs) - len(set(written))
+    if repeated:
+        raise SweepError(f'{repeated} combinations of the grid are there twice: remove the repeated values.')
+    return runs
 
 
-def run_name(notebook, varied, fixed=None):  # path; dicts name: value -> str, the same for the same parameters
+def _whole(value):
+    "1.0 and 1 are one parameter."
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def run_name(
+    notebook: str | Path,  # path of a run notebook; only the name of the file counts
+    varied: dict,  # name -> value: what differs between the runs of a sweep
+    fixed: dict | None = None,  # name -> value: what is the same in all of them
+) -> str:  # the same for the same parameters
     "Name the folder of a run."
-
-    def whole(v):
-        return int(v) if isinstance(v, float) and v.is_integer() else v  # 1.0 and 1 are one parameter
-
-    given = {k: whole(v) for k, v in {**(fixed or {}), **varied}.items()}
-    mark = hashlib.sha256(json.dumps([Path(notebook).stem, given], sort_keys=True).encode()).hexdigest()[:8]
-    text = '_'.join(f'{k}-{v}' for k, v in sorted(given.items()) if k in varied) or 'run'
-    return re.sub(r'[^A-Za-z0-9._-]+', '-', text)[:80] + '_' + mark
+    given = {name: _whole(value) for name, value in {**(fixed or {}), **varied}.items()}
+    text = '_'.join(f'{name}-{value}' for name, value in sorted(given.items()) if name in varied) or 'run'
+    return re.sub(r'[^A-Za-z0-9._-]+', '-', text)[:80] + '_' + fingerprint([Path(notebook).stem, given])[:8]
 
 # %% ../nbs/09_sweep.ipynb #5700aa46
-class Sweep:
-    "All combinations of a grid as runs of one notebook, each in a folder of its own."
+_OWN = ('n', 'seconds', 'commit', 'status', 'error', 'attempts', 'folder', 'command')  # of a table row, beside metrics
 
-    def __init__(
-        self,
-        notebook,  # path of a run notebook
-        grid,  # dict name: list of values, or list of dicts
-        out,  # folder for the folders of the runs
-        fixed=None,  # dict name: value, for all runs
-        kernel='python3',
-    ):  # Jupyter kernel
-        self.notebook, self.out, self.fixed, self.kernel = Path(notebook), Path(out), dict(fixed or {}), kernel
-        self.runs = combinations(grid)
-        self.names = list(dict.fromkeys(k for r in self.runs for k in r))  # what varies
-        if both := sorted(set(self.names) & set(self.fixed)):
-            raise SweepError(f'{", ".join(both)} cannot be fixed and in the grid.')
-        for r in self.runs:
-            check_parameters(self.notebook, {**self.fixed, **r})
-        self.path = _find(notebook)
 
-    def folder(self, run):  # dict of what varies -> Path
-        "Find the folder of a run, also if other parameters varied when it was made."
-        name = run_name(self.notebook, run, self.fixed)
-        return next(iter(sorted(self.out.glob(f'*_{name[-8:]}'))), self.out / name)
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    def __len__(self):
-        return len(self.runs)
 
-    def __repr__(self):
-        return f'Sweep({self.notebook.stem}, {len(self)} runs over {", ".join(self.names)})'
+def _is_interval(value):
+    return isinstance(value, dict) and {'mean', 'low', 'high'} <= set(value)
 
-# %% ../nbs/09_sweep.ipynb #f4253fc4
-def _option(name, value):  # as papermill's command line reads it
+
+def _option(name, value):
+    "Options that papermill's command line reads as this value."
     if isinstance(value, (list, dict)):
         return ['-y', json.dumps({name: value})]
     read_otherwise = isinstance(value, str) and (
@@ -154,258 +151,283 @@ def _option(name, value):  # as papermill's command line reads it
     return ['-r' if read_otherwise else '-p', name, str(value)]
 
 
-def _command(self, run):  # dict of what varies -> str
-    "Write the shell command of a run."
-    folder = self.folder(run)
-    options = [o for k, v in {**self.fixed, **run, 'out': folder.as_posix()}.items() for o in _option(k, v)]
-    return shlex.join(
-        ['papermill', self.notebook.as_posix(), (folder / 'run.ipynb').as_posix(), '-k', self.kernel, *options]
-    )
-
-
-Sweep.command = _command
-
-# %% ../nbs/09_sweep.ipynb #e140d1b6
-def _lock(folder, seconds=0.0):  # seconds to wait -> context: does this process hold the folder now?
-    return lock(folder / 'lock', seconds)
-
-
-def _read(path):  # JSON file -> dict; {} if it is missing or broken
+def _read(path):
+    "A JSON file; {} if it is missing or broken."
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+        return read_json(path)
+    except RunError:
         return {}
 
 
-def _sentence(e):  # exception of papermill -> str, one line without colours
-    if type(e).__name__ == 'DeadKernelError':
+def _sentence(error):
+    "An exception of papermill in one line without colours."
+    if type(error).__name__ == 'DeadKernelError':
         return 'The kernel died (killed, or out of memory): run the sweep again to go on.'
-    text = f'{e.ename}: {e.evalue}' if hasattr(e, 'evalue') else f'{type(e).__name__}: {e}'
-    return re.sub(r'\x1b\[[0-9;]*m', '', text).strip().splitlines()[0]
+    name, text = (error.ename, error.evalue) if hasattr(error, 'evalue') else (type(error).__name__, error)
+    return re.sub(r'\x1b\[[0-9;]*m', '', f'{name}: {text}').strip().splitlines()[0]
 
-# %% ../nbs/09_sweep.ipynb #e34d944e
+
 def _status(folder):
+    "State of a run: waiting, running, stopped, failed or finished."
     if (folder / 'result.json').exists():
         return 'finished'
     if not folder.exists():
         return 'waiting'
-    with _lock(folder) as free:
+    with lock(folder / 'lock') as free:
         job = _read(folder / 'job.json')
     return 'running' if not free else 'failed' if 'error' in job else 'stopped' if job else 'waiting'
 
 
-def _row(self, run):  # dict of what varies -> dict
-    folder = self.folder(run)
-    result, job = _read(folder / 'result.json'), _read(folder / 'job.json')
-    commit, dirty = result.get('commit'), result.get('environment', {}).get('dirty')
-    own = dict(
-        n=result.get('n'),
-        seconds=result.get('seconds'),
-        commit=commit and commit[:7] + '+' * bool(dirty),
-        status=_status(folder),
-        error=job.get('error'),
-        attempts=job.get('attempts', 0),
-        folder=folder.as_posix(),
-        command=self.command(run),
-    )
-    metrics = {
-        k + '_result' * (k in own or k in run): v for k, v in result.get('metrics', {}).items()
-    }  # a metric never hides a parameter
-    return {**run, **metrics, **own}
+class Sweep:
+    "All combinations of a grid as runs of one notebook, each in a folder of its own."
 
+    def __init__(
+        self,
+        notebook: str | Path,  # path of a run notebook
+        grid,  # dict name -> list of values, or list of dicts
+        out: str | Path,  # folder for the folders of the runs
+        fixed: dict | None = None,  # name -> value, for all runs
+        kernel: str = 'python3',  # Jupyter kernel
+    ):
+        self.notebook = Path(notebook)
+        self.out = Path(out)
+        self.fixed = dict(fixed or {})
+        self.kernel = kernel
+        self.runs = combinations(grid)
+        self.names = list(dict.fromkeys(name for run in self.runs for name in run))  # what varies
+        if both := sorted(set(self.names) & set(self.fixed)):
+            raise SweepError(f'{", ".join(both)} cannot be fixed and in the grid.')
+        for run in self.runs:
+            check_parameters(self.notebook, {**self.fixed, **run})
+        self.path = _find(notebook)
 
-def _rows(self):  # -> list of dict, one for each run, in the order of the grid
-    "Read the state of all runs from their folders."
-    return [self._row(r) for r in self.runs]
+    def __len__(self):
+        return len(self.runs)
 
+    def __repr__(self):
+        return f'Sweep({self.notebook.stem}, {len(self)} runs over {", ".join(self.names)})'
 
-Sweep._row, Sweep.rows = _row, _rows
+    def _repr_markdown_(self):
+        return self.report()._repr_markdown_()
 
-# %% ../nbs/09_sweep.ipynb #44d73591
-def _execute(self, run, folder):  # -> error as a sentence, or None
-    try:
-        from papermill import execute_notebook
-    except ImportError as e:
-        raise SweepError('papermill runs the notebooks and is missing: pip install papermill.') from e
-    given = {**self.fixed, **run, 'out': folder.as_posix()}
-    try:
-        execute_notebook(
-            str(self.path),
-            str(folder / 'run.ipynb'),
-            parameters=given,
-            kernel_name=self.kernel,
-            language='python',
-            progress_bar=False,
-            extra_arguments=['--log-level=50'],
-        )
-    except Exception as e:
-        return _sentence(e)
-    if not (folder / 'result.json').exists():
-        return 'The notebook came to its end without a result.json: it has to save a result in the folder `out`.'
+    def folder(
+        self,
+        run: dict,  # one of `runs`: name -> value of what varies
+    ) -> Path:  # it may not exist yet
+        "Find the folder of a run, also if other parameters varied when it was made."
+        name = run_name(self.notebook, run, self.fixed)
+        return next(iter(sorted(self.out.glob(f'*_{name[-8:]}'))), self.out / name)
 
+    def command(
+        self,
+        run: dict,  # one of `runs`
+    ) -> str:  # for a shell, without this module
+        "Write the command that makes a run alone."
+        folder = self.folder(run)
+        words = ['papermill', self.notebook.as_posix(), (folder / 'run.ipynb').as_posix(), '-k', self.kernel]
+        for name, value in {**self.fixed, **run, 'out': folder.as_posix()}.items():
+            words += _option(name, value)
+        return shlex.join(words)
 
-def _one(self, run):  # start or resume a run, unless it is finished or another process has it
-    folder = self.folder(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder, 0.5) as mine:  # somebody who only looks lets go at once
-        if not mine or (folder / 'result.json').exists():
-            return
-        job = dict(
-            notebook=self.notebook.as_posix(),
-            parameters={**self.fixed, **run},
+    def rows(self) -> list:  # of dict, one for each run, in the order of the grid
+        "Read the state of all runs from their folders: parameters, metrics, and what is needed to repeat them."
+        return [self._row(run) for run in self.runs]
+
+    def run(
+        self,
+        on_run=None,  # function of all table rows, called after each run
+    ) -> list:  # the table rows
+        "Make all runs that are not finished; a failed one does not stop the others."
+        for run in progress(self.runs, 'runs'):
+            self._make(run)
+            if on_run:
+                on_run(self.rows())
+        return self.rows()
+
+    def metrics(
+        self,
+        rows: list | None = None,  # table rows; None: they are read now
+    ) -> list:  # of str, those with an interval first
+        "List the metrics that finished runs have."
+        found = {}
+        for row in reversed(rows or self.rows()):
+            for name, value in row.items():
+                if name not in (*self.names, *_OWN) and (_is_number(value) or _is_interval(value)):
+                    found[name] = value
+        return sorted(found, key=lambda name: (not _is_interval(found[name]), name))
+
+    def report(
+        self,
+        metrics: list | None = None,  # names; None: all
+    ):  # samtok.show.table; raises SweepError for a metric that no run has
+        "Make the table of a sweep."
+        rows = self.rows()
+        have = self.metrics(rows)
+        if wrong := [m for m in metrics or () if m not in have]:
+            raise SweepError(
+                f'No finished run has the metric {", ".join(wrong)}. There are: {", ".join(have) or "none yet"}.'
+            )
+        trouble = any(row['status'] != 'finished' or row['error'] for row in rows)
+        last = ['n', 'seconds', 'commit', *(['status', 'error'] if trouble else []), 'command']
+        columns = [*self.names, *(have if metrics is None else metrics), *last]
+        return table([{name: row.get(name) for name in columns} for row in rows])
+
+    def save(
+        self,
+        path: str | Path,  # JSON file
+    ) -> None:  # the runs themselves stay where they are
+        "Write table rows, command and environment."
+        rows = [{k: v for k, v in row.items() if k not in ('folder', 'attempts')} for row in self.rows()]
+        words = ['python', '-m', 'samtok.sweep', self.notebook.as_posix()]
+        for name in self.names:
+            values = dict.fromkeys(json.dumps(run[name]) for run in self.runs if name in run)
+            words.append(f'{name}={",".join(values)}')
+        words += [f'{name}={json.dumps(value)}' for name, value in self.fixed.items()]
+        command = shlex.join([*words, '--out', self.out.as_posix()])
+        atomic_write(path, json.dumps(dict(command=command, environment=environment(), rows=rows), indent=1) + '\n')
+
+    def _row(self, run):
+        folder = self.folder(run)
+        result, job = _read(folder / 'result.json'), _read(folder / 'job.json')
+        commit, dirty = result.get('commit'), result.get('environment', {}).get('dirty')
+        own = dict(
+            n=result.get('n'),
+            seconds=result.get('seconds'),
+            commit=commit and commit[:7] + '+' * bool(dirty),
+            status=_status(folder),
+            error=job.get('error'),
+            attempts=job.get('attempts', 0),
+            folder=folder.as_posix(),
             command=self.command(run),
-            attempts=_read(folder / 'job.json').get('attempts', 0) + 1,
         )
-        atomic_write(folder / 'job.json', json.dumps(job, indent=1))
-        if error := self._execute(run, folder):
-            atomic_write(folder / 'job.json', json.dumps({**job, 'error': error}, indent=1))
+        metrics = {}
+        for name, value in result.get('metrics', {}).items():
+            hides = name in own or name in run  # a metric never hides a parameter
+            metrics[name + '_result' * hides] = value
+        return {**run, **metrics, **own}
 
+    def _make(self, run):
+        "Start or resume a run, unless it is finished or another process has it."
+        folder = self.folder(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder / 'lock', 0.5) as mine:  # a process that only reads the state holds it for a moment
+            if not mine or (folder / 'result.json').exists():
+                return
+            job = dict(
+                notebook=self.notebook.as_posix(),
+                parameters={**self.fixed, **run},
+                command=self.command(run),
+                attempts=_read(folder / 'job.json').get('attempts', 0) + 1,
+            )
+            atomic_write(folder / 'job.json', json.dumps(job, indent=1))
+            if error := self._execute(run, folder):
+                atomic_write(folder / 'job.json', json.dumps({**job, 'error': error}, indent=1))
 
-def _run(self, on_run=None):  # on_run: called with all rows after each run -> list of rows
-    "Make all runs that are not finished; a failed one does not stop the others."
-    for run in progress(self.runs, 'runs'):
-        self._one(run)
-        if on_run:
-            on_run(self.rows())
-    return self.rows()
-
-
-Sweep._execute, Sweep._one, Sweep.run = _execute, _one, _run
-
-# %% ../nbs/09_sweep.ipynb #e27e01cb
-def _is_number(v):
-    return isinstance(v, (int, float)) and not isinstance(v, bool)
-
-
-def _is_interval(v):
-    return isinstance(v, dict) and {'mean', 'low', 'high'} <= set(v)
-
-
-_OWN = ('n', 'seconds', 'commit', 'status', 'error', 'attempts', 'folder', 'command')
-
-
-def _metrics(self, rows=None):  # names of metrics, those with an interval first
-    "List the metrics that finished runs have."
-    found = {
-        k: v
-        for r in reversed(rows or self.rows())
-        for k, v in r.items()
-        if k not in (*self.names, *_OWN) and (_is_number(v) or _is_interval(v))
-    }
-    return sorted(found, key=lambda k: (not _is_interval(found[k]), k))
-
-
-def _report(self, metrics=None):  # names; None: all -> samtok.show.table
-    "Make the table of a sweep."
-    rows = self.rows()
-    have = self.metrics(rows)
-    if wrong := [m for m in metrics or () if m not in have]:
-        raise SweepError(
-            f'No finished run has the metric {", ".join(wrong)}. There are: {", ".join(have) or "none yet"}.'
-        )
-    last = [
-        'n',
-        'seconds',
-        'commit',
-        *(['status', 'error'] if any(r['status'] != 'finished' or r['error'] for r in rows) else []),
-        'command',
-    ]
-    return table([{k: r.get(k) for k in (*self.names, *(have if metrics is None else metrics), *last)} for r in rows])
-
-
-Sweep.metrics, Sweep.report = _metrics, _report
-Sweep._repr_markdown_ = lambda self: self.report()._repr_markdown_()
+    def _execute(self, run, folder):
+        "Execute the notebook -> error as a sentence, or None."
+        try:
+            from papermill import execute_notebook
+        except ImportError as e:
+            raise SweepError('papermill runs the notebooks and is missing: pip install papermill.') from e
+        try:
+            execute_notebook(
+                str(self.path),
+                str(folder / 'run.ipynb'),
+                parameters={**self.fixed, **run, 'out': folder.as_posix()},
+                kernel_name=self.kernel,
+                language='python',
+                progress_bar=False,
+                extra_arguments=['--log-level=50'],
+            )
+        except Exception as e:
+            return _sentence(e)
+        if not (folder / 'result.json').exists():
+            return 'The notebook came to its end without a result.json: it has to save a result in the folder `out`.'
 
 # %% ../nbs/09_sweep.ipynb #f4c5bc87
-def as_frame(rows):  # list of dict -> pandas.DataFrame, or a list of dict where pandas is missing
-    "Flatten rows: an interval becomes three columns, `iou`, `iou_low`, `iou_high`."
-    flat = [
-        {
-            n: x
-            for k, v in r.items()
-            for n, x in (
-                {k: v['mean'], k + '_low': v['low'], k + '_high': v['high']} if _is_interval(v) else {k: v}
-            ).items()
-        }
-        for r in rows
-    ]
+def as_frame(
+    rows: list,  # of dict: parameters, and metrics as numbers or dict(mean, low, high)
+):  # pandas.DataFrame, or a samtok.show.table where pandas is missing
+    "Flatten table rows: an interval becomes three columns, `iou`, `iou_low`, `iou_high`."
+    flat = []
+    for row in rows:
+        columns = {}
+        for name, value in row.items():
+            if _is_interval(value):
+                columns |= {name: value['mean'], name + '_low': value['low'], name + '_high': value['high']}
+            else:
+                columns[name] = value
+        flat.append(columns)
     try:
         from pandas import DataFrame
     except ImportError:
         return table(flat)
     return DataFrame(flat)
 
-
-def _save(self, path):  # JSON file
-    "Write rows, command and environment; the runs themselves stay where they are."
-    rows = [{k: v for k, v in r.items() if k not in ('folder', 'attempts')} for r in self.rows()]
-    values = [f'{k}={",".join(dict.fromkeys(json.dumps(r[k]) for r in self.runs if k in r))}' for k in self.names] + [
-        f'{k}={json.dumps(v)}' for k, v in self.fixed.items()
-    ]
-    command = shlex.join(
-        ['python', '-m', 'samtok.sweep', self.notebook.as_posix(), *values, '--out', self.out.as_posix()]
-    )
-    atomic_write(path, json.dumps(dict(command=command, environment=environment(), rows=rows), indent=1) + '\n')
-
-
-Sweep.save = _save
-
 # %% ../nbs/09_sweep.ipynb #461e9d69
-def _points(rows, x, y, line):  # -> dict value of line: list of (x, mean, low, high)
-    have = sorted({k for r in rows for k, v in r.items() if k not in _OWN and (_is_number(v) or _is_interval(v))})
+def _points(rows, x, y, line):
+    "Points of a picture: value of `line` -> list of (x, mean, low, high)."
     lines = {}
-    for r in rows:
-        if x not in r or not (_is_number(v := r.get(y)) or _is_interval(v)):
+    for row in rows:
+        value = row.get(y)
+        if x not in row or not (_is_number(value) or _is_interval(value)):
             continue  # failed, or not yet run
-        lines.setdefault(r.get(line), []).append(
-            (r[x], *((v['mean'], v['low'], v['high']) if _is_interval(v) else (v, v, v)))
-        )
+        ends = (value['mean'], value['low'], value['high']) if _is_interval(value) else (value, value, value)
+        lines.setdefault(row.get(line), []).append((row[x], *ends))
     if not lines:
-        raise SweepError(f'No row has both {x} and the number {y}. Numbers are: {", ".join(have) or "none"}.')
+        names = {k for row in rows for k, v in row.items() if k not in _OWN and (_is_number(v) or _is_interval(v))}
+        raise SweepError(f'No row has both {x} and the number {y}. Numbers are: {", ".join(sorted(names)) or "none"}.')
     return lines
 
 
-def _mean(v):
-    return sum(v) / len(v)
+def _draw_line(ax, places, points, color, label):
+    "Draw the intervals of one line, and the line through the mean at each place."
+    means = [mean for _, mean, _, _ in points]
+    below = [mean - low for _, mean, low, _ in points]
+    above = [high - mean for _, mean, _, high in points]
+    ax.errorbar(places, means, [below, above], fmt='o', ms=3.5, capsize=2.5, c=color, label=label)
+    line = []
+    for place in sorted(set(places)):
+        here = [mean for at, mean in zip(places, means) if at == place]
+        line.append((place, sum(here) / len(here)))
+    ax.plot(*zip(*line), c=color, lw=1.2)
 
 
-def plot_sweep(
-    rows,  # list of dict: parameters, and metrics as numbers or dict(mean, low, high)
-    x,
-    y,  # names of a parameter and of a metric
-    line=None,  # name of a parameter: one line for each value
-    ax=None,
-):  # matplotlib axes; None: a new figure, which is returned
-    "Plot a metric against a parameter, with intervals."
-    lines, fig = _points(rows, x, y, line), None
-    values = list(dict.fromkeys(p[0] for ps in lines.values() for p in ps))
-    if number := all(map(_is_number, values)):
-        values.sort()
-    if ax is None:
-        fig, (ax,) = new_axes(1, 1, 0.62, 4.6)
-        fig.set_size_inches(4.6, 2.9)
-        ax.set_axis_on()
-    for i, (name, ps) in enumerate(lines.items()):
-        at, c = [p[0] if number else values.index(p[0]) for p in ps], color_of(i) / 255
-        ax.errorbar(
-            at,
-            [p[1] for p in ps],
-            [[p[1] - p[2] for p in ps], [p[3] - p[1] for p in ps]],
-            fmt='o',
-            ms=3.5,
-            capsize=2.5,
-            c=c,
-            label=f'{line} {name}' if line else None,
-        )
-        ax.plot(*zip(*((a, _mean([p[1] for b, p in zip(at, ps) if b == a])) for a in sorted(set(at)))), c=c, lw=1.2)
-    if number and values[0] > 0 and values[-1] >= 8 * values[0]:
+def _draw_axes(ax, values, numeric, x, y):
+    "Scale, ticks and labels for the values of x."
+    if numeric and values[0] > 0 and values[-1] >= 8 * values[0]:
         ax.set_xscale('log')
-    if not number or len(values) < 9:
-        ax.set_xticks(values if number else range(len(values)), [f'{v:g}' if number else str(v)[-18:] for v in values])
+    if not numeric or len(values) < 9:
+        labels = [f'{v:g}' if numeric else str(v)[-18:] for v in values]
+        ax.set_xticks(values if numeric else range(len(values)), labels)
         ax.minorticks_off()
     ax.set_xlabel(x.replace('_', ' '), fontsize=8)
     ax.set_ylabel(y.replace('_', ' '), fontsize=8)
     ax.tick_params(labelsize=7)
+
+
+def plot_sweep(
+    rows: list,  # of dict: parameters, and metrics as numbers or dict(mean, low, high)
+    x: str,  # name of a parameter
+    y: str,  # name of a metric
+    line: str | None = None,  # name of a parameter: one line for each value
+    ax=None,  # matplotlib axes; None: a new figure
+):  # the new figure, or None; raises SweepError where no row has both x and y
+    "Plot a metric against a parameter, with intervals."
+    lines = _points(rows, x, y, line)
+    values = list(dict.fromkeys(point[0] for points in lines.values() for point in points))
+    numeric = all(map(_is_number, values))
+    if numeric:
+        values.sort()
+    fig = None
+    if ax is None:
+        fig, (ax,) = new_axes(1, 1, 0.62, 4.6)
+        fig.set_size_inches(4.6, 2.9)
+        ax.set_axis_on()
+    for i, (name, points) in enumerate(lines.items()):
+        places = [point[0] if numeric else values.index(point[0]) for point in points]
+        _draw_line(ax, places, points, color_of(i) / 255, f'{line} {name}' if line else None)
+    _draw_axes(ax, values, numeric, x, y)
     if line:
         ax.legend(fontsize=7)
     return fig
@@ -414,12 +436,16 @@ def plot_sweep(
 _TOY = dict(
     scale='toy', init_from='toy', steps=80, continuous=0.0, lr=2e-4, warmup=10, start_batches=60, eval_scenes=85
 )
-_02A, _04, _06, _08 = 'nbs/02a_train_tokenizer.ipynb', 'nbs/04_sft.ipynb', 'nbs/06_grpo.ipynb', 'nbs/08_evaluate.ipynb'
+_02A = 'nbs/02a_train_tokenizer.ipynb'
+_04 = 'nbs/04_sft.ipynb'
+_06 = 'nbs/06_grpo.ipynb'
+_08 = 'nbs/08_evaluate.ipynb'
 _SIZES = [8, 16, 32, 64, 256]
 
 
 def _sized(size):
-    return f'runs/sweeps/sizes/{run_name(_02A, dict(codebook_size=size), _TOY)}/tokenizer'  # what the sweep `sizes` leaves behind
+    "The tokenizer that the sweep `sizes` leaves behind for a size of the codebooks."
+    return f'runs/sweeps/sizes/{run_name(_02A, dict(codebook_size=size), _TOY)}/tokenizer'
 
 
 SWEEPS = {
@@ -477,41 +503,45 @@ SWEEPS = {
         grid=dict(reward=['paper', 'graded', 'decoded'], seed=[0, 1, 2]),
         fixed=dict(scale='toy', steps=60, lr=1e-4, kl=0.01, non_repeat_weight=0.5, eval_every=0),
         show=('reward', 'score_difference'),
-        question='Which reward improves what a model draws, and what it leaves undrawn?',
+        question='Which reward improves the masks that a model writes, and which those that it leaves out?',
     ),
     'sft_codebooks': dict(
         notebook=_04,
         grid=dict(tokenizer=[_sized(s) for s in _SIZES]),
         fixed=dict(scale='toy'),
         show=('tokenizer', 'iou'),
-        question='How many words can a small language model learn to say?',
+        question='How many words can a small language model learn to write?',
     ),
 }
 
 # %% ../nbs/09_sweep.ipynb #07da5de3
-def _split(given):  # dict name: value or list of values -> grid, fixed
+def _split(given):
+    "Parameters with a value or a list of values -> grid, fixed."
     lists = {k: list(v) if isinstance(v, (list, tuple)) else [v] for k, v in given.items()}
-    return {k: v for k, v in lists.items() if len(v) != 1}, {k: v[0] for k, v in lists.items() if len(v) == 1}
+    grid = {k: values for k, values in lists.items() if len(values) != 1}
+    return grid, {k: values[0] for k, values in lists.items() if len(values) == 1}
 
 
 def ready(
-    name,  # one of SWEEPS
-    out=None,  # folder of the runs; None: runs/sweeps/<name>
-    **changes,
-):  # parameters: a value is fixed, a list is swept -> Sweep
+    name: str,  # one of SWEEPS
+    out: str | Path | None = None,  # folder of the runs; None: runs/sweeps/<name>
+    **changes,  # parameters: a value is fixed, a list is swept
+) -> Sweep:  # raises SweepError
     "Open a ready sweep."
     if name not in SWEEPS:
         raise SweepError(f'There is no ready sweep {name!r}: choose one of {", ".join(SWEEPS)}.')
-    row = SWEEPS[name]
-    if not _find(row['notebook']).exists():
+    preset = SWEEPS[name]
+    if not _find(preset['notebook']).exists():
         raise SweepError(
-            f'The sweep {name} needs {row["notebook"]}, which is not here: run it in a checkout that has it.'
+            f'The sweep {name} needs {preset["notebook"]}, which is not here: run it in a checkout that has it.'
         )
-    grid, fixed = _split({**row['fixed'], **row['grid'], **changes})
-    return Sweep(row['notebook'], grid or [{}], out or Path('runs/sweeps') / name, fixed)
+    grid, fixed = _split({**preset['fixed'], **preset['grid'], **changes})
+    return Sweep(preset['notebook'], grid or [{}], out or Path('runs/sweeps') / name, fixed)
 
 # %% ../nbs/09_sweep.ipynb #248eb859
-def parse_values(text):  # "1,2", "toy", ".5,none", "[[1,2],[3]]" -> list of values
+def parse_values(
+    text: str,  # "1,2", "toy", ".5,none", "[[1,2],[3]]"
+) -> list:  # of values
     "Read the values of one parameter: JSON, Python or plain words with commas between them."
 
     def one(word):
@@ -520,57 +550,62 @@ def parse_values(text):  # "1,2", "toy", ".5,none", "[[1,2],[3]]" -> list of val
                 return read(word)
             except (ValueError, SyntaxError):
                 pass
-        return {'none': None}.get(word.lower(), word)
+        return None if word.lower() == 'none' else word
 
     try:
         whole = json.loads(text)
     except ValueError:
-        return [one(w.strip()) for w in text.split(',')]
+        return [one(word.strip()) for word in text.split(',')]
     return whole if isinstance(whole, list) else [whole]
 
 
 def _arguments(argv):
-    p = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog='samtok.sweep', description='Run a notebook for every combination of parameters.', allow_abbrev=False
     )
-    p.add_argument('notebook', nargs='?', help=f'run notebook, or one of: {", ".join(SWEEPS)}')
-    p.add_argument('values', nargs='*', help='name=value, or name=a,b,c to sweep over it')
-    p.add_argument('--out', help='folder of the runs (default: runs/sweeps/<name>)')
-    p.add_argument('--metric', action='append', help='show only this metric; may be given several times')
-    p.add_argument('--save', help='JSON file for the rows')
-    p.add_argument('--dry', action='store_true', help='print status and command of each run, run nothing')
-    return p.parse_args(argv)
+    parser.add_argument('notebook', nargs='?', help=f'run notebook, or one of: {", ".join(SWEEPS)}')
+    parser.add_argument('values', nargs='*', help='name=value, or name=a,b,c to sweep over it')
+    parser.add_argument('--out', help='folder of the runs (default: runs/sweeps/<name>)')
+    parser.add_argument('--metric', action='append', help='show only this metric; may be given several times')
+    parser.add_argument('--save', help='JSON file for the rows')
+    parser.add_argument('--dry', action='store_true', help='print status and command of each run, run nothing')
+    return parser.parse_args(argv)
 
-# %% ../nbs/09_sweep.ipynb #8f5df872
-def _from_arguments(a):  # -> Sweep
-    if wrong := [v for v in a.values if '=' not in v]:
+
+def _from_arguments(args):
+    if wrong := [v for v in args.values if '=' not in v]:
         raise SweepError(f'{wrong[0]!r} is no parameter: write name=value, or name=a,b,c.')
-    given = {k: parse_values(v) for k, v in (v.split('=', 1) for v in a.values)}
-    if a.notebook in SWEEPS:
-        return ready(a.notebook, a.out, **given)
+    given = {}
+    for text in args.values:
+        name, _, values = text.partition('=')
+        given[name] = parse_values(values)
+    if args.notebook in SWEEPS:
+        return ready(args.notebook, args.out, **given)
     grid, fixed = _split(given)
-    return Sweep(a.notebook, grid or [{}], a.out or Path('runs/sweeps') / Path(a.notebook).stem, fixed)
+    return Sweep(args.notebook, grid or [{}], args.out or Path('runs/sweeps') / Path(args.notebook).stem, fixed)
 
 
-def main(argv=None):  # -> exit code
+def main(
+    argv: list | None = None,  # of str; None: those of this process
+) -> int:  # exit code: 0, 1 if a run failed, 2 if the sweep could not start
     "Run a sweep from the command line."
-    a = _arguments(argv)
-    if not a.notebook:
-        print(*[f'{k:14} {s["question"]}' for k, s in SWEEPS.items()], sep='\n')
+    args = _arguments(argv)
+    if not args.notebook:
+        print(*[f'{name:14} {s["question"]}' for name, s in SWEEPS.items()], sep='\n')
         return 0
     try:
-        sweep = _from_arguments(a)
-        if a.dry:
-            print(*[f'{r["status"]:9} {r["command"]}' for r in sweep.rows()], sep='\n')
+        sweep = _from_arguments(args)
+        if args.dry:
+            print(*[f'{row["status"]:9} {row["command"]}' for row in sweep.rows()], sep='\n')
             return 0
         rows = sweep.run()
-        if a.save:
-            sweep.save(a.save)
-        print(sweep.report(a.metric)._repr_markdown_())
+        if args.save:
+            sweep.save(args.save)
+        print(sweep.report(args.metric)._repr_markdown_())
     except (ValueError, OSError) as e:
         print(f'samtok.sweep: {e}', file=sys.stderr)
         return 2
-    return int(any(r['status'] == 'failed' for r in rows))
+    return int(any(row['status'] == 'failed' for row in rows))
 
 
 if __name__ == '__main__' and '__file__' in globals():

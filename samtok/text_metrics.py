@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['greedy_pairs', 'coco_hits', 'average_precision', 'GCG', 'check_java', 'caption_tokens', 'meteor_score', 'Captions',
-           'triplet_hits', 'PSG']
+           'read_graph', 'triplet_hits', 'PSG']
 
 # %% ../nbs/07a_text_metrics.ipynb #ed7ef26b
 import shutil
 import subprocess
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,11 @@ from .metrics import Convention, Metric, MetricError, as_mask, ratio
 
 # %% ../nbs/07a_text_metrics.ipynb #c2059eec
 def greedy_pairs(
-    iou,  # (G,P) float; NaN stands for an IoU of 0/0
-    least=0.0,
-    allowed=None,  # smallest IoU of a pair (0: anything above 0); (G,P) bool: which pairs may be
-    stop=False,
-):  # end at the first pair that may not be -> list of (row, column); raises IndexError where `allowed` is too small
+    iou: np.ndarray,  # (G,P) float; NaN stands for an IoU of 0/0
+    least: float = 0.0,  # smallest IoU of a pair; 0: anything above 0
+    allowed: np.ndarray | None = None,  # (G,P) bool: which pairs may be; None: all
+    stop: bool = False,  # end at the first pair that may not be, instead of going on
+) -> list[tuple[int, int]]:  # (row, column) of each pair; raises IndexError where `allowed` is too small
     "Pair rows with columns one to one, the best IoU first."
     iou, found = np.array(iou, np.float64), []
     while iou.size:
@@ -43,35 +45,44 @@ _LEVELS = np.linspace(0.5, 0.95, 10)
 
 
 def coco_hits(
-    iou,  # (G,P) float, predictions in the order of their rank
-    most=100,
-):  # predictions of an image that count -> (10,P) bool: which are right at IoU .5, .55, ... .95
+    iou: np.ndarray,  # (G,P) float, predictions in the order of their rank
+    most: int = 100,  # predictions of an image that count
+) -> np.ndarray:  # (10,P) bool: which predictions are right at IoU .5, .55, ... .95
     "Match predictions as COCO does."
     iou = iou[:, :most]
     hits = np.zeros((len(_LEVELS), iou.shape[1]), bool)
-    for row, level in zip(hits, _LEVELS):
+    for level_hits, level in zip(hits, _LEVELS):
         free = np.ones(len(iou), bool)
-        for j in range(len(row) if len(iou) else 0):
-            can = np.where(free, iou[:, j], -1)
-            best = len(can) - 1 - int(np.argmax(can[::-1]))  # of equal ones COCO takes the last
-            if can[best] >= level:
-                row[j], free[best] = True, False
+        for j in range(len(level_hits) if len(iou) else 0):
+            candidates = np.where(free, iou[:, j], -1)
+            best = len(candidates) - 1 - int(np.argmax(candidates[::-1]))  # of equal ones COCO takes the last
+            if candidates[best] >= level:
+                level_hits[j], free[best] = True, False
     return hits
 
 
 def average_precision(
-    hits,  # (10,P) bool over all images, by rank
-    n,
-):  # number of true masks -> (10,) float; NaN without true masks
+    hits: np.ndarray,  # (10,P) bool over all images, by rank
+    n: float,  # number of true masks
+) -> np.ndarray:  # (10,) float64; NaN without true masks
     "Average the precision over 101 recalls."
     if not n:
         return np.full(len(hits), np.nan)
     right = np.cumsum(hits, 1)
-    best = np.maximum.accumulate((right / np.arange(1, hits.shape[1] + 1))[:, ::-1], 1)[:, ::-1]
+    precision = right / np.arange(1, hits.shape[1] + 1)
+    best = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]  # the best at this recall or a larger one
     best = np.concatenate([best, np.zeros((len(hits), 1))], 1)
-    return np.array([b[np.searchsorted(r / n, np.linspace(0, 1, 101), 'left')].mean() for r, b in zip(right, best)])
+    recalls = np.linspace(0, 1, 101)
+    return np.array([b[np.searchsorted(r / n, recalls, 'left')].mean() for r, b in zip(right, best)])
 
 # %% ../nbs/07a_text_metrics.ipynb #bc5c72f4
+def _iou_matrix(gt, pred, empty):  # lists of masks, IoU of two empty ones -> (G,P); all masks of one size
+    gt = [as_mask(m, 'true mask') for m in gt]
+    size = gt[0].shape if gt else None
+    pred = [as_mask(m, 'predicted mask', size) for m in pred]
+    return mask_iou(np.stack(gt), np.stack(pred), empty=empty) if gt and pred else np.zeros((len(gt), len(pred)))
+
+
 class GCG(Metric):
     "Compare masks with phrases in a caption: AP, AP50, mIoU of pairs, recall."
 
@@ -79,127 +90,120 @@ class GCG(Metric):
 
     def __init__(
         self,
-        convention=None,
-        similarity=None,  # function (G labels, P phrases) -> (G,P) in [-1,1]; named, if it is to be pickled
-        min_iou=0.5,
-        min_text=0.5,
-    ):  # of a hit
+        convention: str | Convention | None = None,  # name in `conventions`, or a Convention; None: plain
+        similarity: Callable | None = None,  # (G labels, P phrases) -> (G,P) in [-1,1]; it is not pickled
+        min_iou: float = 0.5,  # of a hit
+        min_text: float = 0.5,  # similarity of a hit
+    ):
         super().__init__(convention, min_iou=min_iou, min_text=min_text)
         self.similarity = similarity
 
     def update(
         self,
-        pred_masks,
-        gt_masks,  # lists of (H,W) bool or RLE, or (N,H,W)
-        phrases,
-        labels,
-        id,  # lists of str: of predicted and of true masks; image id
-        similarity=None,
-        group=None,
-    ):  # (G,P), instead of the function
-        "Count one image."
-        with self._sample(id, group) as row:
+        pred_masks: list | np.ndarray,  # P predicted masks, (H,W) bool or RLE, by rank
+        gt_masks: list | np.ndarray,  # G true masks, (H,W) bool or RLE
+        phrases: list[str],  # of the predicted masks
+        labels: list[str],  # G, of the true masks
+        id: str | int,  # of the image; the ids also order the images for AP
+        similarity: np.ndarray | None = None,  # (G,P) in [-1,1], instead of the function
+        group: str | int | None = None,  # whose figures are computed, too
+    ):
+        "Count one image; raises MetricError."
+        with self.add_sample(id, group) as row:
             if len(labels) != len(gt_masks) or not len(labels):
                 raise MetricError(
-                    f'There are {len(labels)} labels for {len(gt_masks)} true masks: one label for each mask, and at least one mask, is needed.'
+                    f'There are {len(labels)} labels for {len(gt_masks)} true masks: '
+                    'one label for each mask, and at least one mask, is needed.'
                 )
             iou = _iou_matrix(gt_masks, pred_masks, self.rule.empty)
-            if similarity is None and self.similarity is None:
-                raise MetricError(
-                    'The text similarity is missing: make the accumulator with a function, GCG(similarity=...), or give its matrix.'
-                )
-            text = np.asarray(
-                self.similarity(labels, phrases) if similarity is None else similarity, np.float64
-            ).reshape(len(labels), -1)
-            if text.shape[1] != len(phrases):
-                raise MetricError(
-                    f'The text similarity is {text.shape[0]}x{text.shape[1]} for {len(labels)} labels and {len(phrases)} phrases.'
-                )
+            text = self._text_similarity(labels, phrases, similarity)
             pairs, hits = greedy_pairs(iou), self._hits(iou, text)
-            row.update(
-                n=1,
-                mIoU=np.mean([iou[p] for p in pairs]) if pairs else 0.0,
-                TP=len(hits),
-                labels=len(labels),
-                _pairs=hits,
-                _hits=coco_hits(np.nan_to_num(iou)),
+            mean = np.mean([iou[pair] for pair in pairs]) if pairs else 0.0
+            row.update(n=1, mIoU=mean, TP=len(hits), labels=len(labels))
+            row.update(_pairs=hits, _hits=coco_hits(np.nan_to_num(iou)))
+
+    def _text_similarity(self, labels, phrases, given):  # -> (G,P) float64
+        if given is None and self.similarity is None:
+            raise MetricError(
+                'The text similarity is missing: make the accumulator with a function, GCG(similarity=...), '
+                'or give its matrix.'
             )
+        text = self.similarity(labels, phrases) if given is None else given
+        text = np.asarray(text, np.float64).reshape(len(labels), -1)
+        if text.shape[1] != len(phrases):
+            raise MetricError(
+                f'The text similarity is {text.shape[0]}x{text.shape[1]} '
+                f'for {len(labels)} labels and {len(phrases)} phrases.'
+            )
+        return text
 
-# %% ../nbs/07a_text_metrics.ipynb #7e708f74
-def _iou_matrix(gt, pred, empty):  # lists of masks -> (G,P), both of one size
-    gt = [as_mask(m, 'true mask') for m in gt]
-    size = gt[0].shape if gt else None
-    pred = [as_mask(m, 'predicted mask', size) for m in pred]
-    return mask_iou(np.stack(gt), np.stack(pred), empty=empty) if gt and pred else np.zeros((len(gt), len(pred)))
+    def _hits(self, iou, text):  # (G,P) each -> list of pairs whose text is right, too
+        allowed, predicted = text >= self.options['min_text'], iou.shape[1]
+        if self.convention != 'glamm':
+            allowed = np.pad(allowed, ((0, 0), (0, max(0, predicted - allowed.shape[1]))))
+            return greedy_pairs(iou, self.options['min_iou'], allowed)
+        try:
+            return greedy_pairs(iou, self.options['min_iou'], allowed, stop=True)
+        except IndexError:
+            return []  # the script catches it, and keeps the labels
 
+    def table(self) -> tuple[list, dict[str, np.ndarray]]:  # N ids, columns (N,) float64; raises MetricError
+        "Add the column `at`, the table row that holds the hits of an image."
+        ids, columns = super().table()
+        return ids, {**columns, 'at': np.arange(len(ids), dtype=np.float64)}
 
-def _hits(self, iou, text):  # (G,P) each -> list of pairs
-    allowed, p = text >= self.options['min_text'], iou.shape[1]
-    if self.convention != 'glamm':
-        allowed = np.pad(allowed, ((0, 0), (0, max(0, p - allowed.shape[1]))))
-        return greedy_pairs(iou, self.options['min_iou'], allowed)
-    try:
-        return greedy_pairs(iou, self.options['min_iou'], allowed, stop=True)
-    except IndexError:
-        return []  # the script catches it, and keeps the labels
+    def figures(
+        self,
+        columns: dict[str, np.ndarray],  # as from `table`
+        weights: np.ndarray | None = None,  # (B,N) float64: how often each image counts; None: once
+    ) -> dict[str, np.ndarray]:  # AP, AP50, mIoU, recall: () or (B,) float64
+        "Compute the figures; AP is no ratio of sums and is computed again from the hits."
+        ids = [self.rows[int(i)]['id'] for i in columns['at']]
+        order = sorted(range(len(ids)), key=lambda i: (isinstance(ids[i], str), ids[i]))
+        hits = [self.rows[int(columns['at'][i])]['_hits'] for i in order]
+        image = np.repeat(order, [h.shape[1] for h in hits])  # of each prediction
+        hits = np.concatenate(hits, 1)
+        ap = []
+        for times in np.ones((1, len(ids))) if weights is None else weights:
+            repeated = np.repeat(hits, times[image].astype(int), 1)
+            ap.append(average_precision(repeated, times @ columns['labels']))
+        ap = np.array(ap)
+        out = dict(AP=ap.mean(1), AP50=ap[:, 0])
+        if weights is None:
+            out = {k: v[0] for k, v in out.items()}
+        sums = self.sums(columns, weights)
+        return out | dict(mIoU=ratio(sums['mIoU'], sums['n']), recall=ratio(sums['TP'], sums['labels']))
 
-# %% ../nbs/07a_text_metrics.ipynb #d020ecfa
-def _figures(self, columns, weights=None):
-    s = self.sums(columns, weights)
-    out = dict(mIoU=ratio(s['mIoU'], s['n']), recall=ratio(s['TP'], s['labels']))
-    ids = [self.rows[int(i)]['id'] for i in columns['at']]
-    order = sorted(range(len(ids)), key=lambda i: (isinstance(ids[i], str), ids[i]))
-    hits = [self.rows[int(columns['at'][i])]['_hits'] for i in order]
-    image, hits = np.repeat(order, [h.shape[1] for h in hits]), np.concatenate(hits, 1)
-    times = np.ones((1, len(ids))) if weights is None else weights
-    ap = np.array([average_precision(np.repeat(hits, w[image].astype(int), 1), w @ columns['labels']) for w in times])
-    ap = dict(AP=ap.mean(1), AP50=ap[:, 0])
-    return {**{k: v[0] if weights is None else v for k, v in ap.items()}, **out}
-
-
-def _table(self):
-    ids, columns = super(GCG, self).table()
-    return ids, {**columns, 'at': np.arange(len(ids), dtype=np.float64)}  # the row that holds the hits
-
-
-GCG._hits, GCG.figures, GCG.table = _hits, _figures, _table
-GCG.__getstate__ = lambda self: {
-    **self.__dict__,
-    'similarity': None,
-}  # a function may not travel between processes; rows do
+    def __getstate__(self):  # the function may not travel between processes; the table may
+        return {**self.__dict__, 'similarity': None}
 
 # %% ../nbs/07a_text_metrics.ipynb #c3857f4a
-def check_java():  # raises MetricError
+def check_java() -> None:  # raises MetricError
     "Refuse with a sentence if captions cannot be scored here."
     try:
-        import pycocoevalcap
+        import_module('pycocoevalcap')
     except ImportError as e:
         raise MetricError('Captions need the package pycocoevalcap: pip install pycocoevalcap==1.2.') from e
     java = shutil.which('java')
     if not java or subprocess.run([java, '-version'], capture_output=True).returncode:
         raise MetricError(
-            'METEOR and the tokenizer of CIDEr are Java programs, and there is no Java here: install a Java runtime (version 8 or newer, for example the package default-jre), or leave captions out.'
+            'METEOR and the tokenizer of CIDEr are Java programs, and there is no Java here: install a Java runtime '
+            '(version 8 or newer, for example the package default-jre), or leave captions out.'
         )
 
 
-def caption_tokens(captions):  # list of str -> list of str, lower case, punctuation left out; raises MetricError
+def caption_tokens(
+    captions: list[str],  # N, in any form
+) -> list[str]:  # N, lower case, words between single blanks, punctuation left out; raises MetricError
     "Cut captions into words with the Penn Treebank tokenizer."
     check_java()
     from pycocoevalcap.tokenizer import ptbtokenizer as ptb
 
-    command = [
-        'java',
-        '-cp',
-        str(Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR)),
-        'edu.stanford.nlp.process.PTBTokenizer',
-        '-preserveLines',
-        '-lowerCase',
-        '-encoding',
-        'utf-8',
-    ]
+    jar = str(Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR))
+    options = ['-preserveLines', '-lowerCase', '-encoding', 'utf-8']
     done = subprocess.run(
-        command,
-        input='\n'.join(' '.join(str(c).split()) for c in captions) + '\n',
+        ['java', '-cp', jar, 'edu.stanford.nlp.process.PTBTokenizer', *options],
+        input='\n'.join(' '.join(str(caption).split()) for caption in captions) + '\n',
         capture_output=True,
         encoding='utf-8',
     )
@@ -208,29 +212,29 @@ def caption_tokens(captions):  # list of str -> list of str, lower case, punctua
         raise MetricError(
             f'The tokenizer gave {len(lines)} lines for {len(captions)} captions; it says: {done.stderr.strip()[-200:]}'
         )
-    return [
-        ' '.join(w for w in line.rstrip().split(' ') if w not in ptb.PUNCTUATIONS) for line in lines[: len(captions)]
-    ]
+    words = [line.rstrip().split(' ') for line in lines[: len(captions)]]
+    return [' '.join(word for word in line if word not in ptb.PUNCTUATIONS) for line in words]
 
 # %% ../nbs/07a_text_metrics.ipynb #e22ac475
-_STAGES, _DELTA, _ALPHA, _BETA, _GAMMA = np.array([1.0, 0.6, 0.8, 0.6]), 0.75, 0.85, 0.2, 0.6  # METEOR 1.5, English
+# METEOR 1.5 for English: weights of the four stages of matching, and the parameters of its formula
+_STAGES, _DELTA, _ALPHA, _BETA, _GAMMA = np.array([1.0, 0.6, 0.8, 0.6]), 0.75, 0.85, 0.2, 0.6
 
 
-def meteor_score(stats):  # (...,23) counts of METEOR 1.5, summed over sentences -> (...) float in [0,1]
+def meteor_score(
+    stats: np.ndarray | list,  # (...,23) counts of METEOR 1.5, summed over sentences
+) -> np.ndarray:  # (...) float64 in [0,1]
     "Compute METEOR from its counts."
     stats = np.asarray(stats, np.float64)
     length, function, total = (stats[..., k : k + 2] for k in (0, 2, 21))  # last axis: prediction, truth
-    matches = stats[..., 4:20].reshape(
-        *stats.shape[:-1], 4, 2, 2
-    )  # stage; content or function word; prediction or truth
+    # axes of the matches: stage; content or function word; prediction or truth
+    matches = stats[..., 4:20].reshape(*stats.shape[:-1], 4, 2, 2)
     words = np.array([_DELTA, 1 - _DELTA])
     found = np.einsum('...skp,s,k->...p', matches, _STAGES, words)
     share = np.nan_to_num(ratio(found, _DELTA * (length - function) + (1 - _DELTA) * function))
-    p, r = share[..., 0], share[..., 1]
-    mean = np.nan_to_num(ratio(p * r, _ALPHA * p + (1 - _ALPHA) * r))
-    return mean * (
-        1 - _GAMMA * np.nan_to_num(ratio(stats[..., 20], total.mean(-1))) ** _BETA
-    )  # pieces: the fewer, the better the order
+    precision, recall = share[..., 0], share[..., 1]
+    mean = np.nan_to_num(ratio(precision * recall, _ALPHA * precision + (1 - _ALPHA) * recall))
+    pieces = np.nan_to_num(ratio(stats[..., 20], total.mean(-1)))  # the fewer, the better the order
+    return mean * (1 - _GAMMA * pieces**_BETA)
 
 
 def _meteor_counts(line):  # str of METEOR's program -> list of 23; a perfect sentence counts as 0 pieces
@@ -242,44 +246,57 @@ def _meteor_counts(line):  # str of METEOR's program -> list of 23; a perfect se
     return counts
 
 # %% ../nbs/07a_text_metrics.ipynb #80e4d8a4
-class Captions(Metric):
-    "Compare captions with true captions: METEOR, CIDEr."
-
-    def update(self, caption, truth, id, group=None):  # str; str or list of str; image id
-        "Count one caption."
-        with self._sample(id, group) as row:
-            row.update(n=1, _caption=caption, _truth=[truth] if isinstance(truth, str) else list(truth))
-
-    def table(self):  # Java sees each caption once; its counts stay in the row
-        "Score the captions; raises MetricError without Java."
-        ids, columns = super().table()
-        _read_captions([r for r in self.rows if '_counts' not in r])
-        from pycocoevalcap.cider.cider import Cider
-
-        truth, found = ({i: r['_tokens'][part] for i, r in enumerate(self.rows)} for part in (slice(1, None), slice(1)))
-        return ids, {
-            **columns,
-            'meteor': np.array([r['_counts'] for r in self.rows]),
-            'cider': np.array(Cider().compute_score(truth, found)[1]),
-        }
-
-    def _from_sums(self, s):
-        return dict(METEOR=meteor_score(s['meteor']), CIDEr=ratio(s['cider'], s['n']))
-
-
-def _read_captions(rows):  # adds `_tokens` (caption, then its truths) and `_counts` to rows
+def _read_captions(rows):  # adds `_tokens` (caption, then its truths) and `_counts` to rows of Captions
     if not rows:
         return
-    words = iter(caption_tokens([c for r in rows for c in [r['_caption'], *r['_truth']]]))
+    words = iter(caption_tokens([caption for row in rows for caption in [row['_caption'], *row['_truth']]]))
     from pycocoevalcap.meteor.meteor import Meteor
 
     meteor = Meteor()
-    for r in rows:
-        r['_tokens'] = [next(words) for _ in range(1 + len(r['_truth']))]
-        r['_counts'] = _meteor_counts(meteor._stat(r['_tokens'][0], r['_tokens'][1:]))
+    for row in rows:
+        row['_tokens'] = [next(words) for _ in range(1 + len(row['_truth']))]
+        row['_counts'] = _meteor_counts(meteor._stat(row['_tokens'][0], row['_tokens'][1:]))
+
+
+class Captions(Metric):
+    "Compare captions with true captions: METEOR, CIDEr."
+
+    def update(
+        self,
+        caption: str,  # what the model wrote
+        truth: str | list[str],  # one or more true captions
+        id: str | int,  # of the image; the same id twice is an error
+        group: str | int | None = None,  # whose figures are computed, too
+    ):
+        "Count one caption; raises MetricError."
+        with self.add_sample(id, group) as row:
+            row.update(n=1, _caption=caption, _truth=[truth] if isinstance(truth, str) else list(truth))
+
+    def table(self) -> tuple[list, dict[str, np.ndarray]]:  # N ids, columns (N,) and (N,23) float64
+        "Score the captions, each once, since its counts stay in its row; raises MetricError without Java."
+        ids, columns = super().table()
+        _read_captions([row for row in self.rows if '_counts' not in row])
+        from pycocoevalcap.cider.cider import Cider
+
+        found = {i: row['_tokens'][:1] for i, row in enumerate(self.rows)}
+        truth = {i: row['_tokens'][1:] for i, row in enumerate(self.rows)}
+        meteor = np.array([row['_counts'] for row in self.rows])
+        return ids, {**columns, 'meteor': meteor, 'cider': np.array(Cider().compute_score(truth, found)[1])}
+
+    def from_sums(
+        self,
+        sums: dict[str, np.ndarray],  # of each column: (...) or (B,...)
+    ) -> dict[str, np.ndarray]:  # figure -> () or (B,) float64
+        "Compute METEOR and CIDEr."
+        return dict(METEOR=meteor_score(sums['meteor']), CIDEr=ratio(sums['cider'], sums['n']))
 
 # %% ../nbs/07a_text_metrics.ipynb #c3c5e43d
-def _graph(graph, name, size=None):  # dict(labels, masks, relations) -> labels (N,), masks (N,H,W), relations (R,3)
+def read_graph(
+    graph: dict,  # labels (N), masks N x (H,W) bool or RLE, relations (R,3): subject, object, predicate
+    name: str,  # what an error calls it
+    size: tuple[int, int] | None = None,  # (H,W) of the masks; None: any, but all the same
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # labels (N,), masks (N,H,W) bool, relations (R,3) int64
+    "Check a scene graph and make arrays of it; raises MetricError or MaskError."
     masks = [as_mask(m, f'{name} mask', size) for m in graph['masks']]
     masks = [as_mask(m, f'{name} mask', masks[0].shape) for m in masks]
     labels, relations = np.asarray(graph['labels']), np.asarray(graph['relations'], np.int64).reshape(-1, 3)
@@ -293,24 +310,26 @@ def _graph(graph, name, size=None):  # dict(labels, masks, relations) -> labels 
 
 
 def triplet_hits(
-    gt,
-    pred,  # graphs as _graph reads them: (labels, masks, relations)
-    mode='sgdet',
-    min_iou=0.5,
-):  # 'sgdet' or 'phrdet' -> (R predicted, R true) bool
-    "Tell which predicted triplet hits which true one."
-    (gl, gm, gr), (pl, pm, pr) = gt, pred
-    same = (
-        (pr[:, None, 2] == gr[None, :, 2])
-        & (pl[pr[:, 0]][:, None] == gl[gr[:, 0]])
-        & (pl[pr[:, 1]][:, None] == gl[gr[:, 1]])
-    )
+    gt: tuple,  # the true graph as from read_graph: labels, masks, relations
+    pred: tuple,  # the predicted graph as from read_graph, relations by rank
+    mode: str = 'sgdet',  # 'sgdet': subject and object agree each; 'phrdet': their unions agree
+    min_iou: float = 0.5,  # at which masks agree
+) -> np.ndarray:  # (R predicted, R true) bool
+    "Compute which predicted triplet hits which true one."
+    (gt_labels, gt_masks, gt_relations), (pred_labels, pred_masks, pred_relations) = gt, pred
+    same = pred_relations[:, None, 2] == gt_relations[None, :, 2]
+    for end in (0, 1):  # subject, object
+        same &= pred_labels[pred_relations[:, end]][:, None] == gt_labels[gt_relations[:, end]]
     if mode == 'sgdet':
-        near = mask_iou(pm, gm, empty=0.0) >= min_iou
-        return same & near[pr[:, 0]][:, gr[:, 0]] & near[pr[:, 1]][:, gr[:, 1]]
+        near = mask_iou(pred_masks, gt_masks, empty=0.0) >= min_iou
+        for end in (0, 1):
+            same &= near[pred_relations[:, end]][:, gt_relations[:, end]]
+        return same
     for i, j in zip(*np.nonzero(same)):  # unions only where the words agree
-        a, b = (m[r[0]] | m[r[1]] for m, r in ((pm, pr[i]), (gm, gr[j])))
-        same[i, j] = mask_iou(a, b, empty=0.0)[0, 0] >= min_iou
+        subject, target = pred_relations[i, :2]
+        true_subject, true_object = gt_relations[j, :2]
+        union = pred_masks[subject] | pred_masks[target]
+        same[i, j] = mask_iou(union, gt_masks[true_subject] | gt_masks[true_object], empty=0.0)[0, 0] >= min_iou
     return same
 
 # %% ../nbs/07a_text_metrics.ipynb #cca7e15d
@@ -321,55 +340,62 @@ class PSG(Metric):
 
     def __init__(
         self,
-        convention=None,
-        predicates=56,  # they are 1..predicates
-        mode='sgdet',
-        ks=(20, 50, 100),
-        min_iou=0.5,
-    ):  # mode: 'sgdet' or 'phrdet'
+        convention: str | Convention | None = None,  # name in `conventions`, or a Convention; None: plain
+        predicates: int = 56,  # number of predicates, which are 1..predicates
+        mode: str = 'sgdet',  # 'sgdet' or 'phrdet'
+        ks: tuple = (20, 50, 100),  # how many of the first predictions count
+        min_iou: float = 0.5,  # at which masks agree
+    ):
         if mode not in ('sgdet', 'phrdet'):
             raise MetricError(f'There is no mode {mode!r}: use sgdet or phrdet.')
         super().__init__(convention, predicates=predicates, mode=mode, ks=tuple(ks), min_iou=min_iou)
 
     def update(
-        self, pred, gt, id=None, group=None
-    ):  # dict(labels (N), masks N x (H,W) bool or RLE, relations (R,3): subject, object, predicate; predicted ones by rank); pred may be None
-        "Count one image."
-        o = self.options
-        with self._sample(id, group) as row:
-            gt = _graph(gt, 'truth')
-            predicate, some = gt[2][:, 2], pred is not None and len(pred['relations']) > 0
-            if len(predicate) and not (1 <= predicate.min() and predicate.max() <= o['predicates']):
-                raise MetricError(f'A true predicate is {predicate.max()}, they are 1 to {o["predicates"]}.')
+        self,
+        pred: dict | None,  # as gt, relations by rank; None: no prediction
+        gt: dict,  # labels (N), masks N x (H,W) bool or RLE, relations (R,3): subject, object, predicate
+        id: str | int | None = None,  # of the image; the same id twice is an error
+        group: str | int | None = None,  # whose figures are computed, too
+    ):
+        "Count one image; raises MetricError."
+        with self.add_sample(id, group) as row:
+            gt = read_graph(gt, 'truth')
+            predicate, last = gt[2][:, 2], self.options['predicates']
+            if len(predicate) and not (1 <= predicate.min() and predicate.max() <= last):
+                raise MetricError(f'A true predicate is {predicate.max()}, they are 1 to {last}.')
+            some = pred is not None and len(pred['relations']) > 0
             n = int(len(predicate) > 0 and (some or self.rule.missing != 'skip'))
-            has = np.bincount(predicate, minlength=o['predicates'] + 1)[1:].astype(np.float64) * n
+            has = self._count_predicates(predicate) * n
             row.update(n=n, has=has > 0)
-            hits = (
-                triplet_hits(gt, _graph(pred, 'prediction', gt[1].shape[1:]), o['mode'], o['min_iou'])
-                if n and some
-                else np.zeros((0, len(predicate)), bool)
-            )
-            for k in o['ks']:
+            hits = np.zeros((0, len(predicate)), bool)
+            if n and some:
+                pred = read_graph(pred, 'prediction', gt[1].shape[1:])
+                hits = triplet_hits(gt, pred, self.options['mode'], self.options['min_iou'])
+            for k in self.options['ks']:
                 found = hits[:k].any(0)
-                each = np.bincount(predicate[found], minlength=o['predicates'] + 1)[1:]
+                each = self._count_predicates(predicate[found])
                 row.update({f'R@{k}': found.mean() if n else 0.0, f'mR@{k}': np.nan_to_num(ratio(each, has))})
 
-# %% ../nbs/07a_text_metrics.ipynb #fd80d07d
-def _from_sums(self, s):
-    r = {k: ratio(s[k], s['n']) for k in (f'R@{k}' for k in self.options['ks'])}
-    return {**r, **{f'mR@{k}': self._mean(ratio(s[f'mR@{k}'], s['has'])) for k in self.options['ks']}}
+    def _count_predicates(self, predicate):  # (R,) int -> (predicates,) float64: how often each occurs
+        return np.bincount(predicate, minlength=self.options['predicates'] + 1)[1:].astype(np.float64)
 
+    def from_sums(
+        self,
+        sums: dict[str, np.ndarray],  # of each column: (...) or (B,...)
+    ) -> dict[str, np.ndarray]:  # figure -> () or (B,) float64, NaN where it has no samples
+        "Compute R@k and mR@k."
+        recall = {f'R@{k}': ratio(sums[f'R@{k}'], sums['n']) for k in self.options['ks']}
+        return recall | {f'mR@{k}': self._mean(ratio(sums[f'mR@{k}'], sums['has'])) for k in self.options['ks']}
 
-def _mean(self, shares):  # (...,predicates), NaN: in no image
-    if self.rule.missing == 'skip':
-        return np.where((shares >= 0).any(-1), np.nan_to_num(shares).mean(-1), np.nan)
-    return ratio(np.nan_to_num(shares).sum(-1), (shares >= 0).sum(-1))
+    def _mean(self, shares):  # (...,predicates), NaN: in no image -> (...)
+        if self.rule.missing == 'skip':
+            return np.where((shares >= 0).any(-1), np.nan_to_num(shares).mean(-1), np.nan)
+        return ratio(np.nan_to_num(shares).sum(-1), (shares >= 0).sum(-1))
 
-
-def _per_predicate(self, k):  # -> (predicates,) float, NaN for those in no image
-    "Give the recall of each predicate within the first k."
-    s = self.sums(self.table()[1])
-    return ratio(s[f'mR@{k}'], s['has'])
-
-
-PSG._from_sums, PSG._mean, PSG.per_predicate = _from_sums, _mean, _per_predicate
+    def per_predicate(
+        self,
+        k: int,  # one of `ks`
+    ) -> np.ndarray:  # (predicates,) float64, NaN for those in no image
+        "Compute the recall of each predicate within the first k."
+        sums = self.sums(self.table()[1])
+        return ratio(sums[f'mR@{k}'], sums['has'])

@@ -7,7 +7,7 @@ __all__ = ['WordsError', 'MaskSpan', 'MaskVocab']
 
 # %% ../nbs/00a_words.ipynb #d17c627b
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,99 +15,6 @@ import numpy as np
 # %% ../nbs/00a_words.ipynb #cf1a107a
 class WordsError(ValueError):
     "Say what is wrong with a word, a code or a policy, and what to do."
-
-# %% ../nbs/00a_words.ipynb #7f735973
-@dataclass(frozen=True)
-class _Spelling:
-    codebook_size: int = 256  # entries in each codebook
-    depth: int = 2  # codebooks, and so code words for each mask
-    start, end = '<|mt_start|>', '<|mt_end|>'
-
-    def __post_init__(self):
-        for name, value in asdict(self).items():
-            if type(value) is not int or value < 1:
-                raise WordsError(f'The {name} is {value!r}; give a whole number of at least 1.')
-
-    def __len__(self):
-        return self.codebook_size * self.depth + 2
-
-    @cached_property
-    def words(self):  # list of str, in the order in which they join a language model's vocabulary
-        "List all new words: start, the code words of every level, end."
-        return [self.start, *(f'<|mt_{n:04d}|>' for n in range(len(self) - 2)), self.end]
-
-    def word(
-        self,
-        level,  # codebook, in [0,depth)
-        code,  # entry, in [0,codebook_size)
-    ):  # str; raises WordsError
-        "Spell one code."
-        if not (0 <= level < self.depth and 0 <= code < self.codebook_size):
-            raise WordsError(
-                f'Level {level}, code {code} is outside {self.depth} levels of {self.codebook_size} codes.'
-            )
-        return self.words[1 + level * self.codebook_size + code]
-
-# %% ../nbs/00a_words.ipynb #8d093112
-class _Patterns(_Spelling):
-    @cached_property
-    def _digits(self):
-        return max(4, len(str(self.codebook_size * self.depth)))
-
-    @cached_property
-    def _code(self):
-        more = f'|[1-9][0-9]{{4,{self._digits - 1}}}' if self._digits > 4 else ''
-        return re.compile(rf'<\|mt_([0-9]{{4}}{more})\|>')
-
-    @cached_property
-    def _token(self):
-        return re.compile(rf'<\|mt_start\|>|<\|mt_end\|>|{self._code.pattern}')
-
-    def number(
-        self,
-        word,  # str such as <|mt_0345|>
-    ):  # int in [0, depth*codebook_size); raises WordsError for a word of another vocabulary
-        "Read the number in a code word."
-        found = self._code.fullmatch(word)
-        if not found or int(found[1]) >= len(self) - 2:
-            raise WordsError(
-                f'{word!r} is not a code word of this vocabulary ({self.depth} levels of {self.codebook_size} codes).'
-            )
-        return int(found[1])
-
-    def level_code(self, word):  # (level, code); raises WordsError
-        "Tell which code of which codebook a word stands for."
-        return divmod(self.number(word), self.codebook_size)
-
-# %% ../nbs/00a_words.ipynb #680e3dad
-class _Writing(_Patterns):
-    def format(
-        self,
-        codes,  # (K,) or (N,K) whole numbers in [0,codebook_size), K = depth
-        missing='error',  # "drop": accept -1 and write a shorter group
-    ):  # str: N groups, side by side; raises WordsError
-        "Write codes as words."
-        codes = np.asarray(codes)
-        if codes.shape == (0,):
-            return ''
-        if codes.ndim == 1:
-            codes = codes[None]
-        if codes.dtype.kind not in 'iu' or codes.ndim != 2 or codes.shape[1] != self.depth:
-            raise WordsError(
-                f'The codes are {codes.dtype} with shape {codes.shape}; give whole numbers with shape (N,{self.depth}) or ({self.depth},).'
-            )
-        low = -1 if missing == 'drop' else 0
-        for i, level in np.argwhere((codes < low) | (codes >= self.codebook_size))[:1]:
-            raise WordsError(
-                f'Code {codes[i, level]} of mask {i}, level {level} is outside 0 to {self.codebook_size - 1}.'
-            )
-        return ''.join(self._group(row, i) for i, row in enumerate(codes.tolist()))
-
-    def _group(self, row, i):
-        row = row[: row.index(-1)] if -1 in row else row  # nothing can follow a missing code
-        if not row:
-            raise WordsError(f'Mask {i} has no first code; drop the mask instead.')
-        return self.start + ''.join(self.word(level, code) for level, code in enumerate(row)) + self.end
 
 # %% ../nbs/00a_words.ipynb #b581f622
 @dataclass(frozen=True)
@@ -121,179 +28,297 @@ class MaskSpan:
     ok: bool  # can it be decoded under the policy that read it?
     problem: str | None = None  # what was wrong, None when well-formed
 
-# %% ../nbs/00a_words.ipynb #e5e7b802
-class _Spans(_Writing):
-    def _span(self, text, start, end, numbers, problem=None, strict=False):
-        "Turn the numbers found in text[start:end] into a span."
-        codes, size = [], self.codebook_size
-        if len(numbers) != self.depth:
-            problem = problem or f'{len(numbers)} code word{"s" * (len(numbers) != 1)}, {self.depth} needed'
-        for level, n in enumerate(numbers[: self.depth]):
-            if n // size != level:
-                problem = problem or f'word {n:04d} is ' + (
-                    f'of level {n // size}, not {level} ({level * size:04d} to {(level + 1) * size - 1:04d})'
-                    if n < len(self) - 2
-                    else 'not in the vocabulary'
-                )
-                break
-            codes.append(n - level * size)
-        ok = problem is None if strict else len(numbers) == self.depth and bool(codes)
-        return MaskSpan(start, end, text[start:end], tuple(codes) + (-1,) * (self.depth - len(codes)), ok, problem)
+# %% ../nbs/00a_words.ipynb #e43fbde9
+@dataclass(frozen=True)
+class MaskVocab:
+    "Write masks' codes as words and read them back."
 
-    def _strict(self, text):
-        "Read groups of adjacent words; only start, one code of each level, end is ok."
-        groups = []
-        for word in self._token.finditer(text):
-            joins = (
-                groups
-                and groups[-1][-1].end() == word.start()
-                and word[0] != self.start
-                and groups[-1][-1][0] != self.end
-            )
-            groups[-1].append(word) if joins else groups.append([word])
-        return [self._fragment(text, g) for g in groups]
+    codebook_size: int = 256  # entries in each codebook
+    depth: int = 2  # number of codebooks, and so of code words for each mask
+    start, end = '<|mt_start|>', '<|mt_end|>'
+    policies = ('strict', 'flat', 'published_gres', 'published_gcg', 'published_single')  # ways to `parse` a text
 
-# %% ../nbs/00a_words.ipynb #f83334c7
-class _Strict(_Spans):
-    def _fragment(self, text, group):
-        "Make one span of words that touch each other."
-        problem = 'no start word' if group[0][0] != self.start else 'no end word' if group[-1][0] != self.end else None
-        return self._span(
-            text, group[0].start(), group[-1].end(), [int(w[1]) for w in group if w[1]], problem, strict=True
-        )
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if type(value) is not int or value < 1:
+                raise WordsError(f'The {name} is {value!r}; give a whole number of at least 1.')
 
-# %% ../nbs/00a_words.ipynb #8c7496f6
-class _Flat(_Strict):
-    def _chunks(self, text, found, origin):
-        "Read code words `depth` by `depth`; origin maps places back to `text`."
-        chunks = [found[i : i + self.depth] for i in range(0, len(found), self.depth)]
-        return [self._span(text, origin[c[0].start()], origin[c[-1].end()], [int(w[1]) for w in c]) for c in chunks]
+    def __len__(self) -> int:  # all words: start, the code words of every level, end
+        return self.codebook_size * self.depth + 2
 
-    def _flat(self, text):
-        "Read all code words in order, whatever stands between them."
-        return self._chunks(text, list(self._code.finditer(text)), range(len(text) + 1))
-
-    def _single(self, text):
-        "Read one mask: each word into the slot of its level, the last one wins."
-        found = list(self._code.finditer(text))
-        if not found:
-            return []
-        slots = {int(w[1]) // self.codebook_size: int(w[1]) for w in found}
-        numbers = [slots.get(level, len(self)) for level in range(self.depth)]  # len(self) is no word: unusable
-        span = self._span(text, found[0].start(), found[-1].end(), numbers)
-        missing = [level for level in range(self.depth) if level not in slots]
-        problem = (
-            f'no word of level {missing[0]}'
-            if missing
-            else None
-            if len(found) == self.depth
-            else f'{len(found)} code words, the last of each level wins'
-        )
-        return [MaskSpan(span.start, span.end, span.text, span.codes, span.ok, problem)]
-
-# %% ../nbs/00a_words.ipynb #1afb8262
-class _Repair(_Flat):
     @cached_property
-    def _rules(self):
-        code, short = re.sub(r'\((?!\?)', '(?:', self._code.pattern), f'{{1,{self.depth - 1}}}'
-        some = rf'(<\|mt_start\|>(?:{code}){short})'
-        rules = [
-            rf'(<\|mt_start\|>(?:{code}){{{self.depth}}})(?:{code})+(<\|mt_end\|>)',
-            rf'{some}(<\|mt_end\|>)',
-            rf'{some}()(?!<\|mt_)',
-        ]
-        return [re.compile(r) for r in (rules if self.depth > 1 else rules[:1])]
+    def words(self) -> list[str]:  # in the order in which they join a language model's vocabulary
+        "List all new words: start, the code words of every level, end."
+        return [self.start, *(f'<|mt_{n:04d}|>' for n in range(len(self) - 2)), self.end]
 
-    def _repaired(self, text):
-        "Apply the three released rules; return the new text and, for each of its characters, the place in `text`."
-        origin, filler = list(range(len(text) + 1)), f'<|mt_{"9" * self._digits}|>'
-        for rule in self._rules:
-            new, places, at = [], [], 0
-            for found in rule.finditer(text):
-                missing = self.depth - len(self._code.findall(found[1]))
-                put_in = filler * missing + self.end * (not found[2])
-                new += [text[at : found.end(1)], put_in]
-                places += origin[at : found.end(1)] + [origin[found.end(1)]] * len(put_in)
-                at = found.start(2)
-            text, origin = ''.join(new) + text[at:], places + origin[at:]
-        return text, origin
+    @cached_property
+    def _digits(self):  # most digits that a number in a word can have
+        return max(4, len(str(self.codebook_size * self.depth)))
 
-# %% ../nbs/00a_words.ipynb #92441b1b
-class _Reading(_Repair):
-    policies = ('strict', 'flat', 'published_gres', 'published_gcg', 'published_single')
+    @cached_property
+    def _code_word(self):  # pattern of a code word, also of a foreign one; group 1 is its number
+        longer = f'|[1-9][0-9]{{4,{self._digits - 1}}}' if self._digits > 4 else ''
+        return re.compile(rf'<\|mt_([0-9]{{4}}{longer})\|>')
+
+    def word(
+        self,
+        level: int,  # codebook, in [0,depth)
+        code: int,  # codebook entry, in [0,codebook_size)
+    ) -> str:  # raises WordsError
+        "Spell one code."
+        if not (0 <= level < self.depth and 0 <= code < self.codebook_size):
+            raise WordsError(
+                f'Level {level}, code {code} is outside {self.depth} levels of {self.codebook_size} codes.'
+            )
+        return self.words[1 + level * self.codebook_size + code]
+
+    def number(
+        self,
+        word: str,  # such as <|mt_0345|>
+    ) -> int:  # in [0,depth*codebook_size); raises WordsError for a word of another vocabulary
+        "Read the number in a code word."
+        found = self._code_word.fullmatch(word)
+        if not found or int(found[1]) >= len(self) - 2:
+            raise WordsError(
+                f'{word!r} is not a code word of this vocabulary ({self.depth} levels of {self.codebook_size} codes).'
+            )
+        return int(found[1])
+
+    def level_code(
+        self,
+        word: str,  # such as <|mt_0345|>
+    ) -> tuple[int, int]:  # level in [0,depth), code in [0,codebook_size); raises WordsError
+        "Tell which code of which codebook a word stands for."
+        return divmod(self.number(word), self.codebook_size)
+
+    def format(
+        self,
+        codes: np.ndarray,  # (depth,) or (N,depth) integers in [0,codebook_size), -1 where a code is missing
+        missing: str = 'error',  # "drop": accept -1 and write a shorter group
+    ) -> str:  # N groups, side by side; raises WordsError
+        "Write codes as words."
+        codes = np.asarray(codes)
+        if codes.shape == (0,):
+            return ''
+        if codes.ndim == 1:
+            codes = codes[None]
+        _check_codes(self, codes, low=-1 if missing == 'drop' else 0)
+        return ''.join(_write_group(self, mask_codes, i) for i, mask_codes in enumerate(codes.tolist()))
 
     def parse(
         self,
-        text,  # str, any text at all
-        policy='strict',  # one of .policies
-    ):  # list[MaskSpan] in reading order; never raises on a str, WordsError for an unknown policy
+        text: str,  # any text at all
+        policy: str = 'strict',  # one of .policies
+    ) -> list[MaskSpan]:  # in reading order; never raises on a str, WordsError for an unknown policy
         "Read the mask words in a text."
         if policy not in self.policies:
             raise WordsError(f'The policy {policy!r} is unknown; choose one of {", ".join(self.policies)}.')
         if not isinstance(text, str):
             raise WordsError(f'The text is {type(text).__name__}, not str.')
         if policy == 'strict':
-            return self._strict(text)
+            return _read_strict(self, text)
         if policy == 'published_single':
-            return self._single(text)
-        spans = self._flat(text)
-        if policy == 'flat' or not spans or len(self._code.findall(spans[-1].text)) == self.depth:
-            return spans
-        fixed, origin = self._repaired(text)
-        found = list(self._code.finditer(fixed))
-        if policy == 'published_gcg':
-            return self._chunks(text, found, origin)
-        group = re.compile(rf'<\|mt_start\|>((?:{self._code.pattern}){{{self.depth}}})<\|mt_end\|>')
-        return [
-            self._span(text, origin[g.start()], origin[g.end()], [int(w[1]) for w in self._code.finditer(g[1])])
-            for g in group.finditer(fixed)
-        ]
+            return _read_single(self, text)
+        left_over = len(self._code_word.findall(text)) % self.depth
+        if policy == 'flat' or not left_over:  # the released scripts repair only when a word is left over
+            return _read_flat(self, text)
+        return _read_repaired(self, text, flat=policy == 'published_gcg')
 
-# %% ../nbs/00a_words.ipynb #b39b2bb9
-class _Mending(_Reading):
     def repair(
         self,
-        text,  # str
-        policy='published',  # "published", "strict" or "first"
-    ):  # str; never raises on a str, WordsError for an unknown policy
+        text: str,  # any text at all
+        policy: str = 'published',  # "published", "strict" or "first"
+    ) -> str:  # never raises on a str, WordsError for an unknown policy
         "Mend the broken groups in a text."
         if policy not in ('published', 'strict', 'first'):
             raise WordsError(f'The repair policy {policy!r} is unknown; choose published, strict or first.')
         if policy == 'published':
-            return self._repaired(text)[0]
-        for s in reversed(self.parse(text)):
-            if not s.ok:
-                text = text[: s.start] + (self._first(s.text) if policy == 'first' else '') + text[s.end :]
+            return _apply_released_rules(self, text)[0]
+        for span in reversed(self.parse(text)):
+            if not span.ok:
+                mended = _write_first(self, span.text) if policy == 'first' else ''
+                text = text[: span.start] + mended + text[span.end :]
         return text
 
-    def _first(self, group):
-        numbers = [int(w[1]) for w in self._code.finditer(group)]
-        row = [
-            next((n % self.codebook_size for n in numbers if n // self.codebook_size == level), -1)
-            for level in range(self.depth)
-        ]
-        return self._group(row, 0) if row[0] >= 0 else ''
-
-# %% ../nbs/00a_words.ipynb #e43fbde9
-class MaskVocab(_Mending):
-    "Write masks' codes as words and read them back."
-
-    def codes(self, spans):  # (N,depth) int64: the spans that are ok, -1 where a later code is unusable
+    def codes(
+        self,
+        spans: list[MaskSpan],  # as `parse` returns them
+    ) -> np.ndarray:  # (N,depth) int64 of the N spans that are ok, -1 where a later code is unusable
         "Collect the codes of usable spans."
-        return np.array([s.codes for s in spans if s.ok], dtype=np.int64).reshape(-1, self.depth)
+        return np.array([span.codes for span in spans if span.ok], dtype=np.int64).reshape(-1, self.depth)
 
     def split(
-        self, text, policy='strict'
-    ):  # [str, MaskSpan, str, ..., str]: text and spans in turn, also when the text is ""
+        self,
+        text: str,  # any text at all
+        policy: str = 'strict',  # one of .policies
+    ) -> list:  # [str, MaskSpan, str, ..., str]: text and spans in turn, also when the text is ""
         "Cut a text at its spans."
         pieces, at = [], 0
-        for s in self.parse(text, policy):
-            pieces, at = pieces + [text[at : s.start], s], s.end
-        return pieces + [text[at:]]
+        for span in self.parse(text, policy):
+            pieces += [text[at : span.start], span]
+            at = span.end
+        return [*pieces, text[at:]]
 
-    def to_dict(self):
-        return asdict(self)  # {"codebook_size", "depth"}, ready for json
+    def to_dict(self) -> dict:  # {"codebook_size": int, "depth": int}, ready for json
+        return asdict(self)
 
     @classmethod
-    def from_dict(cls, saved):
+    def from_dict(
+        cls,
+        saved: dict,  # as `to_dict` returns it
+    ) -> 'MaskVocab':
         return cls(**saved)
+
+# %% ../nbs/00a_words.ipynb #680e3dad
+def _check_codes(vocab, codes, low):  # codes: array of any type and shape; low: the least value allowed
+    "Raise WordsError unless codes are (N,depth) integers in [low,codebook_size)."
+    if codes.dtype.kind not in 'iu' or codes.ndim != 2 or codes.shape[1] != vocab.depth:
+        raise WordsError(
+            f'The codes are {codes.dtype} with shape {codes.shape}; '
+            f'give whole numbers with shape (N,{vocab.depth}) or ({vocab.depth},).'
+        )
+    outside = np.argwhere((codes < low) | (codes >= vocab.codebook_size))
+    if len(outside):
+        i, level = outside[0]
+        raise WordsError(
+            f'Code {codes[i, level]} of mask {i}, level {level} is outside 0 to {vocab.codebook_size - 1}.'
+        )
+
+
+def _write_group(vocab, codes, i):  # codes: list of ints of mask i, cut at the first -1
+    "Write the words of one mask."
+    if -1 in codes:
+        codes = codes[: codes.index(-1)]  # nothing can follow a missing code
+    if not codes:
+        raise WordsError(f'Mask {i} has no first code; drop the mask instead.')
+    return vocab.start + ''.join(vocab.word(level, code) for level, code in enumerate(codes)) + vocab.end
+
+# %% ../nbs/00a_words.ipynb #e5e7b802
+def _make_span(vocab, text, start, end, numbers, problem=None, strict=False):
+    "Turn the numbers found in text[start:end] into a span; strict: any problem makes it unusable."
+    codes, size = [], vocab.codebook_size
+    if len(numbers) != vocab.depth:
+        problem = problem or f'{len(numbers)} code word{"s" * (len(numbers) != 1)}, {vocab.depth} needed'
+    for level, number in enumerate(numbers[: vocab.depth]):
+        if number // size != level:
+            problem = problem or _wrong_level(vocab, number, level)
+            break
+        codes.append(number - level * size)
+    ok = problem is None if strict else len(numbers) == vocab.depth and bool(codes)
+    missing = (-1,) * (vocab.depth - len(codes))
+    return MaskSpan(start, end, text[start:end], tuple(codes) + missing, ok, problem)
+
+
+def _wrong_level(vocab, number, level):  # the number of a word that does not belong to the level
+    size = vocab.codebook_size
+    if number >= size * vocab.depth:
+        return f'word {number:04d} is not in the vocabulary'
+    expected = f'{level * size:04d} to {(level + 1) * size - 1:04d}'
+    return f'word {number:04d} is of level {number // size}, not {level} ({expected})'
+
+# %% ../nbs/00a_words.ipynb #f83334c7
+def _read_strict(vocab, text):
+    "Read groups of adjacent words; only start, one code word of each level, end is ok."
+    groups = []
+    for word in re.finditer(rf'<\|mt_start\|>|<\|mt_end\|>|{vocab._code_word.pattern}', text):
+        last = groups[-1][-1] if groups else None
+        touches = last is not None and last.end() == word.start()
+        if touches and word[0] != vocab.start and last[0] != vocab.end:
+            groups[-1].append(word)
+        else:
+            groups.append([word])
+    return [_strict_span(vocab, text, group) for group in groups]
+
+
+def _strict_span(vocab, text, group):  # group: matches of words that touch each other
+    problem = None
+    if group[0][0] != vocab.start:
+        problem = 'no start word'
+    elif group[-1][0] != vocab.end:
+        problem = 'no end word'
+    numbers = [int(word[1]) for word in group if word[1]]
+    return _make_span(vocab, text, group[0].start(), group[-1].end(), numbers, problem, strict=True)
+
+# %% ../nbs/00a_words.ipynb #8c7496f6
+def _read_flat(vocab, text):
+    "Read all code words in order, whatever stands between them."
+    return _read_chunks(vocab, text, list(vocab._code_word.finditer(text)), range(len(text) + 1))
+
+
+def _read_chunks(vocab, text, found, origin):  # found: matches; origin: for each place in their text, that in `text`
+    "Read code words `depth` by `depth`."
+    spans = []
+    for i in range(0, len(found), vocab.depth):
+        chunk = found[i : i + vocab.depth]
+        numbers = [int(word[1]) for word in chunk]
+        spans.append(_make_span(vocab, text, origin[chunk[0].start()], origin[chunk[-1].end()], numbers))
+    return spans
+
+
+def _read_single(vocab, text):
+    "Read one mask: each word into the slot of its level, the last one wins."
+    found = list(vocab._code_word.finditer(text))
+    if not found:
+        return []
+    slots = {int(word[1]) // vocab.codebook_size: int(word[1]) for word in found}
+    numbers = [slots.get(level, len(vocab)) for level in range(vocab.depth)]  # len(vocab) is no word: unusable
+    span = _make_span(vocab, text, found[0].start(), found[-1].end(), numbers)
+    missing = [level for level in range(vocab.depth) if level not in slots]
+    problem = None
+    if missing:
+        problem = f'no word of level {missing[0]}'
+    elif len(found) != vocab.depth:
+        problem = f'{len(found)} code words, the last of each level wins'
+    return [replace(span, problem=problem)]
+
+# %% ../nbs/00a_words.ipynb #1afb8262
+def _released_rules(vocab):  # -> patterns; group 1 is the head that stays, group 2 the tail that stays
+    code = re.sub(r'\((?!\?)', '(?:', vocab._code_word.pattern)  # without its capturing group
+    short = rf'(<\|mt_start\|>(?:{code}){{1,{vocab.depth - 1}}})'
+    rules = [
+        rf'(<\|mt_start\|>(?:{code}){{{vocab.depth}}})(?:{code})+(<\|mt_end\|>)',
+        rf'{short}(<\|mt_end\|>)',
+        rf'{short}()(?!<\|mt_)',
+    ]
+    return [re.compile(rule) for rule in (rules if vocab.depth > 1 else rules[:1])]
+
+
+def _apply_released_rules(vocab, text):
+    "Apply the three released rules; return the new text and, for each of its characters, the place in `text`."
+    origin = list(range(len(text) + 1))
+    filler = f'<|mt_{"9" * vocab._digits}|>'
+    for rule in _released_rules(vocab):
+        new, places, at = '', [], 0
+        for found in rule.finditer(text):
+            head_end = found.end(1)
+            missing = vocab.depth - len(vocab._code_word.findall(found[1]))
+            put_in = filler * missing + ('' if found[2] else vocab.end)
+            new += text[at:head_end] + put_in
+            places += origin[at:head_end] + [origin[head_end]] * len(put_in)
+            at = found.start(2)
+        text = new + text[at:]
+        origin = places + origin[at:]
+    return text, origin
+
+
+def _read_repaired(vocab, text, flat):
+    "Repair a text and read it again: flat, or well-formed groups only; places are those in the text as it was."
+    fixed, origin = _apply_released_rules(vocab, text)
+    if flat:
+        return _read_chunks(vocab, text, list(vocab._code_word.finditer(fixed)), origin)
+    group = re.compile(rf'<\|mt_start\|>((?:{vocab._code_word.pattern}){{{vocab.depth}}})<\|mt_end\|>')
+    spans = []
+    for found in group.finditer(fixed):
+        numbers = [int(word[1]) for word in vocab._code_word.finditer(found[1])]
+        spans.append(_make_span(vocab, text, origin[found.start()], origin[found.end()], numbers))
+    return spans
+
+# %% ../nbs/00a_words.ipynb #b39b2bb9
+def _write_first(vocab, group):  # group: text of a broken group -> text, "" when it has no word of level 0
+    "Write the first word of each level, up to the first level without one."
+    first = {}
+    for word in vocab._code_word.finditer(group):
+        level, code = divmod(int(word[1]), vocab.codebook_size)
+        first.setdefault(level, code)
+    codes = [first.get(level, -1) for level in range(vocab.depth)]
+    return _write_group(vocab, codes, 0) if codes[0] >= 0 else ''
