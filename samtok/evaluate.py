@@ -17,6 +17,7 @@ import shlex
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 
@@ -161,8 +162,8 @@ class TargetIoU(Metric):
     def update(
         self,
         iou: float,  # in [0,1]
-        id=None,  # of the sample
-        group=None,
+        id: str | int | None = None,  # of the sample
+        group: str | int | None = None,  # of the sample
     ):
         "Count one sample."
         with self.add_sample(id, group) as row:
@@ -181,8 +182,8 @@ class CodeMatch(Metric):
         codes: list,  # of the true masks, each (K,) ints
         found: list | None,  # codes of the reply's well-formed groups; None: the reply is not known as words
         upper_bound: float,  # IoU of the joined decoded true codes with the joined true masks
-        id=None,  # of the sample
-        group=None,
+        id: str | int | None = None,  # of the sample
+        group: str | int | None = None,  # of the sample
     ):
         "Count one sample that has true masks."
         found, codes = None if found is None else set(map(tuple, found)), [tuple(c) for c in codes]
@@ -211,7 +212,7 @@ class CodeMatch(Metric):
 
     def of_sample(
         self,
-        row: dict,
+        row: dict,  # one of self.rows
     ) -> dict:  # the figures of one sample
         "Turn a row into figures."
         out = dict(upper_bound=row['upper_bound'])
@@ -259,10 +260,10 @@ def scorings(
 
 # %% ../nbs/08_evaluate.ipynb #6a0d4dd6
 def prediction(
-    sample: Conversation,
+    sample: Conversation,  # its id and its image
     reply: str,  # as the model wrote it
     embedding,  # ImageEmbedding of the sample's image, or the image
-    tokenizer: MaskTokenizer,
+    tokenizer: MaskTokenizer,  # that decodes the words
     policy: str = 'strict',  # how broken groups are read, see MaskVocab.parse
     threshold: float | None = None,  # logit above which a pixel is inside; None: the tokenizer's own
 ) -> dict:  # a line of a predictions file
@@ -293,7 +294,7 @@ class UpperBound(MaskVLM):
 
     def __init__(
         self,
-        tokenizer: MaskTokenizer,
+        tokenizer: MaskTokenizer,  # of masks
     ):
         self.tokenizer = tokenizer
 
@@ -416,17 +417,48 @@ def _check_prediction(row, sample, size, report):
 _NO_PREDICTION = dict(masks=[], labels=[], reply='', relations=[], scores=[], skipped=None, failed=True)
 
 # %% ../nbs/08_evaluate.ipynb #4ac4689f
+class _CodeComparison:  # true codes against the codes of replies; the images of 16 samples are encoded at a time
+    def __init__(self, tokenizer, policy, data):
+        self.tokenizer, self.policy, self.match, self.waiting = tokenizer, policy, CodeMatch(), []
+        self.known_codes = getattr(data, 'known_codes', None)  # where the data hold the true codes
+
+    def add(self, sample, truth, prediction, group):
+        if any(rle_area(m) for m in truth['masks']):
+            self.waiting.append((sample, truth, self._reply_codes(prediction), group))
+        if len(self.waiting) == 16:
+            self.flush()
+
+    def flush(self):
+        waiting, self.waiting = self.waiting, []
+        if not waiting:
+            return
+        masks = [np.stack([m for m in map(rle_to_mask, truth['masks']) if m.any()]) for _, truth, _, _ in waiting]
+        embedding = self.tokenizer.embed_image([sample.images[0] for sample, *_ in waiting])
+        codes = self.tokenizer.encode(embedding, masks)
+        for i, (sample, truth, *_) in enumerate(waiting if self.known_codes else ()):
+            if (known := self.known_codes(sample, self.tokenizer)) is not None:
+                codes[i] = np.array([known[k] for k in truth['numbers']])
+        decoded = self.tokenizer.decode(embedding, codes)
+        for (sample, _, found, group), true_codes, true, best in zip(waiting, codes, masks, decoded):
+            upper_bound = mask_iou_pairs(true.any(0)[None], best.any(0)[None])[0]
+            self.match.update(true_codes.tolist(), found, upper_bound, sample.id, group)
+
+    def _reply_codes(self, prediction):  # -> list of (K,) codes; None where the reply is masks without words
+        spans = self.tokenizer.vocab.parse(_answer(prediction['reply']), self.policy)
+        return None if prediction['masks'] and not spans else [s.codes for s in spans if s.ok]
+
+
 class Scorer:
     "Count the predictions of one task; `report` names what was not counted, `requests` are for a judge."
 
     def __init__(
         self,
-        task: Task,
+        task: Task,  # whose metric counts
         data: ChatDataset | None = None,  # of the task, where it knows predicates or codes
         tokenizer: MaskTokenizer | None = None,  # for predictions that are words, and for the figures of codes
         policy: str | None = None,  # how words are read, see MaskVocab.parse; None: as the task says
         threshold: float | None = None,  # logit above which a pixel is inside; None: the tokenizer's own
-        judge=None,  # see Judge; None: the task's
+        judge: 'str | Callable | None' = None,  # see Judge; None: the task's
         missing: str = 'skip',  # a sample without a usable prediction: 'skip', or 'zero' (a wrong empty answer)
         codes: bool | None = None,  # compare codes as well; None: where there is a tokenizer
         **how,  # convention, similarity, and other options of the metric
@@ -447,10 +479,10 @@ class Scorer:
         self.parts = [
             (scoring[0](**(how if i == 0 else {})), scoring[1]) for i, scoring in enumerate(scorings(task.metric))
         ]
-        self.calibration, self.codes = Calibration(), CodeMatch()
-        wanted = tokenizer is not None if codes is None else codes
-        self.compares_codes = wanted and tokenizer is not None and task.metric not in _WITHOUT_CODES
-        self._waiting, self.skipped = [], {}  # samples whose codes are compared later; id: groups that were not read
+        self.calibration = Calibration()
+        compare = tokenizer is not None and codes is not False and task.metric not in _WITHOUT_CODES
+        self.codes = _CodeComparison(tokenizer, self.policy, data) if compare else None
+        self.skipped = {}  # id of a sample: groups of mask words that were not read
 
     @property
     def metric(self) -> Metric:
@@ -460,11 +492,11 @@ class Scorer:
     @property
     def metrics(self) -> list:
         "Give all accumulators."
-        return [*(metric for metric, _ in self.parts), self.codes]
+        return [metric for metric, _ in self.parts] + ([self.codes.match] if self.codes else [])
 
     def group(
         self,
-        sample: Conversation,
+        sample: Conversation,  # of the task
     ) -> str | None:
         "Name the group of a sample, where the task has groups."
         return sample.task if self.grouped else None
@@ -472,7 +504,7 @@ class Scorer:
     def ask_judge(
         self,
         metric: Metric,  # a judged one, with requests(truth, description)
-        sample: Conversation,
+        sample: Conversation,  # a region that was described
         truth: dict,  # of truth_of
         prediction: dict,  # masks, labels, reply, relations, scores, skipped, failed
     ):
@@ -488,7 +520,7 @@ class Scorer:
 
     def add(
         self,
-        sample: Conversation,
+        sample: Conversation,  # of the task, with its truth
         row: dict | None = None,  # its line of the predictions file; None: there is none
     ) -> bool:  # is it counted?
         "Count one sample, or name what is wrong with it."
@@ -537,32 +569,9 @@ class Scorer:
             return False
         if prediction['skipped'] is not None and self.task.metric not in _WITHOUT_MASKS:
             self.skipped[sample.id] = int(prediction['skipped'])
-        if self.compares_codes and any(rle_area(m) for m in truth['masks']):
-            self._waiting.append((sample, truth, prediction))
-            if len(self._waiting) == 16:
-                self.compare_codes()
+        if self.codes:
+            self.codes.add(sample, truth, prediction, self.group(sample))
         return True
-
-    def compare_codes(self):
-        "Encode the true masks of the samples that wait, each image once, and compare codes and masks."
-        waiting, self._waiting = self._waiting, []
-        if not waiting:
-            return
-        masks = [np.stack([m for m in map(rle_to_mask, t['masks']) if m.any()]) for _, t, _ in waiting]
-        embedding = self.tokenizer.embed_image([s.images[0] for s, _, _ in waiting])
-        codes = self.tokenizer.encode(embedding, masks)
-        known = getattr(self.data, 'known_codes', None)
-        for i, (sample, truth, _) in enumerate(waiting):
-            if known and (all_codes := known(sample, self.tokenizer)) is not None:
-                codes[i] = np.array([all_codes[k] for k in truth['numbers']])
-        decoded = self.tokenizer.decode(embedding, codes)
-        for (sample, _, prediction), some, true, best in zip(waiting, codes, masks, decoded):
-            upper_bound = mask_iou_pairs(true.any(0)[None], best.any(0)[None])[0]
-            self.codes.update(some.tolist(), self._reply_codes(prediction), upper_bound, sample.id, self.group(sample))
-
-    def _reply_codes(self, prediction):  # -> list of (K,) codes; None where the reply is masks without words
-        spans = self.tokenizer.vocab.parse(_answer(prediction['reply']), self.policy)
-        return None if prediction['masks'] and not spans else [s.codes for s in spans if s.ok]
 
     def figures(
         self,
@@ -571,7 +580,8 @@ class Scorer:
         group: str | None = None,  # only the samples of this group
     ) -> dict:  # figure: dict(mean, low, high, n)
         "Compute all figures with their intervals; what cannot be computed is in `problems`."
-        self.compare_codes()
+        if self.codes:
+            self.codes.flush()
         out, self.problems = {}, []
         for metric in (*self.metrics, self.calibration):
             part = metric if group is None else metric.only(group)
@@ -600,8 +610,8 @@ class Score:
 
     def __init__(
         self,
-        task: Task,
-        scorer: Scorer,
+        task: Task,  # that was counted
+        scorer: Scorer,  # with all samples
         total: int,  # samples of the task
         start: float,  # time.perf_counter() of the start
         n_boot: int = 1000,  # resamples of the intervals
@@ -673,7 +683,7 @@ class Score:
 
 
 def score(
-    task: 'str | Task',
+    task: 'str | Task',  # or its name
     predictions: 'str | Path | list',  # JSONL file, or list of dict
     data: 'ChatDataset | list | None' = None,  # or list of Conversation; None: the task's own
     n: int | None = None,  # samples at most
@@ -703,7 +713,7 @@ def _only_ids(metric, ids):  # Metric, set of ids -> Metric with the samples amo
 
 
 def paired_difference(
-    before: Score,
+    before: Score,  # of one model
     after: Score,  # of the same task, for another model
     figure: str,  # a figure that both have
     n_boot: int = 1000,  # resamples of the interval
@@ -740,7 +750,7 @@ class Predictions(Run):
     def __init__(
         self,
         out: 'str | Path',  # folder of all predictions
-        task: Task,
+        task: Task,  # whose samples are answered
         model: str,  # fingerprint of the model
         settings: dict,  # what else shapes a reply
         rank: int = 0,  # number of this process
@@ -768,7 +778,7 @@ class Predictions(Run):
 
     def add(
         self,
-        row: dict,  # of `prediction`
+        row: dict,  # of prediction
     ):
         "Append a line, which is on disk when this returns."
         self.log(0, run=self.fingerprint, **row)
@@ -785,12 +795,12 @@ def _gives_truth(model, task):  # are the replies the true codes?
 @torch.no_grad()
 def reply_batch(
     model: MaskVLM,  # or UpperBound
-    task: Task,
+    task: Task,  # says how it is asked
     batch: list,  # of Conversation
     policy: str | None = None,  # how replies are read, see MaskVocab.parse; None: as the task says
     constrained: bool | None = None,  # see MaskVLM.generate; None: the model's own setting
     threshold: float | None = None,  # logit above which a pixel is inside; None: the tokenizer's own
-    known_codes=None,  # function of (sample, tokenizer) -> codes of its masks, or None: they are encoded
+    known_codes: 'Callable | None' = None,  # (sample, tokenizer) -> (K,) codes of its masks, or None: encode them
 ) -> list:  # of dict, the lines of the predictions file
     "Let a model answer some samples."
     truth = _gives_truth(model, task)
@@ -815,8 +825,8 @@ def reply_batch(
 
 def predict(
     model: MaskVLM,  # or UpperBound
-    task: Task,
-    store: Predictions,
+    task: Task,  # says how it is asked
+    store: Predictions,  # where the predictions are kept
     data: 'ChatDataset | list',  # or list of Conversation
     n: int | None = None,  # samples at most
     batch: int = 16,  # samples at a time
@@ -965,7 +975,7 @@ def evaluate(
     gpus: int = 0,  # processes, one for each GPU; 0 or 1: this one
     n_boot: int = 1000,  # resamples of the intervals
     seed: int = 0,  # of the resamples
-    judge=None,  # see Judge; None: as each task says
+    judge: 'str | Callable | None' = None,  # see Judge; None: as each task says
     missing: str = 'skip',  # see Scorer
     similarity: str | None = None,  # of phrases: "words" or a text encoder; None: as each task says
     codes: bool = True,  # compare the codes of replies with the true ones as well
@@ -1124,7 +1134,7 @@ def paper_table(
 
 # %% ../nbs/08_evaluate.ipynb #885515c9
 def write_questions(
-    task: Task,
+    task: Task,  # says how it is asked
     folder: 'str | Path',  # made if missing
     n: int | None = None,  # samples at most
     root: str = '',  # folder that the task's files are below

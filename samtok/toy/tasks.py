@@ -61,7 +61,7 @@ class ToyTask(ChatDataset):
 
     def fits(
         self,
-        conversation: Conversation,
+        conversation: Conversation,  # as load makes it
     ) -> bool:
         "Leave out scenes with another number of targets than the benchmark has."
         return self.targets[0] <= len(named_masks(conversation.messages[-1]['content'])) <= self.targets[1]
@@ -119,8 +119,8 @@ class Attributes(Metric):
         self,
         description: str,  # of a model
         truth: str,  # the true description
-        id=None,  # of the sample
-        group=None,  # of the sample
+        id: str | int | None = None,  # of the sample
+        group: str | int | None = None,  # of the sample
     ):
         "Count one description."
         named, true = read_caption(description), read_caption(truth)
@@ -144,7 +144,7 @@ ATTRIBUTES_SCORING = [Scoring(Attributes, _count_attributes)]  # of samtok.evalu
 
 # %% ../../nbs/toy/05_toy_tasks.ipynb #ac199286
 def draw_expression(
-    world: ShapeWorld,
+    world: ShapeWorld,  # whose min_area says what is too small
     i: int,  # number of the scene
     no_target_ratio: float = 0.25,  # share of expressions that nothing in the scene fits, in [0,1]
     seed: int = 0,  # of the expressions
