@@ -28,7 +28,6 @@ from samtok.chat import (
     NO_TARGET,
     PROMPTS,
     ChatDataset,
-    ChatError,
     Conversation,
     answer_masks,
     caption_chat,
@@ -36,7 +35,7 @@ from samtok.chat import (
     places,
 )
 from .chat_formats import DatasetWrapper, open_chat
-from .data import find_image, read_image
+from .data import DataError, find_image, read_image
 from .formats import ReasonSeg, open_dataset
 from .masks import mask_to_rle, segmentation_to_mask
 from .metrics import Metric, ratio
@@ -271,12 +270,14 @@ class ShardChat(ChatDataset):
     def load(
         self,
         record: tuple,  # see records
-    ) -> Conversation:  # raises ChatError
+    ) -> Conversation:  # raises DataError
         "Load a conversation, and decode its masks."
         path, group, at = record
         row = _row_group(path, group).slice(at, 1).to_pylist()[0]
         if len(row['images']) != 1:
-            raise ChatError(f'{len(row["images"])} images, and shards do not say which one a mask belongs to.')
+            raise DataError(
+                f'A conversation about {len(row["images"])} images: shards do not say which one a mask is of.'
+            )
         image, codes = read_image(row['images'][0]), {}
         messages = [dict(m, content=self._number_masks(m['content'], codes)) for m in json.loads(row['messages'])]
         masks = list(self.tokenizer.decode(image, np.array(list(codes)))) if codes else []
@@ -287,7 +288,7 @@ class ShardChat(ChatDataset):
         out, end = '', 0
         for span in self.tokenizer.vocab.parse(text):
             if not span.ok:
-                raise ChatError(f'a message holds broken mask words, {span.text[:60]}: {span.problem}.')
+                raise DataError(f'A message holds broken mask words, {span.text[:60]}: {span.problem}.')
             number = codes.setdefault(tuple(map(int, span.codes)), len(codes))
             out, end = out + text[end : span.start] + f'<mask:{number}>', span.end
         return out + text[end:]

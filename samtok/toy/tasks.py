@@ -13,7 +13,8 @@ import re
 import numpy as np
 
 from ..benchmarks import Scoring, Task, named_masks
-from ..chat import PROMPTS, ChatDataset, ChatError, Conversation, answer_masks, reading_order
+from ..chat import PROMPTS, ChatDataset, Conversation, answer_masks, reading_order
+from ..data import DataError
 from ..masks import box_to_mask, mask_to_box, masks_to_boxes
 from ..metrics import Metric, ratio
 from .scenes import ATTRIBUTES, SceneChat, caption, read_caption, refer
@@ -195,11 +196,11 @@ class ToyRefer(ChatDataset):
     def load(
         self,
         record: int,  # number of a scene
-    ) -> Conversation:  # raises ChatError where an object that is meant is too small
+    ) -> Conversation:  # raises DataError where an object that is meant is too small
         "Draw a scene, and ask for an expression."
         found = draw_expression(self.world, record, self.share, self.seed)
         if found is None:
-            raise ChatError('an object that is meant is too small to be a region.')
+            raise DataError('An object that is meant is too small to be a region.')
         scene, text, ids, kind = found
         if ids:
             ids = [ids[i] for i in reading_order(masks_to_boxes(scene.visible[ids]))]
