@@ -12,7 +12,6 @@ import json
 import os
 import re
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -109,7 +108,7 @@ def check_toy_params(
 
 # %% ../../nbs/toy/04_toy_sft.ipynb #a244edef
 class SceneRecords:
-    "ShapeWorld conversations as records with mask words; record i is always the same, and each epoch asks new questions."
+    "Conversations as records with mask words; record i is always the same, and each epoch asks new questions."
 
     def __init__(
         self,
