@@ -41,7 +41,7 @@ def mask_word_ids(
         )
     if have != len(vocab) - 2:
         raise VLMError(
-            f'This model knows {have} code words, the mask tokenizer speaks {len(vocab) - 2} '
+            f'This model knows {have} code words, the mask tokenizer has {len(vocab) - 2} '
             f'({vocab.depth} x {vocab.codebook_size}): use the mask tokenizer that the model was trained with.'
         )
     if lost := [w for w in vocab.words if w not in known]:

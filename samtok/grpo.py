@@ -461,7 +461,7 @@ def exploits(
 # %% ../nbs/06_grpo.ipynb #f7a2e584
 def broken_groups(
     vlm: MaskVLM,  # its vocabulary
-    replies: list[str],
+    replies: list[str],  # texts of a model
 ) -> int:
     "Count mask groups that cannot be decoded."
     return sum(not span.ok for text in replies for span in vlm.vocab.parse(text))
@@ -476,10 +476,11 @@ def compare(
     for name, start in before.scores.items():
         end = after.scores[name]
         for figure in start.figures:
-            if figure in end.figures:
-                out[f'{name}/{figure}_before'] = start.figures[figure]
-                out[f'{name}/{figure}_after'] = end.figures[figure]
-                out[f'{name}/{figure}_difference'] = paired_difference(start, end, figure)
+            if figure not in end.figures or figure == 'ECE':  # a figure of all samples together
+                continue
+            out[f'{name}/{figure}_before'] = start.figures[figure]
+            out[f'{name}/{figure}_after'] = end.figures[figure]
+            out[f'{name}/{figure}_difference'] = paired_difference(start, end, figure)
     return out
 
 

@@ -8,6 +8,7 @@ __all__ = ['MetricError', 'Convention', 'as_mask', 'overlap_counts', 'ratio', 'M
 
 # %% ../nbs/07_metrics.ipynb #c6a11bc0
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ class Metric:
         self,
         id: str | int | None,  # of the sample; None: repeats cannot be found
         group: str | int | None = None,  # `compute` gives the figures of each group, too
-    ):  # yields a dict for the numbers of the sample; raises MetricError, which names the sample
+    ) -> Iterator[dict]:  # yields a dict for the numbers of the sample; raises MetricError, which names the sample
         "Add a sample, for `update` of a subclass; the row is kept only if nothing went wrong."
         who = f'{type(self).__name__}, sample {len(self.rows) if id is None else id!r}'
         if id is not None and id in self._ids:

@@ -209,8 +209,8 @@ class ResidualVQ(nn.Module):
             num_quantizers = _renamed('depth', 'num_quantizers', depth)
         self.codebook_size = codebook_size
         self.num_quantizers = num_quantizers
-        books = [VectorQuantize(dim, codebook_size, **kwargs) for _ in range(1 if shared else num_quantizers)]
-        self.codebooks = nn.ModuleList(books * num_quantizers if shared else books)
+        codebooks = [VectorQuantize(dim, codebook_size, **kwargs) for _ in range(1 if shared else num_quantizers)]
+        self.codebooks = nn.ModuleList(codebooks * num_quantizers if shared else codebooks)
 
     def forward(
         self,

@@ -14,6 +14,7 @@ import json
 import math
 import re
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha1
 from importlib import import_module
@@ -174,9 +175,7 @@ class MaskReward(Reward):
     alpha: float = 0.4  # in [0,1]: what the first code alone is worth; `paper` ignores it
     vocab: MaskVocab = MaskVocab()  # codebook size and depth
     policy: str | None = None  # of MaskVocab.parse, or "released"; None: "released" in that mode, else "strict"
-    answer_part: bool | str = (
-        True  # True: the answer if there are tags, else all; "required": no answer is 0; False: all
-    )
+    answer_part: bool | str = True  # True: the answer if there are tags, else all; "required": the answer; False: all
 
     def __post_init__(self):
         if self.mode not in MASK_MODES:
@@ -248,8 +247,8 @@ class MaskCache:
 
     def __init__(
         self,
-        decoder,  # (embedding or image, codes (n,K) int64) -> n masks (H,W) bool
-        embed=None,  # image -> embedding; None: the decoder gets the image
+        decoder: Callable,  # (embedding or image, codes (n,K) int64) -> n masks (H,W) bool
+        embed: Callable | None = None,  # image -> embedding; None: the decoder gets the image
         masks: int = 4096,  # how many decoded masks are kept
         images: int = 8,  # how many embedded images are kept
     ):
@@ -302,14 +301,14 @@ def _image_key(sample_id, image):  # hashable, equal for equal images
 
 
 class DecodedMaskReward(Reward):
-    "Score decoded masks by their IoU with the true masks, matched one to one."
+    "Score decoded masks by their IoU with the true masks, matched one to one; for example with `MaskTokenizer.decode`."
 
     title = 'mask_decoded'
 
     def __init__(
         self,
-        decoder,  # (embedding or image or sample_id, codes (n,K) int64) -> n masks (H,W) bool: MaskTokenizer.decode
-        embed=None,  # image -> embedding, for example MaskTokenizer.embed_image; None: the decoder gets the image
+        decoder: Callable,  # (embedding, image or sample_id; codes (n,K) int64) -> n masks (H,W) bool
+        embed: Callable | None = None,  # image -> embedding; None: the decoder gets the image
         vocab: MaskVocab = _VOCAB,  # codebook size and depth
         policy: str = 'strict',  # of MaskVocab.parse
         answer_part: bool | str = True,  # as in MaskReward

@@ -9,6 +9,7 @@ __all__ = ['greedy_pairs', 'coco_hits', 'average_precision', 'GCG', 'check_java'
 # %% ../nbs/07a_text_metrics.ipynb #ed7ef26b
 import shutil
 import subprocess
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -90,7 +91,7 @@ class GCG(Metric):
     def __init__(
         self,
         convention: str | Convention | None = None,  # name in `conventions`, or a Convention; None: plain
-        similarity=None,  # function (G labels, P phrases) -> (G,P) in [-1,1]; it is not pickled with the rest
+        similarity: Callable | None = None,  # (G labels, P phrases) -> (G,P) in [-1,1]; it is not pickled
         min_iou: float = 0.5,  # of a hit
         min_text: float = 0.5,  # similarity of a hit
     ):

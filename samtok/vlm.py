@@ -117,9 +117,9 @@ def load_vlm(
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
         problem = hub_problem(name, e) if isinstance(name, str) and not made else None
-        said = ' '.join(str(e).split())[:300]
+        reason = ' '.join(str(e).split())[:300]
         raise VLMError(
-            problem or f'The model {Path(name).name} could not be loaded ({type(e).__name__}): {said}'
+            problem or f'The model {Path(name).name} could not be loaded ({type(e).__name__}): {reason}'
         ) from e
 
 # %% ../nbs/03b_vlm.ipynb #e7c97ebd
