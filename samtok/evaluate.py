@@ -267,7 +267,7 @@ def prediction(
     policy: str = 'strict',  # how broken groups are read, see MaskVocab.parse
     threshold: float | None = None,  # logit above which a pixel is inside; None: the tokenizer's own
 ) -> dict:  # a line of a predictions file
-    "Read a reply: its masks as RLE, their labels, what is said of them."
+    "Read a reply: its masks as RLE, their labels, what is written about them."
     answer = _answer(reply)
     found = decode_reply(answer, embedding, tokenizer, policy, most=10_000, threshold=threshold)
     row = dict(
@@ -360,16 +360,16 @@ def _list_of_masks(masks):  # of a prediction -> list of RLE, or None
     return masks if good else None
 
 
-def _spell(size):  # (H,W), or whatever a file has there
+def _size_text(size):  # (H,W), or whatever a file has there
     return 'x'.join(map(str, size)) if isinstance(size, (list, tuple)) else str(size)
 
 
 def _wrong_size(masks, size):  # list of RLE, (H,W) -> (kind of problem, why), or None
-    sizes = sorted({_spell(m['size']) for m in masks})
+    sizes = sorted({_size_text(m['size']) for m in masks})
     if len(sizes) > 1:
         return 'masks of several sizes', f'{" and ".join(sizes)} in one prediction.'
-    if sizes and sizes[0] != _spell(size):
-        return 'wrong mask size', f'{sizes[0]}, the image is {_spell(size)} (height x width).'
+    if sizes and sizes[0] != _size_text(size):
+        return 'wrong mask size', f'{sizes[0]}, the image is {_size_text(size)} (height x width).'
 
 
 def _is_relation(relation, n):  # [subject, object, predicate] of n masks
