@@ -28,7 +28,6 @@ from samtok.chat import (
     NO_TARGET,
     PROMPTS,
     ChatDataset,
-    ChatError,
     Conversation,
     answer_masks,
     caption_chat,
@@ -36,7 +35,7 @@ from samtok.chat import (
     places,
 )
 from .chat_formats import DatasetWrapper, open_chat
-from .data import find_image, read_image
+from .data import DataError, find_image, read_image
 from .formats import ReasonSeg, open_dataset
 from .masks import mask_to_rle, segmentation_to_mask
 from .metrics import Metric, ratio
@@ -81,7 +80,7 @@ class Scoring(NamedTuple):
 
 # %% ../nbs/07b_benchmarks.ipynb #e4ebb7ac
 def named_masks(
-    text: str,
+    text: str,  # str of a message, with <mask:k> in it
 ) -> list:  # of int: numbers of masks, each once, in reading order
     "List the masks that a text names."
     return list(dict.fromkeys(number for kind, number in places(text) if kind == 'mask'))
@@ -143,7 +142,7 @@ class MaskSet(DatasetWrapper):
 
     def fits(
         self,
-        conversation: Conversation,
+        conversation: Conversation,  # as load makes it
     ) -> bool:
         "Leave out images without a mask."
         return len(conversation) > 0
@@ -271,12 +270,14 @@ class ShardChat(ChatDataset):
     def load(
         self,
         record: tuple,  # see records
-    ) -> Conversation:  # raises ChatError
+    ) -> Conversation:  # raises DataError
         "Load a conversation, and decode its masks."
         path, group, at = record
         row = _row_group(path, group).slice(at, 1).to_pylist()[0]
         if len(row['images']) != 1:
-            raise ChatError(f'{len(row["images"])} images, and shards do not say which one a mask belongs to.')
+            raise DataError(
+                f'A conversation about {len(row["images"])} images: shards do not say which one a mask is of.'
+            )
         image, codes = read_image(row['images'][0]), {}
         messages = [dict(m, content=self._number_masks(m['content'], codes)) for m in json.loads(row['messages'])]
         masks = list(self.tokenizer.decode(image, np.array(list(codes)))) if codes else []
@@ -287,7 +288,7 @@ class ShardChat(ChatDataset):
         out, end = '', 0
         for span in self.tokenizer.vocab.parse(text):
             if not span.ok:
-                raise ChatError(f'a message holds broken mask words, {span.text[:60]}: {span.problem}.')
+                raise DataError(f'A message holds broken mask words, {span.text[:60]}: {span.problem}.')
             number = codes.setdefault(tuple(map(int, span.codes)), len(codes))
             out, end = out + text[end : span.start] + f'<mask:{number}>', span.end
         return out + text[end:]
@@ -527,7 +528,7 @@ def find_tasks(
 
 
 def open_task(
-    task: Task,
+    task: Task,  # of get_task, or your own
     root: str = '',  # folder that its files are below
 ) -> ChatDataset:  # raises EvaluateError
     "Open the data of a task."
@@ -550,7 +551,7 @@ def _always(conversation):
 
 
 def samples(
-    task: Task,
+    task: Task,  # says which rounds are asked
     data: ChatDataset,  # may have fits(conversation) and asks(sample) -> bool, which leave some out
     n: int | None = None,  # samples at most
 ) -> Iterator:  # of Conversation, each with an id of its own and one answer to give
@@ -585,8 +586,8 @@ def _questions(task, conversation):  # -> list of Conversation with one answer t
 
 
 def ask(
-    task: Task,
-    sample: Conversation,
+    task: Task,  # has the prompt
+    sample: Conversation,  # of samples
 ) -> Conversation:  # without the truth, as a model sees it
     "Put the question of a sample as its task puts it."
     messages = [dict(m) for m in sample.messages[:-1]]
@@ -601,7 +602,7 @@ _PHRASE = r'<\|object_ref_start\|>(.*?)<\|object_ref_end\|><mask:(\d+)>'
 
 
 def truth_of(
-    sample: Conversation,
+    sample: Conversation,  # the last message is the true answer
     rest: bool = False,  # read the masks that no message names as ignored pixels
 ) -> dict:  # text, numbers, masks [RLE], labels, relations, ignore [RLE], size (H,W)
     "Read the truth off the last message."
@@ -684,8 +685,8 @@ class Choices(Metric):
         self,
         answers: list,  # of str: the judge's, in the order of requests
         truth: str,  # as in requests
-        id,  # of the sample
-        group=None,  # of the sample
+        id: str | int,  # of the sample
+        group: str | int | None = None,  # of the sample
     ):
         "Count one region; an answer that cannot be read is worth 0."
         questions = json.loads(truth)['questions']
@@ -737,8 +738,8 @@ class Pairs(Metric):
         self,
         answers: list,  # of one str, the judge's
         truth: str,  # as in requests
-        id,  # of the sample
-        group=None,  # of the sample
+        id: str | int,  # of the sample
+        group: str | int | None = None,  # of the sample
     ):
         "Count one region; an answer without two numbers is not counted."
         found = _numbers(answers[0], 2, 0, 10)
@@ -774,8 +775,8 @@ class Grades(Metric):
         self,
         answers: list,  # of one str, the judge's
         truth: str,  # as in requests
-        id,  # of the sample
-        group=None,  # of the sample
+        id: str | int,  # of the sample
+        group: str | int | None = None,  # of the sample
     ):
         "Count one region; an answer without four numbers is not counted."
         found = _numbers(answers[0], 4, 0, 5)
@@ -799,7 +800,7 @@ class Judge:
 
     def __init__(
         self,
-        source=None,  # see above; None: nobody
+        source: 'str | Path | Callable | None' = None,  # see above; None: nobody
     ):
         named = isinstance(source, str) and source in JUDGES
         self.source, self.answers = import_object(JUDGES[source]) if named else source, {}
@@ -837,8 +838,8 @@ class TextEncoder:
 
     def __init__(
         self,
-        model,  # HF encoder
-        tokenizer,  # its text tokenizer
+        model: torch.nn.Module,  # HF encoder
+        tokenizer: Callable,  # its text tokenizer, of HF
     ):
         self.model, self.tokenizer, self.seen = model.eval(), tokenizer, {}
 
@@ -879,14 +880,14 @@ class TextEncoder:
 
 # %% ../nbs/07b_benchmarks.ipynb #14d5b2a1
 def plain_caption(
-    reply: str,
+    reply: str,  # of a model
 ) -> str:
     "Take mask words and tags out of a caption."
     return re.sub(r'\s+', ' ', re.sub(r'<[^<>]*>', '', reply)).strip().strip("'").strip()
 
 
 def answer_part(
-    reply: str,
+    reply: str,  # of a model, with or without reasoning
 ) -> str:  # what is in <answer>, else what follows </think>, else everything
     "Find the answer in a reply that thinks first."
     found = re.search(r'<answer>(.*?)(?:</answer>|$)', reply, re.S)

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..chat import PROMPTS, ChatDataset, ChatError, Conversation, answer_masks, answer_triplets, reading_order
 from ..masks import masks_to_boxes
-from ..runs import RunError, atomic_write, check_device, parse_args, pool_map, progress
+from ..runs import RunError, atomic_write, check_device, find_file, parse_args, pool_map, progress
 from ..shards import open_conversations, tokenizer_fingerprint
 from .shapeworld import COLORS, INVERSE, LETTERS, SHAPES, SIZES, TEXTURES, ShapeWorld, render
 
@@ -81,7 +81,7 @@ def _expression(about, ids):  # description, what it means -> "the red circle" f
 
 # %% ../../nbs/toy/01_scenes.ipynb #9c858913
 def refer_attributes(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # of all draws
     graph: dict,  # of a scene
 ) -> tuple:  # text, list of object ids
     "Refer by attributes; all that fit are meant."
@@ -91,7 +91,7 @@ def refer_attributes(
 
 # %% ../../nbs/toy/01_scenes.ipynb #f155fcce
 def refer_relation(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # of all draws
     graph: dict,  # of a scene
 ) -> tuple | None:  # text, list of object ids; None where no relation has an anchor of its own
     "Refer by a relation to an object that a description singles out."
@@ -114,7 +114,7 @@ _RANKS = (  # key of an object, name of the rank, from the high end
 
 
 def refer_order(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # of all draws
     graph: dict,  # of a scene
 ) -> tuple | None:  # text, list of one object id; None where fewer than two objects fit
     "Refer by a rank: from the left, from the right, or by size."
@@ -131,7 +131,7 @@ def refer_order(
 
 
 def refer_place(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # of all draws
     graph: dict,  # of a scene
 ) -> tuple:  # text, list of object ids
     "Refer by the part of the image an object is in."
@@ -142,7 +142,7 @@ def refer_place(
 
 # %% ../../nbs/toy/01_scenes.ipynb #fad613ca
 def refer_no_target(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # of all draws
     graph: dict,  # of a scene
 ) -> tuple | None:  # text, empty list; None where some object fits
     "Describe what is not there, one or two attributes away from what is."
@@ -170,7 +170,7 @@ def _shares(weights, no_target_ratio):  # dict kind -> weight, share in [0,1] ->
 
 
 def refer(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # of all draws
     graph: dict,  # of a scene
     kind: str | dict | None = None,  # one of REFER, or kind -> weight; None: REFER_SHARE
     no_target_ratio: float = REFER_SHARE['no_target'],  # share of expressions without a target, in [0,1]
@@ -196,7 +196,7 @@ def caption(
 
 
 def read_caption(
-    text: str,
+    text: str,  # a caption
 ) -> dict:  # of size, texture, color and shape, each None where the text does not name it
     "Read the attributes off a caption."
     words = text.lower().replace('.', ' ').split(' with ')[0].split(' at ')[0].split()
@@ -257,7 +257,7 @@ class _SceneConversation:  # a conversation about one scene while it is made; ma
 
 # %% ../../nbs/toy/01_scenes.ipynb #58c052ff
 def ask_refer(
-    conversation: _SceneConversation,
+    conversation: _SceneConversation,  # gets one more round
     kind: str | dict | None = None,  # of REFER, or kind -> weight; None: REFER_SHARE
     no_target_ratio: float = REFER_SHARE['no_target'],  # share of expressions without a target, in [0,1]
 ):
@@ -271,7 +271,7 @@ def ask_refer(
 
 
 def ask_caption(
-    conversation: _SceneConversation,
+    conversation: _SceneConversation,  # gets one more round
 ):
     "Ask for the description of a region."
     k = conversation.pick()
@@ -280,7 +280,7 @@ def ask_caption(
 
 
 def ask_question(
-    conversation: _SceneConversation,
+    conversation: _SceneConversation,  # gets one more round
 ):
     "Ask for an attribute of a region, or how two regions lie."
     rng, k = conversation.rng, conversation.pick()
@@ -301,7 +301,7 @@ def ask_question(
 
 # %% ../../nbs/toy/01_scenes.ipynb #74441772
 def ask_again(
-    conversation: _SceneConversation,
+    conversation: _SceneConversation,  # gets one more round
 ):
     "Ask for what lies on a side of a region named before (multi-round); without one ask for an expression."
     graph, rng = conversation.graph, conversation.rng
@@ -318,7 +318,7 @@ def ask_again(
 
 
 def ask_instances(
-    conversation: _SceneConversation,
+    conversation: _SceneConversation,  # gets one more round
 ):
     "Ask for every object, with its name."
     names = {k: conversation.name(k) for k in conversation.regions}
@@ -333,7 +333,7 @@ def _describe(conversation, ids):  # -> "The image shows a ... and a ...", each 
 
 
 def ask_gcg(
-    conversation: _SceneConversation,
+    conversation: _SceneConversation,  # gets one more round
 ):
     "Ask for a description with masks."
     ids = conversation.in_order(conversation.regions)[:4]
@@ -341,7 +341,7 @@ def ask_gcg(
 
 
 def ask_list(
-    conversation: _SceneConversation,
+    conversation: _SceneConversation,  # gets one more round
 ):
     "Ask for a description that names all objects, in any order."
     ids = [int(k) for k in conversation.rng.permutation(conversation.regions)]
@@ -349,7 +349,7 @@ def ask_list(
 
 
 def ask_psg(
-    conversation: _SceneConversation,
+    conversation: _SceneConversation,  # gets one more round
 ):
     "Ask for relations, with masks on both sides; without any ask for a caption."
     kinds, regions = ('left of', 'above', 'in front of', 'inside'), conversation.regions
@@ -400,6 +400,7 @@ class SceneChat(ChatDataset):
         kind: str | dict | None = None,  # of REFER, or kind -> weight; None: REFER_SHARE
         no_target_ratio: float = REFER_SHARE['no_target'],  # of the referring expressions, in [0,1]
         length: int = 0,  # a conversation ends at about so many words and masks; 0: by rounds only
+        codes: str = '',  # file of scene_codes, from which masks get their words; empty: they are encoded
     ):
         super().__init__()
         kinds = kind if isinstance(kind, dict) else [kind] * bool(kind)
@@ -411,10 +412,23 @@ class SceneChat(ChatDataset):
         self.kind = kind
         self.no_target_ratio = no_target_ratio
         self.length = length
+        self.codes = codes
         self.outlines = {}  # number of a scene -> its outline, for all epochs
 
     def __len__(self) -> int:
         return len(self.world)
+
+    def known_words(
+        self,
+        tokenizer,  # MaskTokenizer that is to write the masks
+    ):  # CodeTable, or None; raises RunError where another tokenizer made the codes, or for fewer scenes
+        "Look the words of masks up in a file of codes."
+        if not self.codes:
+            return None
+        table = code_table(find_file(self.codes), tokenizer.vocab, tokenizer)
+        if len(table) < len(self):
+            raise RunError(f'{Path(self.codes).name} has the codes of {len(table)} scenes, {len(self)} are asked for.')
+        return table
 
     def records(self):  # -> iterable of the numbers of the scenes
         "List the scenes."
@@ -478,10 +492,11 @@ def open_scenes(
     kind: str | dict | None = None,  # of referring expressions, see SceneChat
     no_target_ratio: float = REFER_SHARE['no_target'],  # of the referring expressions, in [0,1]
     length: int = 0,  # a conversation ends at about so many words and masks; 0: by rounds only
+    codes: str = '',  # file of scene_codes, from which masks get their words; empty: they are encoded
     **world,  # arguments of ShapeWorld
 ) -> SceneChat:
     "Open the conversations that `samtok.shards` knows by the name `shapeworld`."
-    return SceneChat(ShapeWorld(**world), rounds, share, kind, no_target_ratio, length)
+    return SceneChat(ShapeWorld(**world), rounds, share, kind, no_target_ratio, length, codes)
 
 # %% ../../nbs/toy/01_scenes.ipynb #0e8c7f40
 PHRASES = (
@@ -555,7 +570,7 @@ def _encode_scenes(world, tokenizer, numbers, batch, chunk, workers):
 
 
 def scene_codes(
-    world: ShapeWorld,
+    world: ShapeWorld,  # all its scenes
     tokenizer,  # MaskTokenizer
     out: str | Path,  # .npz file: codes (M,K) uint16, starts (n+1,) int64, fingerprints; it stays if it is finished
     batch: int = 16,  # scenes in one pass
