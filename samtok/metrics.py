@@ -197,7 +197,7 @@ class Metric:
 
     def ratios(self) -> dict[str, tuple[str, str, float]]:  # figure -> column, column that divides it, eps added there
         "Name the figures that are ratios of two sums; for subclasses."
-        return {}
+        return self._ratios() if hasattr(self, '_ratios') else {}  # the name of releases up to 0.1
 
     def from_sums(
         self,

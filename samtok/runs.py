@@ -214,6 +214,7 @@ RENAMED = dict(  # parameters of releases up to 0.1 -> their names today; they a
     look_steps='vision_pretrain_steps',
     look_batch='vision_pretrain_batch',
     look_lr='vision_pretrain_lr',
+    remember='cache_images',
 )
 
 
