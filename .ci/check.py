@@ -41,7 +41,7 @@ RUN_NOTEBOOKS = (  # these have one cell tagged `parameters`
 )
 PAGES = r'(toy/06_)'  # numbered notebooks without a module: pages
 MODULES = {'toy/04_toy_sft': 'toy.train', 'toy/05_toy_tasks': 'toy.tasks'}  # where the name of the file says another
-CELLS, MAX_KB = range(25, 81), 500
+CELLS, MAX_KB, PARAMETERS = range(25, 81), 500, 30
 RUN_TIME = r'[Rr]uns in (seconds|under a minute|under two minutes) on two CPU cores'
 TOP = 99  # the floor of the toy
 SLOW, TIMEOUT, WORKERS = 90, 300, 2  # seconds, seconds, notebooks at a time
@@ -132,6 +132,8 @@ def lint_notebook(file):
         r'^check_names\(globals\(\)\)$', '\n'.join(text(c) for c in codes[below : below + 2]), re.M
     ):
         yield 'does not stop at a parameter that it does not have: check_names(globals()) belongs below the parameters.'
+    if runs and (n := parameter_lines(codes)) > PARAMETERS:
+        yield f'{n} parameters, at most {PARAMETERS} are taken in at one look: leave rare ones to the parameter files.'
     if runs and (unread := unread_parameters(file, cells)):
         yield (
             f'papermill cannot read the line of {", ".join(unread)}, so that its help page leaves it out: '
@@ -143,6 +145,12 @@ def lint_notebook(file):
         yield 'does not say near its top how long it runs, for example *Runs in seconds on two CPU cores.*'
     if is_source(file):
         yield from lint_source(file, cells, codes)
+
+
+def parameter_lines(codes):
+    "Number of parameters in the cell that papermill replaces."
+    tagged = [c for c in codes if 'parameters' in c['metadata'].get('tags', [])]
+    return sum(isinstance(node, ast.AnnAssign) for c in tagged for node in parse(c))
 
 
 def unread_parameters(file, cells):  # -> names in the parameters cell that papermill does not find

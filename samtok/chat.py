@@ -84,6 +84,13 @@ class ChatDataset(MaskDataset):
 
     name = 'chat'
 
+    def known_words(
+        self,
+        tokenizer,  # MaskTokenizer that is to write the masks
+    ):  # function Conversation -> list of str, the words of its masks; None: the masks have to be encoded
+        "Look words up where a data set brings the codes of its masks."
+        return None
+
 
 def mask_array(
     conversation: Conversation,  # one that has the mask

@@ -461,7 +461,7 @@ def exploits(
 # %% ../nbs/06_grpo.ipynb #f7a2e584
 def broken_groups(
     vlm: MaskVLM,  # its vocabulary
-    replies: list[str],
+    replies: list[str],  # texts of a model
 ) -> int:
     "Count mask groups that cannot be decoded."
     return sum(not span.ok for text in replies for span in vlm.vocab.parse(text))

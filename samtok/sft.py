@@ -469,7 +469,7 @@ def full_memory(
         'max_pixels or max_length, or set gradient_checkpointing.'
     )
 
-
+# %% ../nbs/04_sft.ipynb #93335777
 def trained_model(
     trainer,  # TRL's trainer after training
 ):  # the plain model: adapters merged, ready to generate
@@ -483,7 +483,7 @@ def trained_model(
         config.use_cache = True  # training switched it off
     return model.eval()
 
-# %% ../nbs/04_sft.ipynb #93335777
+
 def train_and_merge(
     trainer,  # TRL's trainer
     run: Run,  # its metrics after the last checkpoint are dropped

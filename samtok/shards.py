@@ -88,17 +88,20 @@ def tokenize_batch(
     tokenizer,  # MaskTokenizer
     batch: list,  # of Conversation
     report: Report,  # counts what cannot be used and is left out
+    known_words=None,  # function Conversation -> list of str, of ChatDataset.known_words; None: masks are encoded
 ) -> list:  # of dict, see chat_row
     "Tokenize conversations, all their images in one pass."
     try:
         for conversation in batch:
             _check_images(conversation)
-        return [_utf8_row(c, words) for c, words in zip(batch, mask_words(tokenizer, batch))]
+        words = [known_words(c) for c in batch] if known_words else mask_words(tokenizer, batch)
+        return [_utf8_row(c, w) for c, w in zip(batch, words)]
     except (NameError, ImportError, MemoryError, RuntimeError):
         raise
     except Exception as e:  # files of others fail in every way; the report keeps the case
         if half := len(batch) // 2:
-            return tokenize_batch(tokenizer, batch[:half], report) + tokenize_batch(tokenizer, batch[half:], report)
+            halves = (batch[:half], batch[half:])
+            return [row for part in halves for row in tokenize_batch(tokenizer, part, report, known_words)]
         kind = 'missing file' if FileNotFoundError in (type(e), type(e.__cause__)) else type(e).__name__
         report.add(f'{kind}: conversation skipped', f'{batch[0].dataset}, {batch[0].id}: {e}')
         return []
@@ -160,9 +163,10 @@ def make_shard(
     report, rows = Report(), []
     for leaf in leaf_datasets(dataset):
         leaf.report = Report()
+    known_words = dataset.known_words(tokenizer) if hasattr(dataset, 'known_words') else None
     conversations = (c for epoch, record in block if (c := dataset._read(record, epoch)) is not None)
     while part := list(islice(conversations, batch)):
-        rows += tokenize_batch(tokenizer, part, report)
+        rows += tokenize_batch(tokenizer, part, report, known_words)
     for leaf in leaf_datasets(dataset):
         report.merge(leaf.report)
     left_out = {}

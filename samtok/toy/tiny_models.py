@@ -97,7 +97,7 @@ class Sizes:
 
 
 def text_config(
-    sizes: Sizes,
+    sizes: Sizes,  # of the model
     tokenizer,  # of the family
     **more,  # what only this family has
 ) -> dict:

@@ -64,7 +64,7 @@ def _owners(scene, grid):
 
 
 def cell_labels(
-    scene: Scene,
+    scene: Scene,  # what is drawn
     codes: np.ndarray,  # (n,2) codes of its objects, or None
     grid: int,  # cells on a side
 ) -> np.ndarray:  # (grid*grid, 7) int64, without codes (grid*grid, 5), in the order of ANSWERS; -100: not asked
@@ -81,7 +81,7 @@ def cell_labels(
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #cee34387
 def cell_geometry(
-    scene: Scene,
+    scene: Scene,  # what is drawn
     grid: int,  # cells on a side; scene.size must be a multiple
 ) -> tuple:  # (g*g,6) float32, (g*g,64) bool: geometry, and which of 8 x 8 points of the cell are the object's
     """Say where each cell lies in its object; values of cells without one mean nothing.
