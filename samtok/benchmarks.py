@@ -518,10 +518,11 @@ def get_task(
 
 
 def find_tasks(
-    names: 'str | list',  # "all" (those that are drawn), names with commas or spaces, or a list of names and Tasks
+    names: 'str | Task | list',  # "all" (those that are drawn), names with commas or spaces, Tasks and names
     **args,  # see get_task
 ) -> list:  # of Task
     "Find tasks by their names."
+    names = [names] if isinstance(names, Task) else names
     if isinstance(names, str):
         names = [n for n, t in all_tasks().items() if t.drawn] if names == 'all' else re.findall(r'[^,\s]+', names)
     return [get_task(t, **args) if isinstance(t, str) else t for t in names]
