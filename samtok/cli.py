@@ -138,10 +138,11 @@ def _save_masks(masks, out):
     paths = [out if len(masks) == 1 else out.with_stem(f'{out.stem}_{i}') for i in range(len(masks))]
     for mask, path in zip(masks, paths):
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(mask * np.uint8(255)).save(path)
         except (OSError, ValueError) as e:
             why = getattr(e, 'strerror', None) or e
-            raise OSError(f'{path} cannot be written ({why}): give a PNG file in a folder that exists.') from e
+            raise OSError(f'{path} cannot be written ({why}): give a PNG file in a folder that can be written.') from e
     return [path.name for path in paths]
 
 

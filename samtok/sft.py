@@ -42,7 +42,7 @@ from samtok.runs import (
     seed_everything,
     watch,
 )
-from .shards import data_fingerprint, open_mixture, shard_folders, tokenize_data
+from .shards import check_shards, data_fingerprint, open_mixture, shard_folders, tokenize_data
 from .tokenizer import MaskTokenizer
 from .vlm import MODELS, MaskVLM, VLMError, add_mask_words, load_vlm, matrices
 
@@ -101,7 +101,7 @@ def tokenize_sources(
     folder: str,  # where the shards of named data sets go
     rank: int = 0,  # number of this process
     world: int = 1,  # number of processes; they share the work
-) -> list[dict]:  # with a path in each
+) -> list[dict]:  # with a path in each; raises RunError where another tokenizer wrote the shards
     "Tokenise the data sets that are given by name; finished shards are kept."
     out = []
     for k, s in enumerate(sources):
@@ -113,6 +113,7 @@ def tokenize_sources(
             while not (path / 'report.json').exists():  # other processes are at work
                 time.sleep(0.2)
             s = dict(path=str(path), weight=s.get('weight', 1.0))
+        check_shards(s['path'], tokenizer)
         out.append(s)
     return out
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONVERSATIONS', 'image_bytes', 'chat_row', 'tokenize_batch', 'tokenizer_fingerprint', 'open_conversations',
            'open_mixture', 'make_shard', 'write_shard', 'read_meta', 'merge_report', 'tokenize_data', 'shard_folders',
-           'data_fingerprint', 'main']
+           'check_shards', 'data_fingerprint', 'main']
 
 # %% ../nbs/03d_shards.ipynb #d3af0549
 import hashlib
@@ -344,6 +344,20 @@ def shard_folders(
             f'({len(empty)} of {len(folders)} folders): make them with samtok-tokenize, or give {_named()}.'
         )
     return folders
+
+
+def check_shards(
+    folder: str | Path,  # of tokenised shards
+    tokenizer,  # MaskTokenizer that is to read their words
+):
+    "Refuse shards that another mask tokenizer has written; raises RunError."
+    report = Path(folder) / 'report.json'
+    written_by = read_json(report).get('plan', {}).get('tokenizer') if report.exists() else None
+    if written_by not in (None, tokenizer_fingerprint(tokenizer)):
+        raise RunError(
+            f'The shards in {Path(folder).name} were written with another mask tokenizer ({written_by}) than this one '
+            f'({tokenizer_fingerprint(tokenizer)}): name that one with tokenizer, or tokenise the data again.'
+        )
 
 
 def data_fingerprint(

@@ -404,7 +404,7 @@ class MaskVLM:
         policy: str | None = None,  # how broken groups are read, see MaskVocab.parse; None: the model's own setting
         **kwargs,  # of generate: constrained, max_new_tokens, chunk, do_sample, ...
     ) -> 'Instances | list[Instances]':  # a list where `text` is one; raises VLMError
-        "Find the masks that an expression means: write a reply, then decode its mask words in the image."
+        "Find the masks that an expression means: a list of Instance (label, mask, score, words), its text in `.reply`."
         images, texts = _expressions(image, text)
         question, policy = PROMPTS.get(prompt, prompt), policy or self.policy
         asked = [_ask(i, question.format(phrase=t)) for i, t in zip(images, texts)]
