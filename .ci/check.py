@@ -212,7 +212,7 @@ def lint_code(cell, source, file):
 
 def lint_source(file, cells, codes):
     if len(cells) not in CELLS:
-        yield f'{len(cells)} cells, {CELLS[0]} to {CELLS[-1]} are allowed: merge two, or split the notebook by a letter.'
+        yield f'{len(cells)} cells, {CELLS[0]} to {CELLS[-1]} are allowed: merge two, or split the notebook.'
     first = text(cells[0]).strip().splitlines()
     if (
         cells[0]['cell_type'] != 'markdown'
