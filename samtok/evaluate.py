@@ -933,7 +933,7 @@ def _settings(model, task, policy, constrained, threshold):  # what shapes a rep
 
 def _model_fingerprint(model, task):  # the true codes know no language model
     parts = [model.tokenizer] if _gives_truth(model, task) else [model.model, model.tokenizer]
-    return ('upper_bound-' if isinstance(model, UpperBound) else '') + fingerprint(*parts, sampled=True)[:12]
+    return ('ceiling-' if isinstance(model, UpperBound) else '') + fingerprint(*parts, sampled=True)[:12]
 
 
 def _launch(args, gpus):  # one process for each GPU; they only predict
@@ -979,12 +979,15 @@ def evaluate(
     missing: str = 'skip',  # see Scorer
     similarity: str | None = None,  # of phrases: "words" or a text encoder; None: as each task says
     codes: bool = True,  # compare the codes of replies with the true ones as well
+    rank: int | None = None,  # number of this process; None: as torchrun says
+    world: int | None = None,  # processes that share the samples; only where it is 1, figures are computed
 ) -> Evaluation:
     "Ask a model the questions of some benchmarks, and count; what was answered before is not asked again."
     tasks = find_tasks(tasks)
     opened = [(task, open_task(task, root)) for task in tasks]
     reading = dict(policy=policy or None, constrained=constrained, threshold=threshold)
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    rank = int(os.environ.get('RANK', 0)) if rank is None else rank
+    world = int(os.environ.get('WORLD_SIZE', 1)) if world is None else world
     given = dict(model=model, task=','.join(t.name for t in tasks), samples=n or 0)  # torchrun has an option --n
     given |= dict(out=str(out), tokenizer=tokenizer, root=root, device=device, batch=batch, **reading)
     model, scores = open_model(model, tokenizer, device), {}

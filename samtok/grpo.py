@@ -51,6 +51,7 @@ from samtok.runs import (
 )
 from samtok.sft import (
     HeldoutEvaluation,
+    MixedRecords,
     StepBar,
     check_evaluation,
     check_weights,
@@ -59,10 +60,10 @@ from samtok.sft import (
     evaluation_tasks,
     lora_config,
     measure,
+    more_params,
+    open_shards,
     processes,
     ready_adapters,
-    start_run,
-    tokenize_sources,
     train_and_merge,
     vision_weights,
 )
@@ -77,12 +78,8 @@ def load_params(
     **overrides,  # single parameters; None: not given
 ) -> dict:  # all parameters; raises RunError for names that do not exist
     "Read the parameters of a scale, with single values on top; see data/params/grpo_*.json."
-    try:
-        extra = json.loads(more or '{}')
-    except (ValueError, TypeError) as e:
-        raise RunError(f'more is {more!r}: give a JSON object, such as {{"epsilon": 0.2}}.') from e
     given = {k: v for k, v in overrides.items() if v is not None}
-    return load_scale('grpo', scale, gpus, **{**extra, **given})
+    return load_scale('grpo', scale, gpus, **{**more_params(more), **given})
 
 
 def check_params(
@@ -103,11 +100,11 @@ def check_params(
 
 # %% ../nbs/06_grpo.ipynb #db7a514b
 def read_prompts(
-    shards: list[dict],  # of tokenize_sources: path
+    shards: list[dict],  # of open_shards: path and weight
     think: bool = False,  # ask for reasoning in tags
     heldout: float = 0.0,  # share of the records that is left out, for evaluation
 ):  # datasets.Dataset: prompt (messages), image, answer (str), sample_id, kind
-    "Read prompts from tokenised shards."
+    "Read prompts from tokenised shards, each set as often as its weight says; raises RunError where there is none."
     from datasets import concatenate_datasets, load_dataset
 
     def prompt_of(record):
@@ -130,7 +127,12 @@ def read_prompts(
         if heldout:
             records = records.select([i for i, name in enumerate(records['id']) if not is_heldout(name, heldout)])
         parts.append(records.map(prompt_of, remove_columns=records.column_names))
-    return concatenate_datasets(parts)
+    prompts, starts = concatenate_datasets(parts), np.cumsum([0, *map(len, parts)])
+    if all(s.get('weight', 1) == 1 for s in shards) and len(prompts):
+        return prompts
+    weighted = [(range(a, a + len(p)), s.get('weight', 1)) for a, p, s in zip(starts.tolist(), parts, shards)]
+    mixed = MixedRecords(weighted)
+    return prompts.select([mixed[i] for i in range(len(mixed))])
 
 # %% ../nbs/06_grpo.ipynb #9c847051
 def mask_rewards(
@@ -364,14 +366,13 @@ def train(
 ) -> dict:  # the result; None on ranks that do not write
     "Run GRPO; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
     check_params(params)  # a misspelt name ends here, before anything is loaded or written
-    run = start_run(params, path)
+    run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.skip():
         return run.result
     torch.set_flush_denormal(True)
     seed_everything(params['seed'])
     vlm = load_policy(params)
-    rank, world = (int(os.environ.get(k, v)) for k, v in (('RANK', 0), ('WORLD_SIZE', 1)))
-    shards = tokenize_sources(data_sources(params['data']), vlm.tokenizer, run.path / 'shards', rank, world)
+    shards = open_shards(run, vlm.tokenizer)
     prompts = read_prompts(shards, params['think'], params['heldout'])
     tasks = grpo_tasks(params, shards, vlm.tokenizer)
     terms = [r.__name__ for r in mask_rewards(params, vlm.tokenizer)[0]]
@@ -398,9 +399,10 @@ def heldout_prompts(
     vlm: MaskVLM,  # writes the true masks as words
     task: Task,  # of grpo_tasks
     n: int,  # prompts
+    root: str = '',  # folder that the task's files are below
 ) -> tuple:  # list of Conversation without the answer, list of str: the true answers
     "Ask the questions of an evaluation task, with the true answers as text."
-    conversations = list(samples(task, open_task(task), n))
+    conversations = list(samples(task, open_task(task, root), n))
     answers = [fill(c.messages[-1]['content'], w) for c, w in zip(conversations, vlm.words(conversations))]
     return [ask(task, c) for c in conversations], answers
 
@@ -504,8 +506,9 @@ def finish(
     )
     if tasks:
         start = load_policy(params)
-        metrics |= compare(*(measure(v, tasks, params['eval_n'], run.path) for v in (start, vlm)))
-        questions, answers = heldout_prompts(vlm, tasks[0], min(48, params['eval_n']))
+        both = (measure(v, tasks, params['eval_n'], run.path, params['eval_root']) for v in (start, vlm))
+        metrics |= compare(*both)
+        questions, answers = heldout_prompts(vlm, tasks[0], min(48, params['eval_n']), params['eval_root'])
         before, after = (report_replies(v, params, questions, answers) for v in (start, vlm))
         free = after.replies
         if params['constrained']:

@@ -240,6 +240,9 @@ def new_names(
         changes = ', '.join(f'{name} is now {RENAMED[name]}' for name in old)
         warnings.warn(f'Parameters have new names: {changes}.', DeprecationWarning, stacklevel=2)
     params = {RENAMED.get(name, name): value for name, value in params.items()}
+    if isinstance(params.get('tiny'), dict):
+        sizes = {'depth': 'vision_layers'}  # blocks of the vision tower; depth is the number of codebooks
+        params['tiny'] = {sizes.get(name, name): value for name, value in params['tiny'].items()}
     if params.get('scale') == 'lesson':
         params['scale'] = resolve_scale('lesson', gpus=0)
     return params
@@ -479,7 +482,8 @@ class Run:
         names = {*before, *self.params}
         if before != self.params and (RENAMED.keys() & before.keys() or before.get('scale') == 'lesson'):
             before = new_names(before)  # a folder of an older release
-            names = before.keys() & self.params.keys()
+            new = {k for k, v in self.params.items() if k not in before and (not v or k.startswith('eval_'))}
+            names = self.params.keys() - new  # parameters that did not exist then must be off, or only measure
         differ = sorted(k for k in names if before.get(k) != self.params.get(k))
         if differ:
             raise RunError(
@@ -703,7 +707,8 @@ def run_main(
     defaults = load(**vars(parser.parse_known_args(argv)[0]))
     out = f'runs/{name}_{defaults["scale"]}'
     args = parse_args({**first, **defaults, 'out': out}, argv, prog=f'samtok.{name}')
-    params = {k: args[k] for k in defaults}
+    params = {k: v if args[k] is None else _fitting(k, args[k], v) for k, v in defaults.items()}
+    params['scale'] = defaults['scale']  # "auto" and old names are resolved
     if 'RANK' in os.environ:
         result = train(params, args['out'])
         leave_group()

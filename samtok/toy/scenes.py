@@ -406,7 +406,7 @@ class SceneChat(ChatDataset):
         kinds = kind if isinstance(kind, dict) else [kind] * bool(kind)
         if unknown := [k for k in kinds if k not in REFER]:
             raise ChatError(f'There is no kind of referring expression {unknown[0]!r}: choose from {", ".join(REFER)}.')
-        self.world = world or ShapeWorld()
+        self.world = ShapeWorld() if world is None else world
         self.rounds = rounds
         self.share = share or ASK_SHARE
         self.kind = kind

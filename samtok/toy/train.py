@@ -315,8 +315,9 @@ def heldout_metrics(
     "Measure a model on held-out scenes."
     if isinstance(vlm, tuple):
         return {k: mean_ci(v) for k, v in evaluate_boxes(*vlm, heldout_refer(n)).items() if v}
-    found = evaluate(vlm, 'toy_refer', n, path)
-    figures = found.figures(groups=True) | evaluate(vlm, 'toy_describe', n // 2, path).figures()
+    alone = dict(out=path, rank=0, world=1)  # the main process of a run asks all of them
+    found = evaluate(vlm, 'toy_refer', n, **alone)
+    figures = found.figures(groups=True) | evaluate(vlm, 'toy_describe', n // 2, **alone).figures()
     metrics = {name: figures[k] for name, k in _FIGURES.items() if k in figures}
     metrics['malformed'] = found.scores['toy_refer'].malformed
     kinds = [k for k in figures if k.startswith('toy_refer/gIoU/')]
