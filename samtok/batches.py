@@ -8,18 +8,15 @@ __all__ = ['ChatCollator', 'fill_rows', 'pack_batch', 'row_positions']
 # %% ../nbs/03e_batches.ipynb #0895b1cd
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 
 from .chat import ChatError, to_messages
 from .data import ImageError, Report, read_image
-
-if TYPE_CHECKING:
-    import transformers
 
 # %% ../nbs/03e_batches.ipynb #fab4dd0f
 def _segments(processor, messages):  # -> [(text, is it a reply?)] that joined make the whole chat

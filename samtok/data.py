@@ -613,8 +613,7 @@ class Mixture(MaskDataset):
 
     def __init__(
         self,
-        parts: dict
-        | list,  # {dataset: weight} or [(dataset, weight)]; weight: passes an epoch, at least 0, 1.5 is allowed
+        parts: dict | list,  # {dataset: weight} or [(dataset, weight)]; weight: passes an epoch, >= 0, 1.5 is allowed
         repeat: bool = False,  # continue with the next epoch for ever
     ):
         self.parts = list(parts.items() if isinstance(parts, dict) else parts)

@@ -15,13 +15,8 @@ import os
 import re
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # %% ../nbs/00b_show.ipynb #2afd0e34
 PALETTE = np.array(  # (12,3) RGB
@@ -117,7 +112,7 @@ def new_axes(
 
 
 def figure_png(
-    fig: 'Figure',  # matplotlib Figure
+    fig: object,  # matplotlib Figure
     colors: int = 160,  # at most; few colours keep pictures of noisy images small
 ) -> bytes:  # PNG file
     "Render a figure as PNG."
@@ -135,7 +130,7 @@ def show_image(
     boxes: np.ndarray | None = None,  # (M,4) xyxy pixels, max exclusive
     labels: list[str] | None = None,  # written at the boxes or the masks
     title: str | None = None,  # above the picture
-    ax: 'Axes | None' = None,  # matplotlib Axes; None: a new figure
+    ax: object | None = None,  # matplotlib Axes; None: a new figure
 ):  # -> the new matplotlib Figure, None when axes were given
     "Show an image with boxes and labels; with masks over it, it is faded."
     fig = None
@@ -220,7 +215,7 @@ def plot_curves(
     rows: list[dict],  # records, each with `x` and with some of the keys
     keys: list[str],  # names to draw, one panel each
     x: str = 'step',  # name of the x values
-    ax: 'Axes | None' = None,  # matplotlib Axes for all keys; None: a new figure with panels
+    ax: object | None = None,  # matplotlib Axes for all keys; None: a new figure with panels
 ):  # -> the new matplotlib Figure, None when axes were given
     "Plot metrics against steps."
     fig, axes = (None, [ax] * len(keys)) if ax is not None else new_axes(len(keys), 3, 0.62)

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from samtok.runs import (
     RunError,
@@ -29,9 +28,6 @@ from samtok.runs import (
     read_json,
 )
 from .show import color_of, new_axes, table
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # %% ../nbs/09_sweep.ipynb #4aa94fd1
 class SweepError(ValueError):
@@ -416,7 +412,7 @@ def plot_sweep(
     x: str,  # name of a parameter
     y: str,  # name of a metric
     line: str | None = None,  # name of a parameter: one line for each value
-    ax: 'Axes | None' = None,  # matplotlib axes; None: a new figure
+    ax: object | None = None,  # matplotlib axes; None: a new figure
 ):  # the new figure, or None; raises SweepError where no row has both x and y
     "Plot a metric against a parameter, with intervals."
     lines = _points(rows, x, y, line)

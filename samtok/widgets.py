@@ -17,7 +17,6 @@ from base64 import b64encode
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import ipywidgets as widgets
 import numpy as np
@@ -51,9 +50,6 @@ from samtok.show import (
     words_html,
 )
 from .words import MaskVocab
-
-if TYPE_CHECKING:
-    from samtok.tokenizer import MaskTokenizer
 
 # %% ../nbs/10_widgets.ipynb #ba63a2d3
 class WidgetError(ValueError):
@@ -325,9 +321,8 @@ class MaskPicker(_Live):
         image: np.ndarray | Image.Image | Path | str | bytes | None = None,  # None: a drawn scene with its regions
         masks: np.ndarray | None = None,  # (N,H,W) bool: regions to choose from, by name or by a click
         labels: list[str] | None = None,  # the names of these regions; None: numbers
-        tokenizer: 'MaskTokenizer | str | Path' = 'toy',  # MaskTokenizer, folder, hub id or "toy"
-        click: Callable
-        | None = None,  # (image, x, y) -> (H,W) bool, such as a segmenter; None: click_mask with the masks
+        tokenizer: object = 'toy',  # MaskTokenizer, folder, hub id or "toy"
+        click: Callable | None = None,  # (image, x, y) -> (H,W) bool, as a segmenter; None: click_mask with the masks
         side: int = 256,  # longer side of the pictures on the screen, pixels
     ):
         self.tokenizer = _load(tokenizer)
@@ -509,7 +504,7 @@ def nearest_rows(
 
 
 def known_codes(
-    tokenizer: 'MaskTokenizer',  # MaskTokenizer
+    tokenizer: object,  # MaskTokenizer
     samples: list[MaskSample],  # images with their masks
 ) -> tuple[np.ndarray, np.ndarray]:  # codes (M,K) int64, places (M,2) int64: sample and mask in it
     "Encode the masks of many images."
@@ -528,7 +523,7 @@ class CodebookExplorer(_Live):
         self,
         image: np.ndarray | Image.Image | Path | str | bytes | None = None,  # for read_image; None: a drawn scene
         mask: np.ndarray | None = None,  # (H,W) bool, the mask to start from; None: the largest of the scene
-        tokenizer: 'MaskTokenizer | str | Path' = 'toy',  # MaskTokenizer, folder, hub id or "toy"
+        tokenizer: object = 'toy',  # MaskTokenizer, folder, hub id or "toy"
         samples: list[MaskSample] | None = None,  # their masks are counted and compared; None: 48 drawn scenes
         near: int = 6,  # neighbours of each word
         side: int = 256,  # longer side of the picture on the screen, pixels
@@ -713,7 +708,7 @@ class ReplyInspector(_Live):
         self,
         reply: str = '',  # any text at all
         image: np.ndarray | Image.Image | Path | str | bytes | None = None,  # for read_image; None: a drawn scene
-        tokenizer: 'MaskTokenizer | str | Path' = 'toy',  # MaskTokenizer, folder, hub id or "toy"
+        tokenizer: object = 'toy',  # MaskTokenizer, folder, hub id or "toy"
         policy: str = 'strict',  # how words are read, see MaskVocab.parse
         repair: str = 'none',  # "none", or how the text is mended first, see MaskVocab.repair
         side: int = 320,  # longer side of the picture on the screen, pixels
