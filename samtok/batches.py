@@ -7,10 +7,12 @@ __all__ = ['ChatCollator', 'fill_rows', 'pack_batch', 'row_positions']
 
 # %% ../nbs/03e_batches.ipynb #0895b1cd
 import json
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 
 from .chat import ChatError, to_messages
@@ -64,11 +66,11 @@ class ChatCollator:
 
     def __init__(
         self,
-        processor,  # of the model, with its tokenizer
+        processor: 'transformers.ProcessorMixin',  # of the model, with its tokenizer
         max_length: int = 0,  # tokens after which a conversation is cut off; 0: never
-        rows=None,  # data set whose records are asked for as {"row": i}; None: the records come themselves
+        rows: Sequence | None = None,  # data set whose records are asked for as {"row": i}; None: they come themselves
         packing: int = 0,  # tokens of a packed sequence; 0: one padded sequence for each conversation
-        positions=None,  # function of row_positions; needed for packing
+        positions: Callable | None = None,  # function of row_positions; needed for packing
     ):
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -185,7 +187,7 @@ def pack_batch(
 
 # %% ../nbs/03e_batches.ipynb #e8b31122
 def row_positions(
-    model,  # VLM
+    model: 'transformers.PreTrainedModel',  # VLM
 ):  # -> function of a padded batch that gives positions for pack_batch; raises ChatError
     "Say how a model counts positions, and whether its conversations can be packed."
     inner = getattr(model, 'model', model)

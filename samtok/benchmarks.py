@@ -130,7 +130,7 @@ class MaskSet(DatasetWrapper):
 
     def load(
         self,
-        record,  # of the data set
+        record: object,  # of the data set
     ) -> Conversation:
         "Load an image whose answer is all its masks."
         sample = self._sample(record)

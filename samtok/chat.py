@@ -56,7 +56,8 @@ class Conversation:
     def __len__(self):
         return len(self.masks)
 
-    def drop_empty(self):  # streams of MaskDataset ask for it; a conversation keeps its masks
+    def drop_empty(self) -> 'Conversation':  # itself; streams of MaskDataset ask for it
+        "Keep all masks, also those without pixels."
         return self
 
     def _problem(self):  # -> sentence, None if everything fits
@@ -86,7 +87,7 @@ class ChatDataset(MaskDataset):
 
     def known_words(
         self,
-        tokenizer,  # MaskTokenizer that is to write the masks
+        tokenizer: object,  # MaskTokenizer that is to write the masks
     ):  # function Conversation -> list of str, the words of its masks; None: the masks have to be encoded
         "Look words up where a data set brings the codes of its masks."
         return None
@@ -308,7 +309,7 @@ def image_key(
 
 
 def mask_words(
-    tokenizer,  # MaskTokenizer; its `encode` and `vocab` are used
+    tokenizer: object,  # MaskTokenizer; its `encode` and `vocab` are used
     conversations: list,  # of Conversation
     embeddings: dict | None = None,  # image_key -> ImageEmbedding of every image with masks; None: they are made here
 ) -> list:  # for each conversation a list of str, the words of its masks; raises MaskError, ImageError

@@ -87,13 +87,15 @@ class Refer(ChatDataset):
         chosen = [ref for ref in entries if split is None or ref['split'] == split]
         self.sentences = [(ref, sentence) for ref in chosen for sentence in ref['sentences']]
 
-    def records(self):
+    def records(self):  # iterator of int
+        "List the sentences by number."
         return iter(range(len(self.sentences)))
 
     def load(
         self,
         i: int,  # number of a sentence
     ) -> Conversation:
+        "Ask for the targets of a sentence."
         ref, sentence = self.sentences[i]
         info = self.images[ref['image_id']]
         ids = ref['ann_id'] if isinstance(ref['ann_id'], list) else [ref['ann_id']]
@@ -139,7 +141,8 @@ class ReferLines(ChatDataset):
         super().__init__()
         self.file, self.folder = file, images
 
-    def records(self):
+    def records(self):  # iterator of str
+        "List the lines of the file."
         with open(self.file, encoding='utf-8') as f:
             yield from (line for line in f if line.strip())
 
@@ -147,6 +150,7 @@ class ReferLines(ChatDataset):
         self,
         line: str,  # JSON
     ) -> Conversation:
+        "Ask for the objects of a line."
         entry = json.loads(line)
         image = find_image(self.folder, entry.get('image') or entry['image_path'])
         size = read_image(image).shape[:2]
@@ -188,13 +192,15 @@ class Llava(ChatDataset):
         super().__init__()
         self.file, self.folder = Path(file), images
 
-    def records(self):
+    def records(self):  # iterator of dict
+        "List the entries of the file."
         return _read_records(self.file)
 
     def load(
         self,
         entry: dict,  # of the file
     ) -> Conversation:
+        "Read the conversation of an entry, with its images."
         named = entry.get('image') or entry.get('images') or []
         images = [find_image(self.folder, n) for n in ([named] if isinstance(named, str) else named)]
         messages = llava_messages(entry.get('conversations') or entry['messages'], len(images))
@@ -240,13 +246,15 @@ class Rounds(ChatDataset):
         rounds = read_data_json(file)
         self.items = [(r, i, item) for r, items in rounds.items() for i, item in enumerate(items)]
 
-    def records(self):
+    def records(self):  # iterator of int
+        "List the items by number."
         return iter(range(len(self.items)))
 
     def load(
         self,
         k: int,  # number of an item
     ) -> Conversation:
+        "Read the history of an item, with its target as the answer."
         r, i, item = self.items[k]
         image = find_image(self.folder, item['image'])
         mask = segmentation_to_mask(item['target_masks'][0], read_image(image).shape[:2])
@@ -272,13 +280,15 @@ class GrandGcg(ChatDataset):
         for a in data['annotations']:
             self.masks[str(a['image_id'])].append(a['segmentation'])
 
-    def records(self):
+    def records(self):  # iterator of int
+        "List the captions by number."
         return iter(range(len(self.captions)))
 
     def load(
         self,
         i: int,  # number of a caption
     ) -> Conversation:
+        "Ask for a caption in which every phrase has its mask."
         entry = self.captions[i]
         key = str(entry['image_id'])
         info = self.images[key]
@@ -340,13 +350,15 @@ class RegionCaptions(ChatDataset):
         self.file, self.folder, self.zoom = Path(file), images, zoom
         self.keys = dict(image='image', mask='segmentation', text='caption') | (keys or {})
 
-    def records(self):
+    def records(self):  # iterator of dict
+        "List the entries of the file."
         return _read_records(self.file)
 
     def load(
         self,
         entry: dict,  # of the file
     ) -> Conversation:
+        "Ask for the caption of a region."
         image = read_image(find_image(self.folder, entry[self.keys['image']]))
         mask = segmentation_to_mask(entry[self.keys['mask']], image.shape[:2])
         meta = dict(id=str(entry.get('id', '')), dataset=self.name)
@@ -366,17 +378,19 @@ class DatasetWrapper(ChatDataset):
 
     def inner_sample(
         self,
-        record,  # one of `records()`
+        record: object,  # one of `records()`
     ) -> MaskSample:  # without its empty masks, which are counted
         "Load a sample of the inner data set."
         return without_empty_masks(self._synced().load(record), self.report, self.inner.name)
 
     _sample = inner_sample  # its name up to 0.1
 
-    def records(self):
+    def records(self):  # iterator, as of the inner data set
+        "List the records of the inner data set."
         return self._synced().records()
 
-    def fingerprint(self):
+    def fingerprint(self) -> str | None:  # None: the inner data set cannot tell
+        "Name the state of the inner data set."
         return self.inner.fingerprint()
 
     def _synced(self):  # -> the inner data set, with this report and this epoch
@@ -401,8 +415,9 @@ class InstanceChats(DatasetWrapper):
 
     def load(
         self,
-        record,  # of the inner data set
+        record: object,  # of the inner data set
     ) -> Conversation:
+        "Ask for the regions of each label, or for all regions."
         sample = self.inner_sample(record)
         if not len(sample):
             raise MaskError('no region has a pixel')
@@ -464,13 +479,15 @@ class OpenPsg(ChatDataset):
         chosen = set(data.get('test_image_ids', []))
         self.graphs = [g for g in data['data'] if (g['image_id'] in chosen) == test and g['relations']]
 
-    def records(self):
+    def records(self):  # iterator of int
+        "List the graphs by number."
         return iter(range(len(self.graphs)))
 
     def load(
         self,
         i: int,  # number of a graph
     ) -> Conversation:
+        "Ask for the relations of an image."
         graph = self.graphs[i]
         ids = _panoptic_ids(os.path.join(self.masks, graph['pan_seg_file_name']))
         names = [self.names[s['category_id']] for s in graph['annotations']]

@@ -16,6 +16,7 @@ import logging
 import os
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,14 +152,14 @@ def _read_turned(source):
 
 
 def read_image(
-    source,  # path, bytes, PIL image, or array (H,W), (H,W,1), (H,W,3), (H,W,4): uint8, uint16, bool, float in [0,1]
+    source: str | Path | bytes | Image.Image | np.ndarray,  # (H,W), (H,W,1|3|4): uint8, uint16, bool, float in [0,1]
 ) -> np.ndarray:  # (H,W,3) uint8 RGB, turned as its EXIF orientation says; raises ImageError
     "Read any image as RGB."
     return _read_turned(source)[0]
 
 # %% ../nbs/00c_data.ipynb #9577e606
 def read_ids(
-    source,  # path or bytes of a PNG (or any lossless image): 1 bit, palette, 8 or 16 bits gray, or RGB
+    source: str | Path | bytes,  # of a PNG (or any lossless image): 1 bit, palette, 8 or 16 bits gray, or RGB
     what: str = 'id map',  # what an error calls it
 ) -> np.ndarray:  # (H,W) int64: palette index, gray value, or R + 256 G + 65536 B; raises ImageError
     "Read a map of region ids."
@@ -230,7 +231,7 @@ class MaskSample:
 
     def select(
         self,
-        index,  # list of int, slice or (N,) bool
+        index: list | slice | np.ndarray,  # list of int, slice or (N,) bool
     ) -> 'MaskSample':  # of the same image
         "Keep the chosen masks with their labels and their entries of `meta`."
         n = len(self)
@@ -406,7 +407,7 @@ class MaskDataset:
 
     def load(
         self,
-        record,  # one value of records()
+        record: object,  # one value of records()
     ) -> MaskSample:  # any exception means that it cannot be read, and is counted
         "Read one sample."
         raise NotImplementedError(f'{type(self).__name__} needs load(record): return a MaskSample.')
@@ -446,8 +447,8 @@ class MaskDataset:
 
     def build(
         self,
-        image,  # whatever read_image takes
-        regions,  # list of dict: `mask` is an (H,W) array, polygons, RLE or a function that returns one; `label` a
+        image: str | Path | bytes | Image.Image | np.ndarray,  # whatever read_image takes
+        regions: list[dict],  # `mask` is an (H,W) array, polygons, RLE or a function that returns one; `label` a
         # str; `file` a str, named where the region is broken; anything else is kept in meta["regions"]
         id: str,  # unique within the data set
         size: tuple | None = None,  # (H,W) that the file states; polygons are drawn in it
@@ -504,7 +505,7 @@ IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
 
 def walk_files(
     root: str | Path,  # folder
-    suffixes,  # str or tuple of str: endings of the names, such as ".json"; upper and lower case are the same
+    suffixes: str | tuple[str, ...],  # endings of the names, such as ".json"; upper and lower case are the same
 ):  # iterator of str paths, sorted within each folder; raises DataError
     "List files folder by folder, in the same order on every machine."
     try:
@@ -612,7 +613,7 @@ class Mixture(MaskDataset):
 
     def __init__(
         self,
-        parts,  # {dataset: weight} or list of (dataset, weight); weight: passes an epoch, at least 0, 1.5 is allowed
+        parts: dict | list,  # {dataset: weight} or [(dataset, weight)]; weight: passes an epoch, >= 0, 1.5 is allowed
         repeat: bool = False,  # continue with the next epoch for ever
     ):
         self.parts = list(parts.items() if isinstance(parts, dict) else parts)
@@ -719,7 +720,7 @@ def as_iterable_dataset(
     batch: int = 1,  # the loader's batch_size; only needed with skip and several workers
     rank: int | None = None,  # of this process; None: found by itself
     world: int | None = None,  # number of processes; None: found by itself
-    transform=None,  # function applied to each sample in the worker
+    transform: Callable | None = None,  # function applied to each sample in the worker
 ):  # torch IterableDataset; raises DataError
     "Wrap a data set for a DataLoader; every worker of every rank reads its own shard."
     from torch.utils.data import IterableDataset, get_worker_info

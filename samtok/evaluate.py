@@ -78,7 +78,7 @@ from samtok.runs import (
 )
 from .show import table
 from .text_metrics import GCG, PSG, Captions
-from .tokenizer import MaskTokenizer
+from .tokenizer import ImageEmbedding, MaskTokenizer
 from .vlm import MaskVLM, decode_reply, image_key
 
 # %% ../nbs/08_evaluate.ipynb #573a2a39
@@ -262,7 +262,7 @@ def scorings(
 def prediction(
     sample: Conversation,  # its id and its image
     reply: str,  # as the model wrote it
-    embedding,  # ImageEmbedding of the sample's image, or the image
+    embedding: 'np.ndarray | Path | Image.Image | ImageEmbedding',  # ImageEmbedding of the sample's image, or the image
     tokenizer: MaskTokenizer,  # that decodes the words
     policy: str = 'strict',  # how broken groups are read, see MaskVocab.parse
     threshold: float | None = None,  # logit above which a pixel is inside; None: the tokenizer's own

@@ -359,7 +359,7 @@ class IdMaps(MaskDataset):
         self,
         images: str | Path,  # folder of the images
         masks: str | Path,  # folder of the maps
-        names=None,  # {number: label} or list of labels; None: the number is the label
+        names: dict | list | None = None,  # {number: label} or list of labels; None: the number is the label
         max_masks: int | None = None,  # at most so many masks of an image at a time, see MaskDataset
     ):
         super().__init__(max_masks)
@@ -589,7 +589,7 @@ class YoloSeg(MaskDataset):
         self,
         images: str | Path,  # folder of the images
         labels: str | Path,  # folder of the text files
-        names=None,  # {class: label} or list of labels; None: the number is the label
+        names: dict | list | None = None,  # {class: label} or list of labels; None: the number is the label
         max_masks: int | None = None,  # at most so many masks of an image at a time, see MaskDataset
     ):
         super().__init__(max_masks)

@@ -13,7 +13,7 @@ import warnings
 
 import numpy as np
 import torch
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from .words import MaskVocab
 
@@ -23,14 +23,14 @@ class VLMError(ValueError):
 
 
 def count_mask_words(
-    tokenizer,  # of the language model
+    tokenizer: PreTrainedTokenizerBase,  # of the language model
 ) -> int:  # 0 if it has none
     "Count the code words that a tokenizer knows."
     return sum(bool(re.fullmatch(r'<\|mt_\d{4,}\|>', w)) for w in tokenizer.get_vocab())
 
 
 def mask_word_ids(
-    tokenizer,  # of the language model
+    tokenizer: PreTrainedTokenizerBase,  # of the language model
     vocab: MaskVocab,  # of the mask tokenizer
 ) -> np.ndarray:  # (len(vocab),) int64, the ids of vocab.words; raises VLMError
     "Look up the ids of the mask words."
@@ -144,7 +144,7 @@ class MaskGrammar(Grammar):
 
     def __init__(
         self,
-        tokenizer,  # of the language model
+        tokenizer: PreTrainedTokenizerBase,  # of the language model
         vocab: MaskVocab,  # of the mask tokenizer; raises VLMError if the tokenizer has other words
     ):
         self.ids, self.vocab = mask_word_ids(tokenizer, vocab), vocab
@@ -183,7 +183,7 @@ def _fixed_parts(parts):  # other texts by name -> dict as ANSWER; raises VLMErr
 
 
 def label_tokens(
-    tokenizer,  # of the language model
+    tokenizer: PreTrainedTokenizerBase,  # of the language model
     size: int,  # V
 ) -> torch.Tensor:  # (V,) bool: tokens that a JSON string may hold as they are
     "Find the tokens that labels may be made of: no quotes, backslashes, line ends, special or mask words."
@@ -248,7 +248,7 @@ class AnswerGrammar(Grammar):
 
     def __init__(
         self,
-        tokenizer,  # of the language model
+        tokenizer: PreTrainedTokenizerBase,  # of the language model
         vocab: MaskVocab,  # of the mask tokenizer; raises VLMError if the tokenizer has other words
         most_label: int = 24,  # tokens of a label at most
         **parts,  # other fixed texts by name, see ANSWER
@@ -323,7 +323,7 @@ class GrammarRows:
 
     def __init__(
         self,
-        tokenizer,  # of the language model
+        tokenizer: PreTrainedTokenizerBase,  # of the language model
     ):
         self.tokenizer, self.rows, self.made = tokenizer, {}, {}
 

@@ -187,7 +187,8 @@ class MaskReward(Reward):
         self.policy = self.policy or ('released' if self.mode == 'released' else 'strict')
 
     @property
-    def title(self):
+    def title(self) -> str:
+        "Name the reward, with its setting."
         return f'mask_{self.mode}'
 
     def groups(
@@ -465,7 +466,8 @@ class NonRepeatReward(Reward):
     needs_answer = False
 
     @property
-    def title(self):
+    def title(self) -> str:
+        "Name the reward, with its setting."
         return f'non_repeat_{self.part}'
 
     def score(
@@ -504,7 +506,8 @@ class GroundedMaskReward(MaskReward):
     mode: str = 'released'  # as in MaskReward
 
     @property
-    def title(self):
+    def title(self) -> str:
+        "Name the reward, with its setting."
         return f'grounded_mask_{self.mode}'
 
     def groups(

@@ -14,6 +14,7 @@ import io
 import os
 import re
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -111,7 +112,7 @@ def new_axes(
 
 
 def figure_png(
-    fig,  # matplotlib Figure
+    fig: object,  # matplotlib Figure
     colors: int = 160,  # at most; few colours keep pictures of noisy images small
 ) -> bytes:  # PNG file
     "Render a figure as PNG."
@@ -129,7 +130,7 @@ def show_image(
     boxes: np.ndarray | None = None,  # (M,4) xyxy pixels, max exclusive
     labels: list[str] | None = None,  # written at the boxes or the masks
     title: str | None = None,  # above the picture
-    ax=None,  # matplotlib Axes; None: a new figure
+    ax: object | None = None,  # matplotlib Axes; None: a new figure
 ):  # -> the new matplotlib Figure, None when axes were given
     "Show an image with boxes and labels; with masks over it, it is faded."
     fig = None
@@ -214,7 +215,7 @@ def plot_curves(
     rows: list[dict],  # records, each with `x` and with some of the keys
     keys: list[str],  # names to draw, one panel each
     x: str = 'step',  # name of the x values
-    ax=None,  # matplotlib Axes for all keys; None: a new figure with panels
+    ax: object | None = None,  # matplotlib Axes for all keys; None: a new figure with panels
 ):  # -> the new matplotlib Figure, None when axes were given
     "Plot metrics against steps."
     fig, axes = (None, [ax] * len(keys)) if ax is not None else new_axes(len(keys), 3, 0.62)
@@ -275,7 +276,7 @@ class LiveFigure:
 
     def update(
         self,
-        draw,  # function without arguments that returns a matplotlib Figure
+        draw: Callable,  # function without arguments that returns a matplotlib Figure
     ):
         "Draw again if the last time is long enough ago."
         if time.time() - self.last < self.every or not self._in_notebook():

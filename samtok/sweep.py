@@ -13,6 +13,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def check_parameters(
 
 # %% ../nbs/09_sweep.ipynb #4f4ba861
 def combinations(
-    grid,  # dict name -> list of values, or list of dicts
+    grid: dict | list,  # dict name -> list of values, or list of dicts
 ) -> list:  # of dict name -> value, the last name changing fastest; raises SweepError
     "List all combinations of a grid."
     if isinstance(grid, list):
@@ -184,7 +185,7 @@ class Sweep:
     def __init__(
         self,
         notebook: str | Path,  # path of a run notebook
-        grid,  # dict name -> list of values, or list of dicts
+        grid: dict | list,  # dict name -> list of values, or list of dicts
         out: str | Path,  # folder for the folders of the runs
         fixed: dict | None = None,  # name -> value, for all runs
         kernel: str = 'python3',  # Jupyter kernel
@@ -235,7 +236,7 @@ class Sweep:
 
     def run(
         self,
-        on_run=None,  # function of all table rows, called after each run
+        on_run: Callable | None = None,  # function of all table rows, called after each run
     ) -> list:  # the table rows
         "Make all runs that are not finished; a failed one does not stop the others."
         for run in progress(self.runs, 'runs'):
@@ -411,7 +412,7 @@ def plot_sweep(
     x: str,  # name of a parameter
     y: str,  # name of a metric
     line: str | None = None,  # name of a parameter: one line for each value
-    ax=None,  # matplotlib axes; None: a new figure
+    ax: object | None = None,  # matplotlib axes; None: a new figure
 ):  # the new figure, or None; raises SweepError where no row has both x and y
     "Plot a metric against a parameter, with intervals."
     lines = _points(rows, x, y, line)

@@ -65,10 +65,12 @@ class TokenizerConfig:
 
     @property
     def grid(self) -> int:  # side of the feature map
+        "Divide the image size by the stride of the image encoder."
         return self.image_size // 16
 
     @property
     def num_codes(self) -> int:  # K, codes for each mask
+        "Count the codes of a mask."
         return self.num_mask_tokens * self.depth
 
 # %% ../nbs/02_tokenizer.ipynb #e69599ce
@@ -213,6 +215,7 @@ class TokenizerNetwork(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        "Tell where the parameters are."
         return self.no_mem_embed.device
 
     def image_features(

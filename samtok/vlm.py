@@ -285,10 +285,12 @@ class MaskVLM:
 
     @property
     def device(self) -> torch.device:
+        "Tell where the language model is."
         return self.model.device
 
     @property
     def vocab(self) -> MaskVocab:
+        "Return the vocabulary of the mask tokenizer."
         return self.tokenizer.vocab
 
     @classmethod

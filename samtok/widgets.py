@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from base64 import b64encode
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -317,11 +318,11 @@ class MaskPicker(_Live):
 
     def __init__(
         self,
-        image=None,  # whatever read_image takes; None: a drawn scene with its regions
+        image: np.ndarray | Image.Image | Path | str | bytes | None = None,  # None: a drawn scene with its regions
         masks: np.ndarray | None = None,  # (N,H,W) bool: regions to choose from, by name or by a click
         labels: list[str] | None = None,  # the names of these regions; None: numbers
-        tokenizer='toy',  # MaskTokenizer, folder, hub id or "toy"
-        click=None,  # function (image, x, y) -> (H,W) bool, such as a segmenter; None: click_mask with the masks
+        tokenizer: object = 'toy',  # MaskTokenizer, folder, hub id or "toy"
+        click: Callable | None = None,  # (image, x, y) -> (H,W) bool, as a segmenter; None: click_mask with the masks
         side: int = 256,  # longer side of the pictures on the screen, pixels
     ):
         self.tokenizer = _load(tokenizer)
@@ -372,7 +373,7 @@ class MaskPicker(_Live):
 
     def set_image(
         self,
-        image,  # whatever read_image takes
+        image: np.ndarray | Image.Image | Path | str | bytes,  # whatever read_image takes
         masks: np.ndarray | None = None,  # (N,H,W) bool: regions to choose from
         labels: list[str] | None = None,  # N names; None: numbers
     ):
@@ -491,19 +492,19 @@ class MaskPicker(_Live):
 
 # %% ../nbs/10_widgets.ipynb #1a2f9dc7
 def nearest_rows(
-    book: np.ndarray,  # (S,D) float, the vectors of a codebook
+    codebook: np.ndarray,  # (S,D) float, the vectors of a codebook
     code: int,  # number of an entry, in [0,S)
     n: int,  # how many neighbours
 ) -> list[tuple[int, float]]:  # (code, distance), the nearest first, without the entry itself
     "Find the entries of a codebook that lie next to one."
-    book = np.asarray(book)
-    distances = np.linalg.norm(book - book[code], axis=1)
+    codebook = np.asarray(codebook)
+    distances = np.linalg.norm(codebook - codebook[code], axis=1)
     order = np.argsort(distances, kind='stable')
     return [(int(k), float(distances[k])) for k in order if k != code][:n]
 
 
 def known_codes(
-    tokenizer,  # MaskTokenizer
+    tokenizer: object,  # MaskTokenizer
     samples: list[MaskSample],  # images with their masks
 ) -> tuple[np.ndarray, np.ndarray]:  # codes (M,K) int64, places (M,2) int64: sample and mask in it
     "Encode the masks of many images."
@@ -520,9 +521,9 @@ class CodebookExplorer(_Live):
 
     def __init__(
         self,
-        image=None,  # whatever read_image takes; None: a drawn scene
+        image: np.ndarray | Image.Image | Path | str | bytes | None = None,  # for read_image; None: a drawn scene
         mask: np.ndarray | None = None,  # (H,W) bool, the mask to start from; None: the largest of the scene
-        tokenizer='toy',  # MaskTokenizer, folder, hub id or "toy"
+        tokenizer: object = 'toy',  # MaskTokenizer, folder, hub id or "toy"
         samples: list[MaskSample] | None = None,  # their masks are counted and compared; None: 48 drawn scenes
         near: int = 6,  # neighbours of each word
         side: int = 256,  # longer side of the picture on the screen, pixels
@@ -536,8 +537,10 @@ class CodebookExplorer(_Live):
             image, mask = scene.image, scene.masks[np.argmax(scene.masks.sum((1, 2)))]
         self._make_controls()
         super().__init__(self._rows())
-        books = self.tokenizer.quantizer.codebooks  # a shared codebook is in the list once
-        self.books = [books[k % len(books)].codebook.detach().cpu().numpy() for k in range(len(self.sliders))]
+        codebooks = self.tokenizer.quantizer.codebooks  # a shared codebook is in the list once
+        self.codebooks = [
+            codebooks[k % len(codebooks)].codebook.detach().cpu().numpy() for k in range(len(self.sliders))
+        ]
         self.set_samples(samples)
         self._connect()
         self.set_mask(image, mask)
@@ -596,11 +599,13 @@ class CodebookExplorer(_Live):
             samples = [scenes.sample(i) for i in range(1, 49)]
         self.samples = samples
         self.known, self.places = known_codes(self.tokenizer, samples)
-        self.counts = [np.bincount(self.known[:, k], minlength=len(book)) for k, book in enumerate(self.books)]
+        self.counts = [
+            np.bincount(self.known[:, k], minlength=len(codebook)) for k, codebook in enumerate(self.codebooks)
+        ]
 
     def set_mask(
         self,
-        image,  # whatever read_image takes
+        image: np.ndarray | Image.Image | Path | str | bytes,  # whatever read_image takes
         mask: np.ndarray,  # (H,W) bool; raises MaskError
     ):
         "Start from a mask of an image; the image is embedded now, once."
@@ -631,13 +636,15 @@ class CodebookExplorer(_Live):
         "Decode the codes of the sliders, and their neighbours."
         started = time.perf_counter()
         self.codes = tuple(slider.value for slider in self.sliders)
-        self.neighbours = [nearest_rows(book, code, self.near) for book, code in zip(self.books, self.codes)]
+        self.neighbours = [
+            nearest_rows(codebook, code, self.near) for codebook, code in zip(self.codebooks, self.codes)
+        ]
         variants = [self.codes]
         for k, neighbours in enumerate(self.neighbours):
             variants += [(*self.codes[:k], code, *self.codes[k + 1 :]) for code, _ in neighbours]
         masks = self.tokenizer.decode(self.embedding, np.array(variants))
         self.mask = masks[0]
-        self.variants = masks[1:].reshape(len(self.books), -1, *masks.shape[1:])
+        self.variants = masks[1:].reshape(len(self.codebooks), -1, *masks.shape[1:])
         self.words = self.tokenizer.vocab.format(self.codes)
         self.iou = float(mask_iou_pairs(self.mask[None], self.start[None])[0])
         self.sharing = self.places[self.known[:, 0] == self.codes[0]]
@@ -651,7 +658,7 @@ class CodebookExplorer(_Live):
         self.shown.value = _coded(_paint(self.view, self.mask))
         line = words_html(self.words, self.tokenizer.vocab.parse(self.words))
         self.line.value = f'{line}<div>IoU {self.iou:.3f} with the mask at the start</div>'
-        for level in range(len(self.books)):
+        for level in range(len(self.codebooks)):
             self._show_neighbours(level)
             self._show_usage(level)
         first = self._word(0, self.codes[0])
@@ -700,8 +707,8 @@ class ReplyInspector(_Live):
     def __init__(
         self,
         reply: str = '',  # any text at all
-        image=None,  # whatever read_image takes; None: a drawn scene
-        tokenizer='toy',  # MaskTokenizer, folder, hub id or "toy"
+        image: np.ndarray | Image.Image | Path | str | bytes | None = None,  # for read_image; None: a drawn scene
+        tokenizer: object = 'toy',  # MaskTokenizer, folder, hub id or "toy"
         policy: str = 'strict',  # how words are read, see MaskVocab.parse
         repair: str = 'none',  # "none", or how the text is mended first, see MaskVocab.repair
         side: int = 320,  # longer side of the picture on the screen, pixels
@@ -731,7 +738,7 @@ class ReplyInspector(_Live):
 
     def set_image(
         self,
-        image,  # whatever read_image takes
+        image: np.ndarray | Image.Image | Path | str | bytes,  # whatever read_image takes
     ):
         "Show another image; it is embedded now, once."
         self.image = read_image(image)
@@ -788,7 +795,7 @@ class ReplyInspector(_Live):
 
 # %% ../nbs/10_widgets.ipynb #1d5423a8
 def find_runs(
-    folders,  # a folder or a list of them; each is a run, or holds runs up to two levels down
+    folders: str | Path | list,  # a folder or a list of them; each is a run, or holds runs up to two levels down
 ) -> dict[str, Path]:  # name -> folder of the run; raises WidgetError
     "Find run folders: those with parameters or metrics."
     runs = {}
@@ -883,7 +890,7 @@ class RunDashboard(_Live):
 
     def __init__(
         self,
-        folders,  # a folder or a list of them: runs, or folders that hold runs
+        folders: str | Path | list,  # a folder or a list of them: runs, or folders that hold runs
         metrics: list[str] | None = None,  # names to show first; None: the first three
         live: bool = True,  # read again by itself when files change, until all runs are finished
         every: float = 1.0,  # seconds between two readings

@@ -160,6 +160,7 @@ class MaskVocab:
         return [*pieces, text[at:]]
 
     def to_dict(self) -> dict:  # {"codebook_size": int, "depth": int}, ready for json
+        "Write the vocabulary as a dict."
         return asdict(self)
 
     @classmethod
@@ -167,6 +168,7 @@ class MaskVocab:
         cls,
         saved: dict,  # as `to_dict` returns it
     ) -> 'MaskVocab':
+        "Read what `to_dict` wrote."
         return cls(**saved)
 
 # %% ../nbs/00a_words.ipynb #680e3dad
