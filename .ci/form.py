@@ -62,12 +62,17 @@ def assigned_methods(file, tree):
                     yield f'{file}:{node.lineno} assigns {t.value.id}.{t.attr}: write the method into the class.'
 
 
+def is_ours(node):
+    "An import from our package, relative or by its name: nbdev leaves imports of several lines absolute."
+    return isinstance(node, ast.ImportFrom) and bool(node.level or (node.module or '').split('.')[0] == 'samtok')
+
+
 def many_bases(file, tree):
     "Classes with more than two bases of our own."
     ours = {n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            ours |= {a.name for a in node.names}
+        if is_ours(node):
+            ours |= {a.asname or a.name for a in node.names}
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             bases = [b.id for b in node.bases if isinstance(b, ast.Name) and b.id in ours]
@@ -78,7 +83,7 @@ def many_bases(file, tree):
 def private_imports(file, tree):
     "Private names that are imported from another module."
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or '').startswith('samtok')):
+        if is_ours(node):
             for a in node.names:
                 if a.name.startswith('_'):
                     yield f'{file}:{node.lineno} imports {a.name}: make it public, or move it down a floor.'

@@ -239,6 +239,11 @@ class Metric:
     def __repr__(self):
         return f'{type(self).__name__}({self.convention!r}, {len(self)} samples)'
 
+    def __init_subclass__(cls, **kwargs):  # a subclass may define `figures` by its former name; both call the same
+        super().__init_subclass__(**kwargs)
+        if own := [vars(cls)[name] for name in ('figures', '_figures') if name in vars(cls)]:
+            cls.figures = cls._figures = own[0]
+
     _sample, _figures = add_sample, figures  # the former names
 
 

@@ -86,6 +86,7 @@ class VectorQuantize(nn.Module):
 
     start = _old_name('start', 'init_kmeans')
     codes_to_vectors = _old_name('codes_to_vectors', 'get_output_from_indices')
+    size = _old_name('size', 'codebook_size')
 
     def __init__(
         self,
@@ -101,6 +102,7 @@ class VectorQuantize(nn.Module):
         super().__init__()
         if size is not None:
             codebook_size = _renamed('size', 'codebook_size', size)
+        self.codebook_size = codebook_size
         self.decay = decay
         self.eps = eps
         self.restart = restart
@@ -222,8 +224,8 @@ class ResidualVQ(nn.Module):
             residual = flat.detach()
             total = torch.zeros_like(flat)
             codes, losses = [], []
-            for book in self.codebooks:
-                quantized, level_codes, _ = book(residual)
+            for codebook in self.codebooks:
+                quantized, level_codes, _ = codebook(residual)
                 residual = residual - quantized
                 total = total + quantized
                 codes.append(level_codes)
@@ -241,11 +243,11 @@ class ResidualVQ(nn.Module):
         "Place every codebook by k-means on the residuals that it will quantize."
         x = gather_rows(x.detach().float())
         placed = []
-        for i, book in enumerate(self.codebooks):
-            if not any(book is other for other in placed):  # a shared codebook is placed once
-                book._init_local(x, seed + i)
-                placed.append(book)
-            x = x - book.get_output_from_indices(nearest_codes(x, book.codebook))
+        for i, codebook in enumerate(self.codebooks):
+            if not any(codebook is other for other in placed):  # a shared codebook is placed once
+                codebook._init_local(x, seed + i)
+                placed.append(codebook)
+            x = x - codebook.get_output_from_indices(nearest_codes(x, codebook.codebook))
 
     def get_output_from_indices(
         self,
@@ -254,8 +256,8 @@ class ResidualVQ(nn.Module):
         "Sum the entries that codes point to."
         self._check_codes(indices)
         parts = []
-        for book, codes in zip(self.codebooks, indices.unbind(-1)):
-            parts.append(book.get_output_from_indices(codes.clamp_min(0)) * (codes >= 0)[..., None])
+        for codebook, codes in zip(self.codebooks, indices.unbind(-1)):
+            parts.append(codebook.get_output_from_indices(codes.clamp_min(0)) * (codes >= 0)[..., None])
         return sum(parts[1:], parts[0])
 
     def _check_codes(self, codes):  # raise CodeError for a wrong number of levels or a code outside the codebooks

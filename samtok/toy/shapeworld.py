@@ -132,6 +132,7 @@ class SceneObject:
 
     @property
     def name(self) -> str:  # for example "large plain blue star"
+        "Name the object by all its attributes."
         return f'{self.size} {self.texture} {self.color} {self.shape}'
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #186c2c3c
@@ -372,7 +373,8 @@ class ShapeWorld(MaskDataset):
     def __len__(self):
         return self.n
 
-    def records(self):
+    def records(self):  # yields int
+        "List the numbers of the scenes."
         return iter(range(self.n))
 
     def load(

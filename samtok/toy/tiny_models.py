@@ -8,7 +8,7 @@ __all__ = ['QWEN', 'LLAMA', 'FAMILIES', 'TINY_TOKENS', 'TINY_IMAGE', 'TINY_SIZES
 
 # %% ../../nbs/toy/02_tiny_models.ipynb #256739cc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import isqrt
 
@@ -92,13 +92,14 @@ class Sizes:
     tied: bool  # one matrix for input and output
 
     @property
-    def head(self):  # width of a head
+    def head(self) -> int:
+        "Compute the width of a head."
         return self.hidden // self.heads
 
 
 def text_config(
     sizes: Sizes,  # of the model
-    tokenizer,  # of the family
+    tokenizer: 'transformers.PreTrainedTokenizerBase',  # of the family
     **more,  # what only this family has
 ) -> dict:
     "List the arguments of a language model that all families share."
@@ -282,7 +283,7 @@ def _wrap(family, t):  # Family, tokenizers.Tokenizer -> the family's tokenizer 
 
 # %% ../../nbs/toy/02_tiny_models.ipynb #c39d8a18
 def tiny_tokenizer(
-    corpus,  # iterable of str to learn the merges from
+    corpus: Iterable[str],  # texts to learn the merges from
     size: int = 600,  # tokens at most, 256 bytes and the special ones among them, phrases not
     phrases: tuple = (),  # texts that are one token each, such as the fixed parts of an answer
     family: str = 'qwen3_vl',  # one of FAMILIES: class, special tokens and the rule that cuts texts
@@ -335,7 +336,7 @@ def _tile_processor(about, tokenizer, patch, pixels):  # of PerceptionLM: square
 
 def tiny_processor(
     family: str,  # one of FAMILIES
-    tokenizer,  # of tiny_tokenizer, made for the same family
+    tokenizer: 'transformers.PreTrainedTokenizerBase',  # of tiny_tokenizer, made for the same family
     patch: int = 16,  # pixels, side of a patch
     pixels: tuple = (64 * 64, 256 * 256),  # least and most pixels of an image
     check: bool = True,  # refuse a tokenizer that a saved model of this family would not read as it is
@@ -360,7 +361,7 @@ def tiny_processor(
 # %% ../../nbs/toy/02_tiny_models.ipynb #15ec70e9
 def tiny_model(
     family: str,  # one of FAMILIES
-    processor,  # of tiny_processor
+    processor: 'transformers.ProcessorMixin',  # of tiny_processor
     hidden: int = 64,  # width of the language model
     layers: int = 2,  # of the language model
     heads: int = 4,  # of each layer

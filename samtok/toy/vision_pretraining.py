@@ -16,6 +16,7 @@ import re
 import sys
 import time
 import types
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from transformers import get_cosine_schedule_with_warmup
 
 from samtok.runs import (
@@ -38,10 +40,12 @@ from samtok.runs import (
     watch,
     write_rows,
 )
+from ..tokenizer import MaskTokenizer
 from .scenes import ATTRIBUTES, PHRASES, CodeTable, toy_corpus
 from .shapeworld import Scene, ShapeWorld, render
 from .tiny_models import tiny_model, tiny_processor, tiny_tokenizer
 from ..vlm import VLMError, matrices
+from ..words import MaskVocab
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #4e7854fd
 _CODES = ('code 0', 'code 1')
@@ -108,8 +112,8 @@ def cell_geometry(
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #32e6cc86
 def visual_tokens(
-    model,  # vision-language model
-    processor,  # its processor
+    model: 'transformers.PreTrainedModel',  # vision-language model
+    processor: 'transformers.ProcessorMixin',  # its processor
     images: list,  # of (H,W,3) uint8, all of one size
 ) -> torch.Tensor:  # (N*g*g, C) float32
     "Run the vision tower and its merger."
@@ -120,8 +124,8 @@ def visual_tokens(
 
 
 def token_grid(
-    model,  # vision-language model
-    processor,  # its processor
+    model: 'transformers.PreTrainedModel',  # vision-language model
+    processor: 'transformers.ProcessorMixin',  # its processor
     image: np.ndarray,  # (H,W,3) uint8
 ) -> int:  # cells on a side; raises ValueError where the tokens are no square
     "Count the visual tokens on a side of an image."
@@ -148,7 +152,7 @@ def _batched_forward(self, hidden_states, cu_seqlens, position_embeddings=None, 
 
 @contextmanager
 def batched_attention(
-    model,  # vision-language model; towers of other families are left as they are
+    model: 'transformers.PreTrainedModel',  # vision-language model; towers of other families are left as they are
     where: str = 'visual|vision',  # regular expression for the names of the tower's modules
 ):  # yields int: number of attention layers that are batched
     "Let the images of a pass, all of one size, go through the tower's attention together."
@@ -167,8 +171,8 @@ def batched_attention(
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #a9685177
 def answer_words(
-    processor,  # of a model
-    vocab=None,  # MaskVocab: with the code words; None: attributes only
+    processor: 'transformers.ProcessorMixin',  # of a model
+    vocab: 'MaskVocab | None' = None,  # with the code words; None: attributes only
 ) -> dict:  # answer -> (k,) int64 token ids, in the order of ATTRIBUTES and of the codes
     "Find the token of every answer but the first: attributes as they stand in a sentence, codes as mask words."
     tokenizer = processor.tokenizer
@@ -200,6 +204,7 @@ class TokenReader(torch.nn.Module):
         self,
         tokens: torch.Tensor,  # (N,C) visual tokens
     ) -> tuple:  # list of logits, one for each of ANSWERS; (N,70) geometry and inside
+        "Compute the logits of all answers, and the geometry, of each visual token."
         x = F.rms_norm(tokens, tokens.shape[-1:])
         logits = [self.scale * (x @ w.T.to(x.device)) for w in self.words]
         return [self.has_object(x), *logits], self.geometry(x)
@@ -223,8 +228,8 @@ def reading_loss(
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #79477c31
 @torch.no_grad()
 def scale_to_words(
-    model,  # vision-language model, changed in place
-    processor,  # its processor
+    model: 'transformers.PreTrainedModel',  # vision-language model, changed in place
+    processor: 'transformers.ProcessorMixin',  # its processor
     images: list,  # of (H,W,3) uint8
 ):
     "Scale the merger's last layer so that visual tokens are as large as embeddings of words."
@@ -308,8 +313,8 @@ class _Checkpoint:  # the state of the loop, in a file that is replaced as a who
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #aef77944
 def pretrain_vision(
-    model,  # a tiny model; its vision tower and merger are trained in place
-    processor,  # its processor
+    model: 'transformers.PreTrainedModel',  # a tiny model; its vision tower and merger are trained in place
+    processor: 'transformers.ProcessorMixin',  # its processor
     table: CodeTable = None,  # codes of training scenes, for a model with mask words; None: attributes only
     steps: int = 400,  # optimizer steps
     batch: int = 32,  # images a step, of each process
@@ -318,7 +323,8 @@ def pretrain_vision(
     seed: int = 0,  # of the draw of scenes
     every: int = 20,  # steps between two rows of metrics
     workers: int = 0,  # processes that draw all scenes first; 0: each is drawn when it is wanted
-    on_log=None,  # function that is called with all rows whenever there is a new one
+    on_log: Callable[[list[dict]], None]
+    | None = None,  # function that is called with all rows whenever there is a new one
     checkpoint: str = None,  # file from which a killed run resumes
     checkpoint_every: int = 200,  # steps between two checkpoints
 ) -> list[dict]:  # rows of metrics: step, loss, accuracy of each answer
@@ -389,7 +395,7 @@ def _attend_to(attention, offsets, strength):  # biases of queries and keys that
 
 @torch.no_grad()
 def neighbour_start(
-    model,  # a tiny Qwen model, changed in place
+    model: 'transformers.PreTrainedModel',  # a tiny Qwen model, changed in place
     strength: float = 25.0,  # how sharply heads attend, squared
     seed: int = 0,  # of the random values
 ) -> int:  # number of layers that were changed
@@ -438,7 +444,7 @@ def _local_attention(attention, draw):
 
 @torch.no_grad()
 def own_directions(
-    model,  # tiny model, changed in place
+    model: 'transformers.PreTrainedModel',  # tiny model, changed in place
     ids: torch.Tensor,  # (k,) token ids
     draw: torch.Generator,  # of the random directions
 ):
@@ -452,7 +458,7 @@ def own_directions(
 
 @torch.no_grad()
 def mimetic_start(
-    model,  # tiny model with mask words, changed in place
+    model: 'transformers.PreTrainedModel',  # tiny model with mask words, changed in place
     strength: float = 0.5,  # share of what is found that is passed on
     seed: int = 0,  # of the random directions
 ) -> int:  # number of layers that were changed
@@ -496,8 +502,8 @@ def _joined(outputs):  # the inverse of _per_image, for images in any order
 
 
 def cache_visual_tokens(
-    model,  # vision-language model with a frozen tower in float32
-    draw,  # function: number -> (pixel_values of the image, grid (1,3))
+    model: 'transformers.PreTrainedModel',  # vision-language model with a frozen tower in float32
+    draw: Callable[[int], tuple],  # function: number -> (pixel_values of the image, grid (1,3))
 ) -> dict:  # the cache: number -> the tower's output; raises VLMError
     "Let the tower answer numbers, `pixel_values` (n,1), from a cache; pixels it still takes."
     tower, cache = model.model.visual, {}
@@ -524,7 +530,7 @@ def cache_visual_tokens(
 
 
 def uncache_visual_tokens(
-    model,  # after cache_visual_tokens
+    model: 'transformers.PreTrainedModel',  # after cache_visual_tokens
 ):
     "Give the tower its own forward back."
     model.model.visual.__dict__.pop('forward', None)
@@ -532,12 +538,12 @@ def uncache_visual_tokens(
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #4eb5fba8
 @torch.no_grad()
 def read_cells(
-    model,  # tiny model
-    processor,  # its processor
+    model: 'transformers.PreTrainedModel',  # tiny model
+    processor: 'transformers.ProcessorMixin',  # its processor
     n: int,  # scenes
     split: str = 'heldout',  # split of ShapeWorld
     batch: int = 32,  # scenes in one pass
-    tokenizer=None,  # MaskTokenizer of a model with its words: asks for the codes as well
+    tokenizer: 'MaskTokenizer | None' = None,  # of a model with its words: asks for the codes as well
 ) -> dict:  # attribute (and code) -> list over scenes: share of cells whose token is nearest to the right word
     "Compare the visual tokens of scenes with the words for what they show."
     world = ShapeWorld(n, split)
