@@ -97,8 +97,8 @@ def undocumented(file, tree, lines):
         rows = [a.lineno for a in arguments]
         for a in arguments:
             name = f'{file}:{a.lineno} {where}({a.arg})'
-            if a.annotation is None and '#' not in lines[a.lineno - 1]:
-                yield f'{name} has neither a type nor a comment.'
+            if a.annotation is None:
+                yield f'{name} has no type.'
             elif rows.count(a.lineno) > 1 or a.lineno == node.lineno:
                 yield f'{name} shares its line: one argument a line.'
             elif not re.search(r'#\s*\S', lines[(a.end_lineno or a.lineno) - 1]) and not comment_near(a, lines):

@@ -11,6 +11,7 @@ __all__ = ['load_params', 'check_params', 'read_prompts', 'mask_rewards', 'MaskG
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LogitsProcessorList, PrinterCallback, TrainerCallback
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from .benchmarks import Task, ask, is_heldout, open_task, samples
@@ -69,6 +70,7 @@ from samtok.sft import (
 )
 from .tokenizer import MaskTokenizer
 from .vlm import MaskVLM
+from .words import MaskVocab
 
 # %% ../nbs/06_grpo.ipynb #fc3b04bd
 def load_params(
@@ -212,8 +214,8 @@ class RawReplyReward:
 
     def __init__(
         self,
-        reward,  # callable in TRL's signature, with a __name__
-        tokenizer,  # of the language model
+        reward: Callable,  # callable in TRL's signature, with a __name__
+        tokenizer: PreTrainedTokenizerBase,  # of the language model
     ):
         self.reward = reward
         self.tokenizer = tokenizer
@@ -229,7 +231,7 @@ class RawReplyReward:
 def grpo_config(
     params: dict,  # of load_params
     path: str,  # run folder
-    vocab=None,  # MaskVocab, for rollouts by vLLM under the grammar
+    vocab: MaskVocab | None = None,  # MaskVocab, for rollouts by vLLM under the grammar
 ) -> GRPOConfig:
     "Translate the run's parameters into TRL's."
     vllm = dict(use_vllm=True, vllm_mode=params['vllm']) if params['vllm'] else {}
@@ -291,7 +293,7 @@ class RewardLog(TrainerCallback):
         self,
         run: Run,  # its main process writes
         terms: list[str],  # names of the reward terms
-        on_log=None,  # function that is called with all rows of metrics, or None
+        on_log: Callable | None = None,  # function that is called with all rows of metrics, or None
     ):
         self.run = run
         self.terms = terms
@@ -314,8 +316,8 @@ def make_trainer(
     params: dict,  # of load_params
     path: str,  # run folder
     vlm: MaskVLM,  # the policy; its model is trained
-    prompts,  # datasets.Dataset of read_prompts
-    callbacks=(),  # further callbacks of the trainer
+    prompts: object,  # datasets.Dataset of read_prompts
+    callbacks: tuple | list = (),  # further callbacks of the trainer
 ) -> MaskGRPOTrainer:
     "Set up TRL's trainer for a policy and its prompts."
     rewards, weights = mask_rewards(params, vlm.tokenizer)
@@ -362,7 +364,7 @@ def grpo_tasks(
 def train(
     params: dict,  # of load_params
     path: str,  # run folder
-    on_log=None,  # function that is called with all rows of metrics, or None
+    on_log: Callable | None = None,  # function that is called with all rows of metrics, or None
 ) -> dict:  # the result; None on ranks that do not write
     "Run GRPO; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
     check_params(params)  # a misspelt name ends here, before anything is loaded or written
@@ -531,7 +533,7 @@ def finish(
 def run_grpo(
     params: dict,  # of load_params
     path: str,  # run folder
-    on_log=None,  # function that is called with all rows of metrics, or None
+    on_log: Callable | None = None,  # function that is called with all rows of metrics, or None
 ) -> dict:  # the result
     "Run GRPO in this process, or in one process for each GPU, watched."
     if check_params(params) == 1:

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from importlib import import_module, metadata, util
 from multiprocessing import get_all_start_methods, get_context
@@ -38,7 +39,7 @@ class RunError(ValueError):
 
 def atomic_write(
     path: str | Path,  # the file; its folder is made if missing
-    content,  # str, bytes, or a function that writes into an open binary file
+    content: str | bytes | Callable,  # str, bytes, or a function that writes into an open binary file
 ) -> None:  # raises RunError where the file cannot be written
     "Write a file so that it is whole or absent."
     path = Path(path)
@@ -306,7 +307,7 @@ def check_names(
 
 # %% ../nbs/00d_runs.ipynb #0e515c5c
 def check_device(
-    device,  # "cpu", "cuda", "cuda:1", "auto" or a torch.device
+    device: object,  # "cpu", "cuda", "cuda:1", "auto" or a torch.device
 ):  # what torch takes; raises RunError for a device that is not there
     "Refuse with a sentence a device that is not there."
     import torch
@@ -579,7 +580,7 @@ class Run:
 
 # %% ../nbs/00d_runs.ipynb #f56e2f11
 def bootstrap_replicates(
-    draw,  # function of a numpy Generator and b: draws n of n values b times -> dict figure -> (b,)
+    draw: Callable,  # function of a numpy Generator and b: draws n of n values b times -> dict figure -> (b,)
     n: int,  # number of values; it bounds how many replicates are drawn at once
     n_boot: int,  # number of replicates
     seed: int,  # of the generator
@@ -605,7 +606,7 @@ def quantile_interval(
 
 
 def mean_ci(
-    values,  # list or array of numbers
+    values: list | np.ndarray,  # list or array of numbers
     n_boot: int = 1000,  # number of replicates
     seed: int = 0,  # of the generator
     level: float = 0.95,  # share of the replicates inside the interval
@@ -692,9 +693,9 @@ def leave_group() -> None:
 
 def run_main(
     name: str,  # of the run, for example "train_tokenizer"
-    load,  # function of scale, gpus and what is in `first` -> dict of parameters
-    train,  # function of parameters and a run folder -> result dict or None: works in this process
-    run,  # the same, in as many processes as it takes
+    load: Callable,  # function of scale, gpus and what is in `first` -> dict of parameters
+    train: Callable,  # function of parameters and a run folder -> result dict or None: works in this process
+    run: Callable,  # the same, in as many processes as it takes
     argv: list | None = None,  # of str; None: those of this process
     **first,  # further options that decide on the defaults, with theirs
 ) -> None:  # prints the metrics of the result
@@ -719,7 +720,7 @@ def run_main(
 
 # %% ../nbs/00d_runs.ipynb #568066f3
 def progress(
-    items,  # iterable, or int: the number of steps
+    items: Iterable | int,  # iterable, or int: the number of steps
     desc: str = '',  # label of the bar
 ):  # iterable over the items, or over range(items)
     "Show a progress bar over items."
@@ -738,8 +739,8 @@ def _do(item):
 
 
 def pool_map(
-    fn,  # function of an item; it must not call torch
-    items,  # iterable
+    fn: Callable,  # function of an item; it must not call torch
+    items: Iterable | int,  # iterable
     workers: int = 0,  # processes; 0: this one
 ):  # iterator over fn(item), in order
     "Map in forked processes."
@@ -779,7 +780,7 @@ def _last_lines(lines, n=12):
 def watch(
     path: str | Path,  # run folder
     proc: subprocess.Popen,  # of launch
-    on_log=None,  # function of all records of the metrics, called when there are new ones
+    on_log: Callable | None = None,  # function of all records of the metrics, called when there are new ones
     every: float = 1.0,  # seconds between two readings
 ) -> None:  # raises RunError with the end of the log if a process fails
     "Follow a run until its processes end."

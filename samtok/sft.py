@@ -14,12 +14,13 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, ProcessorMixin, Trainer, TrainerCallback
 
 from .batches import ChatCollator, row_positions
 from .benchmarks import Task, find_tasks, get_task, is_heldout, open_task
@@ -45,6 +46,7 @@ from samtok.runs import (
 from .shards import check_shards, data_fingerprint, open_mixture, shard_folders, tokenize_data
 from .tokenizer import MaskTokenizer
 from .vlm import MODELS, MaskVLM, VLMError, add_mask_words, load_vlm, matrices
+from .words import MaskVocab
 
 # %% ../nbs/04_sft.ipynb #b0d696a9
 RECIPES = ('task', 'caption')  # data/params/sft_<recipe>.json replaces values of a scale
@@ -198,7 +200,7 @@ def training_records(
 
 # %% ../nbs/04_sft.ipynb #11deab2f
 def vision_weights(
-    model,  # vision-language model of transformers
+    model: torch.nn.Module,  # vision-language model of transformers
     merger: bool = False,  # the layers that project visual tokens to the language model's width as well
 ) -> list:  # of torch.nn.Parameter
     "List the weights of the vision tower."
@@ -213,7 +215,7 @@ def vision_weights(
 
 def build_model(
     params: dict,  # of load_params: model, dtype, attention, max_pixels, freeze_vision, seed
-    vocab,  # MaskVocab of the mask tokenizer; None: a model without mask words
+    vocab: MaskVocab | None,  # MaskVocab of the mask tokenizer; None: a model without mask words
 ) -> tuple:  # model, processor, dict of add_mask_words (added, ids); raises VLMError
     "Load the base model and give it embeddings for the mask words."
     model, processor = load_vlm(params['model'], getattr(torch, params['dtype']))
@@ -232,7 +234,7 @@ def build_model(
 # %% ../nbs/04_sft.ipynb #74d6f5bb
 def lora_config(
     params: dict,  # of load_params: learn, lora_r, lora_alpha, lora_dropout
-    model,  # vision-language model with mask words
+    model: torch.nn.Module,  # vision-language model with mask words
     ids: np.ndarray,  # (V,) int64: token ids of the mask words
 ):  # peft.LoraConfig; None where all weights are trained
     "Choose which weights are trained: low-rank updates of the language model's layers, and embedding rows."
@@ -263,7 +265,7 @@ def lora_config(
 
 
 def ready_adapters(
-    model,  # peft.PeftModel of a trainer, changed in place
+    model: torch.nn.Module,  # peft.PeftModel of a trainer, changed in place
     learn: str,  # one of LEARN
 ):  # the model
     "Show TRL the bias of a wrapped head; where only embedding rows are trained, freeze the low-rank part."
@@ -287,7 +289,7 @@ class RunLog(TrainerCallback):
     def __init__(
         self,
         run: Run,  # its main process writes
-        on_log=None,  # function that is called with all rows of metrics, or None
+        on_log: Callable | None = None,  # function that is called with all rows of metrics, or None
     ):
         self.run = run
         self.on_log_rows = on_log
@@ -378,11 +380,11 @@ def sequence_tokens(
 def make_trainer(
     params: dict,  # of load_params
     path: str,  # run folder
-    model,  # vision-language model with mask words
-    processor,  # its processor
+    model: torch.nn.Module,  # vision-language model with mask words
+    processor: ProcessorMixin,  # its processor
     ids: np.ndarray,  # (V,) token ids of the mask words
-    records,  # with len and [i]: records of shards
-    callbacks=(),  # further callbacks of the trainer
+    records: object,  # with len and [i]: records of shards
+    callbacks: tuple | list = (),  # further callbacks of the trainer
     **changes,  # further arguments of TRL's configuration
 ):  # trl.SFTTrainer
     "Set up TRL's trainer: our collator, loss on replies only."
@@ -523,7 +525,7 @@ def full_memory(
 
 # %% ../nbs/04_sft.ipynb #93335777
 def trained_model(
-    trainer,  # TRL's trainer after training
+    trainer: Trainer,  # TRL's trainer after training
 ):  # the plain model: adapters merged, ready to generate
     "Take the trained model out of its trainer."
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -537,7 +539,7 @@ def trained_model(
 
 
 def train_and_merge(
-    trainer,  # TRL's trainer
+    trainer: Trainer,  # TRL's trainer
     run: Run,  # its metrics after the last checkpoint are dropped
     memory: str,  # sentence for a GPU whose memory is full
 ):  # the trained model; None on ranks that do not write; raises RunError
@@ -570,7 +572,7 @@ def open_shards(
 def train(
     params: dict,  # of load_params
     path: str,  # run folder
-    on_log=None,  # function that is called with all rows of metrics, or None
+    on_log: Callable | None = None,  # function that is called with all rows of metrics, or None
 ) -> dict:  # the result; None on ranks that do not write
     "Fine-tune; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
@@ -618,7 +620,7 @@ def finish(
 def run_sft(
     params: dict,  # of load_params
     path: str,  # run folder
-    on_log=None,  # function that is called with all rows of metrics, or None
+    on_log: Callable | None = None,  # function that is called with all rows of metrics, or None
 ) -> dict:  # the result
     "Fine-tune in this process, or in one process for each GPU, watched."
     if check_params(params) == 1:

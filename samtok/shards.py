@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
 from itertools import islice
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .chat import fill, mask_words
+from .chat import ChatDataset, Conversation, fill, mask_words
 from .data import DataError, Mixture, Report, leaf_datasets, read_image
 from samtok.runs import (
     Run,
@@ -40,7 +41,7 @@ _PNG_PIXELS = 256 * 256  # an array of more pixels becomes a JPEG
 
 
 def image_bytes(
-    source,  # path or bytes: kept as they are; (H,W,3) uint8 or PIL image: PNG where small, else JPEG
+    source: object,  # path or bytes: kept as they are; (H,W,3) uint8 or PIL image: PNG where small, else JPEG
     quality: int = 95,  # of the JPEG, 1..100
 ) -> bytes:
     "Make the bytes of an image that a shard stores."
@@ -57,9 +58,9 @@ def image_bytes(
 
 # %% ../nbs/03d_shards.ipynb #c4566702
 def chat_row(
-    conversation,  # Conversation
+    conversation: Conversation,  # Conversation
     words: list,  # of str: the words of each of its masks
-    store=image_bytes,  # function of an image: what the row holds of it
+    store: Callable = image_bytes,  # function of an image: what the row holds of it
 ) -> dict:  # id, dataset, task; messages (JSON text with mask words and <image:i>); images
     "Make the row that fine-tuning reads."
     messages = [dict(m, content=fill(m['content'], words)) for m in conversation.messages]
@@ -85,10 +86,11 @@ def _utf8_row(conversation, words):  # -> row of chat_row; raises where a text c
 
 
 def tokenize_batch(
-    tokenizer,  # MaskTokenizer
+    tokenizer: object,  # MaskTokenizer
     batch: list,  # of Conversation
     report: Report,  # counts what cannot be used and is left out
-    known_words=None,  # function Conversation -> list of str, of ChatDataset.known_words; None: masks are encoded
+    known_words: Callable
+    | None = None,  # function Conversation -> list of str, of ChatDataset.known_words; None: masks are encoded
 ) -> list:  # of dict, see chat_row
     "Tokenize conversations, all their images in one pass."
     try:
@@ -108,7 +110,7 @@ def tokenize_batch(
 
 # %% ../nbs/03d_shards.ipynb #4b1a13cd
 def tokenizer_fingerprint(
-    tokenizer,  # MaskTokenizer, or anything with config (a dataclass) and state_dict
+    tokenizer: object,  # MaskTokenizer, or anything with config (a dataclass) and state_dict
 ) -> str:  # 16 hexadecimal digits
     "Hash what decides on the words: configuration and weights."
     return fingerprint(asdict(tokenizer.config), tokenizer)
@@ -154,9 +156,9 @@ def open_mixture(
 
 # %% ../nbs/03d_shards.ipynb #f8d2774b
 def make_shard(
-    dataset,  # ChatDataset or Mixture
+    dataset: ChatDataset | Mixture,  # ChatDataset or Mixture
     block: list,  # of (epoch, record)
-    tokenizer,  # MaskTokenizer
+    tokenizer: object,  # MaskTokenizer
     batch: int = 8,  # conversations in one pass
 ) -> tuple:  # list of dict, see chat_row; dict of counts
     "Tokenize a range of records."
@@ -292,8 +294,8 @@ def _plan(dataset, tokenizer, data, **parameters):  # -> dict of plain values: w
 
 
 def tokenize_data(
-    dataset,  # ChatDataset, or a Mixture of them
-    tokenizer,  # MaskTokenizer
+    dataset: ChatDataset | Mixture,  # ChatDataset, or a Mixture of them
+    tokenizer: object,  # MaskTokenizer
     out: str | Path,  # folder, made if missing
     data: dict | list | None = None,  # plain values that say what the data are; None: the name of the data set
     shard: int = 512,  # records in a shard
@@ -348,7 +350,7 @@ def shard_folders(
 
 def check_shards(
     folder: str | Path,  # of tokenised shards
-    tokenizer,  # MaskTokenizer that is to read their words
+    tokenizer: object,  # MaskTokenizer that is to read their words
 ):
     "Refuse shards that another mask tokenizer has written; raises RunError."
     report = Path(folder) / 'report.json'

@@ -24,6 +24,7 @@ from ..masks import masks_to_boxes
 from ..runs import RunError, atomic_write, check_device, find_file, parse_args, pool_map, progress
 from ..shards import open_conversations, tokenizer_fingerprint
 from .shapeworld import COLORS, INVERSE, LETTERS, SHAPES, SIZES, TEXTURES, ShapeWorld, render
+from ..words import MaskVocab
 
 # %% ../../nbs/toy/01_scenes.ipynb #a7346701
 ATTRIBUTES = dict(size=list(SIZES), texture=list(TEXTURES), color=list(COLORS), shape=[*SHAPES, *LETTERS])
@@ -420,7 +421,7 @@ class SceneChat(ChatDataset):
 
     def known_words(
         self,
-        tokenizer,  # MaskTokenizer that is to write the masks
+        tokenizer: object,  # MaskTokenizer that is to write the masks
     ):  # CodeTable, or None; raises RunError where another tokenizer made the codes, or for fewer scenes
         "Look the words of masks up in a file of codes."
         if not self.codes:
@@ -571,7 +572,7 @@ def _encode_scenes(world, tokenizer, numbers, batch, chunk, workers):
 
 def scene_codes(
     world: ShapeWorld,  # all its scenes
-    tokenizer,  # MaskTokenizer
+    tokenizer: object,  # MaskTokenizer
     out: str | Path,  # .npz file: codes (M,K) uint16, starts (n+1,) int64, fingerprints; it stays if it is finished
     batch: int = 16,  # scenes in one pass
     chunk: int = 64,  # masks in one pass
@@ -616,7 +617,7 @@ class CodeTable:
         self,
         codes: np.ndarray,  # (M,K) uint16 of all objects
         starts: np.ndarray,  # (n+1,) int64: place of the first object of each scene
-        vocab,  # MaskVocab
+        vocab: MaskVocab,  # MaskVocab
     ):
         self.codes, self.starts, self.vocab = codes, starts, vocab
 
@@ -634,8 +635,8 @@ class CodeTable:
 
 def code_table(
     path: str | Path,  # .npz file of scene_codes
-    vocab,  # MaskVocab
-    tokenizer=None,  # MaskTokenizer that must have made the codes; None: not compared
+    vocab: MaskVocab,  # MaskVocab
+    tokenizer: object = None,  # MaskTokenizer that must have made the codes; None: not compared
 ) -> CodeTable:  # raises RunError
     "Read the codes of ShapeWorld scenes."
     path = Path(path)

@@ -12,11 +12,12 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import TrainerCallback
+from transformers import ProcessorMixin, TrainerCallback
 
 from ..chat import PROMPTS, to_messages
 from ..checkpoints import find_pretrained
@@ -56,6 +57,7 @@ from samtok.toy.vision_pretraining import (
     uncache_visual_tokens,
 )
 from ..vlm import MaskVLM, VLMError, add_mask_words, load_vlm, write_replies
+from ..words import MaskVocab
 
 # %% ../../nbs/toy/04_toy_sft.ipynb #a8533f82
 def _expression_weights(text):  # JSON text of a dict kind -> weight, or empty -> dict, or None; raises RunError
@@ -113,7 +115,7 @@ class SceneRecords:
     def __init__(
         self,
         chat: SceneChat,  # the conversations
-        words,  # function: Conversation -> list of str, the words of its masks
+        words: Callable,  # function: Conversation -> list of str, the words of its masks
         epochs: float = 1,  # passes over the scenes
         warmup_conversations: int = 0,  # records at the start that name all objects, each with its mask
         drawn: bool = True,  # images as pixels; False: the number of the scene in place of its image
@@ -147,7 +149,7 @@ def box_words(
 
 def scene_records(
     params: dict,  # of load_toy_params
-    vocab,  # MaskVocab, or None: masks are written as boxes
+    vocab: MaskVocab | None,  # MaskVocab, or None: masks are written as boxes
 ) -> SceneRecords:
     "Open the training data of a run."
     table = code_table(find_file(params['codes']), vocab) if vocab else None
@@ -171,7 +173,7 @@ def scene_records(
 # %% ../../nbs/toy/04_toy_sft.ipynb #10578512
 def build_toy_model(
     params: dict,  # of load_toy_params
-    vocab,  # MaskVocab, or None: a model without mask words
+    vocab: MaskVocab | None,  # MaskVocab, or None: a model without mask words
 ) -> tuple:  # model, processor, dict of add_mask_words (added, ids)
     "Make or load the model and give it embeddings for the mask words."
     if params['model'] in FAMILIES:
@@ -196,7 +198,7 @@ def build_toy_model(
 
 
 def freeze_vision(
-    model,  # vision-language model
+    model: torch.nn.Module,  # vision-language model
     params: dict,  # freeze_vision, cache_images
 ):
     "Freeze the vision tower, and with cached images its merger too."
@@ -210,9 +212,9 @@ class SceneProcessor:
 
     def __init__(
         self,
-        processor,  # the model's processor
+        processor: ProcessorMixin,  # the model's processor
         world: ShapeWorld,  # scenes by number
-        model,  # vision-language model, for the number of visual tokens
+        model: torch.nn.Module,  # vision-language model, for the number of visual tokens
     ):
         self.processor = processor
         self.world = world
@@ -241,7 +243,8 @@ class SceneProcessor:
         images = pool_map(lambda k: render(self.world.scene(k)), range(len(self.world)), workers)
         self.rendered = dict(enumerate(images))
 
-    def apply_chat_template(self, *args, **kwargs):
+    def apply_chat_template(self, *args, **kwargs) -> str:
+        "Write a chat as the model's own template wants it."
         return self.processor.apply_chat_template(*args, **kwargs)
 
     def __call__(self, text, images, **kwargs):
@@ -264,8 +267,8 @@ def painted_boxes(
 
 
 def evaluate_boxes(
-    model,  # vision-language model without mask words
-    processor,  # its processor
+    model: torch.nn.Module,  # vision-language model without mask words
+    processor: ProcessorMixin,  # its processor
     asked: list,  # of heldout_refer: (scene, text, ids, kind)
     batch: int = 32,  # expressions in one pass
 ) -> dict:  # box_iou, no_target: lists over expressions
@@ -308,7 +311,7 @@ _FIGURES = dict(  # name in results -> figure of the evaluator
 
 
 def heldout_metrics(
-    vlm,  # MaskVLM, or (model, processor) of a base that writes boxes
+    vlm: MaskVLM | tuple,  # MaskVLM, or (model, processor) of a base that writes boxes
     n: int,  # held-out expressions; half as many descriptions
     path: str,  # folder for predictions
 ) -> dict:  # figure -> dict(mean, low, high, n)
@@ -326,7 +329,7 @@ def heldout_metrics(
 
 def finish_toy(
     run: Run,  # of the training
-    vlm,  # see heldout_metrics
+    vlm: MaskVLM | tuple,  # see heldout_metrics
     seconds: float,  # that training took
 ) -> dict:  # the result
     "Save the model, measure it on held-out scenes, write the result."
@@ -346,7 +349,7 @@ class FreezeVision(TrainerCallback):
 
     def __init__(
         self,
-        model,  # vision-language model
+        model: torch.nn.Module,  # vision-language model
         until: int,  # step from which the tower is trained
     ):
         self.weights = vision_weights(model, merger=True)
@@ -359,9 +362,9 @@ class FreezeVision(TrainerCallback):
 
 def pretrain_stage(
     params: dict,  # of load_toy_params
-    model,  # trained in place
-    processor,  # its processor
-    vocab,  # MaskVocab, or None
+    model: torch.nn.Module,  # trained in place
+    processor: ProcessorMixin,  # its processor
+    vocab: MaskVocab | None,  # MaskVocab, or None
     run: Run,  # metrics go into vision_pretraining.jsonl
 ):
     "Run vision pretraining with the mask words, then freeze the tower again."
@@ -388,7 +391,7 @@ def pretrain_stage(
 def train_toy(
     params: dict,  # of load_toy_params
     path: str,  # run folder
-    on_log=None,  # function that is called with all rows of metrics, or None
+    on_log: Callable | None = None,  # function that is called with all rows of metrics, or None
 ) -> dict:  # the result; None on ranks that do not write
     "Train the toy VLM; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
@@ -433,7 +436,7 @@ def train_toy(
 def run_toy_sft(
     params: dict,  # of load_toy_params
     path: str,  # run folder
-    on_log=None,  # function that is called with all rows of metrics, or None
+    on_log: Callable | None = None,  # function that is called with all rows of metrics, or None
 ) -> dict:  # the result
     "Train in this process, or in one process for each GPU, watched."
     if check_toy_params(params) == 1:
