@@ -220,10 +220,10 @@ def reading_loss(
     "Cross-entropy of the answers, smooth L1 of the geometry, binary cross-entropy of the points inside."
     loss = sum(F.cross_entropy(o.float(), labels[:, j], ignore_index=-100) for j, o in enumerate(logits))
     on = labels[:, 0] > 0
-    loss = loss + 4 * F.smooth_l1_loss(where[on, :6].float(), geometry[on])
-    loss = loss + 2 * F.binary_cross_entropy_with_logits(where[on, 6:].float(), inside[on].float())
+    place = 4 * F.smooth_l1_loss(where[on, :6].float(), geometry[on])
+    place = place + 2 * F.binary_cross_entropy_with_logits(where[on, 6:].float(), inside[on].float())
     right = [((o.argmax(1) == labels[:, j])[labels[:, j] >= 0]).float().mean().item() for j, o in enumerate(logits)]
-    return loss, right
+    return loss + place, right
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #79477c31
 @torch.no_grad()
