@@ -84,18 +84,22 @@ def load_params(
     return load_scale('grpo', scale, gpus, **{**more_params(more), **given})
 
 
-def check_params(
-    params: dict,  # of load_params
-) -> int:  # number of processes; raises RunError, VLMError, CheckpointError, EvaluateError
-    "Refuse with a sentence what cannot run, before anything long starts."
-    n = processes(params)
-    check_weights(params)
+def _check_rewards(params):  # reads no data, so that every process can afford it
     find_reward(params['reward'])
     if params['vllm'] and not find_spec('vllm'):
         raise RunError(
             'Rollouts by vLLM need the package vllm, which is not installed: '
             'install it, or leave vllm empty for rollouts by transformers.'
         )
+
+
+def check_params(
+    params: dict,  # of load_params
+) -> int:  # number of processes; raises RunError, VLMError, CheckpointError, EvaluateError
+    "Refuse with a sentence what cannot run, before anything long starts."
+    n = processes(params)
+    check_weights(params)
+    _check_rewards(params)
     data_sources(params['data'])
     check_evaluation(params)
     return n
@@ -367,7 +371,7 @@ def train(
     on_log: Callable | None = None,  # function that is called with all rows of metrics, or None
 ) -> dict:  # the result; None on ranks that do not write
     "Run GRPO; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
-    check_params(params)  # a misspelt name ends here, before anything is loaded or written
+    _check_rewards(params)  # a misspelt name ends here, before anything is loaded or written
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.skip():
         return run.result
@@ -538,7 +542,7 @@ def run_grpo(
     "Run GRPO in this process, or in one process for each GPU, watched."
     if check_params(params) == 1:
         return train(params, path, on_log)
-    workers = launch('samtok.grpo', dict(out=str(path), **params), gpus=params['gpus'], run_dir=path)
+    workers = launch('samtok.grpo', dict(out=str(path), **params), gpus=processes(params), run_dir=path)
     watch(path, workers, on_log)
     return Run(path, params).result
 

@@ -41,7 +41,7 @@ from samtok.runs import (
     watch,
     write_rows,
 )
-from ..sft import LEARN, RunLog, full_memory, make_trainer, processes, train_and_merge, vision_weights
+from ..sft import RunLog, check_weights, full_memory, make_trainer, processes, train_and_merge, vision_weights
 from ..shards import chat_row
 from ..tokenizer import MaskTokenizer
 from .scenes import PHRASES, SceneChat, ask_shares, code_table, toy_corpus
@@ -99,8 +99,7 @@ def check_toy_params(
 ) -> int:  # number of processes; raises RunError, VLMError, CheckpointError
     "Refuse with a sentence what cannot run, before anything long starts."
     n = processes(params)
-    if params['learn'] not in LEARN:
-        raise RunError(f'learn is {params["learn"]!r}: choose one of {", ".join(LEARN)}.')
+    check_weights(params)
     _expression_weights(params['expression_weights'])
     if params['model'] not in FAMILIES:
         find_pretrained(params['model'], 'vlm', VLMError)
