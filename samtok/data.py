@@ -297,12 +297,15 @@ class MaskDataset:
         masks, kept = [], []
         for i, region in enumerate(_choose(list(regions), self.max_masks, id, self.epoch)):
             place = f'{self.name}, sample {id}, region {i}'
+            problems = []
             try:
-                mask, turned = frame.fit(region['mask'], size)
+                mask, turned = frame.fit(region['mask'], size, problems)
             except (ValueError, OSError) as e:
                 file = f' of {region["file"]}' if 'file' in region else ''
                 self.report.add(f'{type(e).__name__}: mask dropped', f'{place}{file}: {e}')
                 continue
+            for problem in problems:
+                self.report.add('part of a mask left out', f'{place}: {problem}')
             if turned:
                 why = 'the mask has the size of the image before it is turned.'
                 self.report.add('EXIF: mask turned', f'{place}: {why}')
