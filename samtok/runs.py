@@ -6,8 +6,9 @@
 __all__ = ['RENAMED', 'RunError', 'saving', 'atomic_write', 'decode_text', 'read_json', 'read_json_lines', 'read_records',
            'fingerprint', 'lock', 'last_checkpoint', 'data_file', 'find_file', 'import_object', 'resolve_scale',
            'new_names', 'load_scale', 'check_names', 'check_device', 'check_gpus', 'seed_everything', 'environment',
-           'read_rows', 'write_rows', 'Run', 'bootstrap_replicates', 'quantile_interval', 'mean_ci', 'parse_args',
-           'run_command', 'leave_group', 'run_main', 'progress', 'pool_map', 'launch', 'watch']
+           'read_rows', 'write_rows', 'escape_markdown', 'markdown_table', 'Run', 'bootstrap_replicates',
+           'quantile_interval', 'mean_ci', 'parse_args', 'run_command', 'leave_group', 'run_main', 'progress',
+           'pool_map', 'launch', 'watch']
 
 # %% ../nbs/00c_runs.ipynb #66953e55
 import argparse
@@ -505,20 +506,41 @@ def new_names(
     return params
 
 
+def _json_text(name, text):
+    "A list or object that was given as text."
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as e:
+        raise RunError(f'{name} is {text[:60]!r}, which is no JSON ({e}).') from e
+
+
+def _fitting_number(name, value, default):
+    "A number in the type of its default."
+    whole = isinstance(default, int)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
+    if not number or whole and value != int(value):
+        shown = str(value) if isinstance(value, float) else repr(value)[:60]
+        raise RunError(f'{name} is {shown}: give a {"whole " * whole}number, such as {default}.')
+    least = 1 if name in ('batch', 'accumulate', 'replies') else min(0, default)
+    if value < least:
+        raise RunError(f'{name} is {value}: give a number of at least {least}.')
+    return type(default)(value)
+
+
 def _fitting(name, value, default):
     "A parameter's value in the type of its default; raises RunError with what would fit."
+    if isinstance(default, (list, dict)) and isinstance(value, str) and value[:1] in ('[', '{'):
+        value = _json_text(name, value)
     if isinstance(default, bool):
-        return value.lower() == 'true' if isinstance(value, str) and value.lower() in ('true', 'false') else value
+        fits = {'true': True, 'false': False, '1': True, '0': False}.get(str(value).lower())
+        if fits is None:
+            raise RunError(f'{name} is {value!r}: give true or false.')
+        return fits
     if isinstance(default, (int, float)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or isinstance(default, int) and value != int(value):
-            raise RunError(
-                f'{name} is {value!r}: give a {"whole " * isinstance(default, int)}number, such as {default}.'
-            )
-        least = 1 if name in ('batch', 'accumulate', 'replies') else min(0, default)
-        if value < least:
-            raise RunError(f'{name} is {value}: give a number of at least {least}.')
-        return type(default)(value)
+        return _fitting_number(name, value, default)
+    _plain(value, not_finite := [])
+    if not_finite:
+        raise RunError(f'{name} holds {not_finite[0]}: give numbers that are finite.')
     return str(value) if isinstance(default, str) and isinstance(value, (int, float)) else value
 
 
@@ -534,7 +556,10 @@ def load_scale(
     file = Path(folder) / f'{name}_{scale}.json' if folder else data_file('params', f'{name}_{scale}.json')
     if not file.exists():
         raise RunError(f'The parameter file {file.name} does not exist.')
-    params = {**read_json(file), 'scale': scale, 'gpus': gpus}
+    params = read_json(file, once=True)
+    if not isinstance(params, dict):
+        raise RunError(f'The parameter file {file.name} holds no object: give {{"name": value}}.')
+    params = {**params, 'scale': scale, 'gpus': gpus if gpus is None else _fitting('gpus', gpus, -1)}
     given = new_names({k: v for k, v in overrides.items() if v is not None})
     if unknown := sorted(set(given) - set(params)):
         raise RunError(f'{name} has no parameter {", ".join(unknown)}. It has: {", ".join(sorted(params))}.')
@@ -547,11 +572,13 @@ def _is_plain(value):
 
 def check_names(
     namespace: dict,  # globals() of a notebook right after its parameters
+    also: Iterable = (),  # further names that the notebook takes, those of its parameter files
 ) -> None:  # raises RunError with the name that is meant
     "Refuse a parameter that the notebook does not have."
     known = namespace.get('__annotations__')
     if not known:  # from Python 3.14 on only the module has them
         known = getattr(sys.modules['__main__'], '__annotations__', {})
+    known = known and {*known, *also}
     for name, value in namespace.items():
         if not known or name in known or not name.islower() or name[0] == '_' or not _is_plain(value):
             continue
@@ -690,17 +717,30 @@ def _clean(record):
 
 def read_rows(
     path: str | Path,  # a file with one JSON object a line, such as metrics.jsonl; it may be missing
-) -> list:  # of dict; lines that were cut by a kill are left out
+    broken: list | None = None,  # gets the numbers of broken lines, from 1; None: a warning names them
+) -> list:  # of dict; a last line that was cut by a kill is left out; raises RunError where the file cannot be read
     "Read a metrics file."
-    lines = Path(path).read_text(errors='replace').splitlines() if Path(path).exists() else []
-    records = []
-    for line in lines:
+    path, records, wrong = Path(path), [], []
+    try:
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b'\n')
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise RunError(f'The file {path.name} cannot be opened: {e.strerror}.') from e
+    for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-        except ValueError:
-            continue
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            record = None
         if isinstance(record, dict):
             records.append(record)
+        elif line.strip() and number < len(lines):
+            wrong.append(number)
+    if broken is not None:
+        broken += wrong
+    elif wrong:
+        shown = ', '.join(map(str, wrong[:5])) + ', ...' * (len(wrong) > 5)
+        warnings.warn(f'{path.name} has {len(wrong)} broken lines, which are left out: {shown}.', stacklevel=2)
     return records
 
 
@@ -711,7 +751,31 @@ def write_rows(
     "Write records as lines of JSON, numbers that are not finite as null."
     atomic_write(path, ''.join(json.dumps(_clean(record), ensure_ascii=False) + '\n' for record in rows))
 
+# %% ../nbs/00c_runs.ipynb #16a5f8be
+def escape_markdown(
+    value: object,  # any; None is a dash
+) -> str:  # one line that Markdown and HTML show as text
+    "Write a value as text for Markdown: no HTML, no link, no end of a table cell."
+    text = '-' if value is None else html.escape(str(value), quote=False)
+    return ' '.join(text.replace('](', ']\\(').replace('|', '\\|').split())
+
+
+def markdown_table(
+    header: list,  # of str, one for each column
+    rows: list,  # of lists of values, one for each table row
+) -> str:  # GitHub-flavoured Markdown
+    "Write a table in Markdown, whatever its values hold."
+    lines = [header, ['---'] * len(header), *rows]
+    return '\n'.join('| ' + ' | '.join(map(escape_markdown, line)) + ' |' for line in lines)
+
 # %% ../nbs/00c_runs.ipynb #83352b62
+_PART = re.compile(r'\.\d+-[0-9a-f]{8}\.part$')  # of atomic_write
+
+
+def _held(name):
+    return RunError(f'Another process works in the run folder {name}: wait for it, or choose another folder.')
+
+
 class Run:
     "A run's folder: parameters, environment, metrics, checkpoint, result."
 
@@ -728,12 +792,51 @@ class Run:
         self.metrics_path = self.path / 'metrics.jsonl'
         self.result_path = self.path / 'result.json'
         self.checkpoint_path = self.path / 'checkpoint.pt'
-        old = self.path / 'params.json'
-        if old.exists():
-            self._check_params(read_json(old))
-        elif main:
-            atomic_write(old, json.dumps(self.params, indent=1))
-            atomic_write(self.path / 'environment.json', json.dumps(environment(), indent=1))
+        file = self.path / 'params.json'
+        if main and not file.exists():
+            self._start(file)
+        if file.exists():
+            self._check_params(self._read(file, 'restore the file, or delete the folder and start again'))
+
+    def _start(self, file):
+        "Write parameters and environment into a new folder, unless another process is faster."
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise _unwritten(self.path, e.strerror) from e
+        with lock(self.path / 'run.lock', 10.0):
+            if not file.exists():
+                atomic_write(self.path / 'environment.json', json.dumps(environment(), indent=1))
+                atomic_write(file, json.dumps(self.params, indent=1))
+
+    def _read(self, file, what_to_do):
+        "An object of the run's folder, from its JSON file."
+        try:
+            found = read_json(file)
+        except RunError as e:
+            raise RunError(f'The run in {self.name} is damaged. {e} To go on, {what_to_do}.') from e
+        if not isinstance(found, dict):
+            raise RunError(f'The run in {self.name} is damaged: {file.name} holds no object. To go on, {what_to_do}.')
+        return found
+
+    def _check_folder(self):
+        if not self.path.is_dir():
+            raise RunError(f'The folder {self.name} of the run is gone: it was deleted or moved while the run worked.')
+
+    @contextmanager
+    def hold(self):  # yields the run; raises RunError where another process holds it
+        "Keep other processes out of the folder while the block runs; a kill ends that, too."
+        if not self.main:
+            yield self
+            return
+        self._check_folder()
+        with lock(self.path / 'run.lock') as mine:
+            if not mine:
+                raise _held(self.name)
+            for part in [*self.path.glob('*.part'), *self.path.glob('*/*.part')]:
+                if _PART.search(part.name):  # half written when an earlier process was killed
+                    part.unlink(missing_ok=True)
+            yield self
 
     def _check_params(self, before):
         names = {*before, *self.params}
@@ -756,7 +859,8 @@ class Run:
     @property
     def result(self) -> dict | None:
         "What `save_result` wrote, None before."
-        return read_json(self.result_path) if self.finished else None
+        delete = 'delete this file, and the run goes on from its last checkpoint'
+        return self._read(self.result_path, delete) if self.finished else None
 
     def skip(self) -> bool:  # is there a result already?
         "Say so where a run is finished, since nothing will run."
@@ -776,15 +880,29 @@ class Run:
         "Append a line of metrics."
         if not self.main:
             return
-        with open(self.metrics_path, 'ab+') as f:
-            if f.tell():
-                f.seek(-1, 2)
-            torn = f.read(1) not in (b'', b'\n')  # a kill cut the last line: start a new one
-            f.write(b'\n' * torn + json.dumps(_clean(dict(step=step, **metrics))).encode() + b'\n')
+        self._check_folder()
+        line = json.dumps(_clean(dict(step=step, **metrics))).encode() + b'\n'
+        try:
+            with open(self.metrics_path, 'ab+') as f:
+                if f.tell():
+                    f.seek(-1, 2)
+                torn = f.read(1) not in (b'', b'\n')  # a kill cut the last line: start a new one
+                f.write(b'\n' * torn + line)
+        except OSError as e:
+            raise _unwritten(self.metrics_path, e.strerror) from e
 
     def rows(self) -> list:  # of dict, in the order of writing
         "Read the metrics."
         return read_rows(self.metrics_path)
+
+    def last(
+        self,
+        name: str,  # of a metric that grows over the run, such as seconds or tokens
+        default: float = 0,  # where no line has it
+    ) -> float:  # what a resumed run goes on from
+        "Find the value that was logged last."
+        records = read_rows(self.metrics_path)
+        return next((r[name] for r in reversed(records) if isinstance(r.get(name), (int, float))), default)
 
     def truncate(
         self,
@@ -792,7 +910,8 @@ class Run:
     ) -> None:
         "Forget the metrics after a step, which a resumed run will do again."
         if self.main and self.metrics_path.exists():
-            write_rows(self.metrics_path, [record for record in self.rows() if record['step'] <= step])
+            self._check_folder()
+            write_rows(self.metrics_path, [record for record in self.rows() if record.get('step', 0) <= step])
 
     def keep(
         self,
@@ -802,9 +921,10 @@ class Run:
         file = self.path / 'made_of.json'
         if not file.exists():
             if self.main:
+                self._check_folder()
                 atomic_write(file, json.dumps(facts, indent=1))
             return
-        if differ := [k for k, v in read_json(file).items() if facts.get(k) != v]:
+        if differ := [k for k, v in self._read(file, 'restore the file').items() if facts.get(k) != v]:
             raise RunError(
                 f'The run in {self.name} was started on other {" and ".join(differ)}, which changed since: '
                 'choose another folder, or delete this one.'
@@ -820,6 +940,7 @@ class Run:
         "Write result.json once. As in the metrics, NaN is null and counted in `not_finite`."
         if not self.main:
             return
+        self._check_folder()
         if self.finished:
             raise RunError(f'The run {self.path.name} has a result already: it is not overwritten.')
         env = environment()
