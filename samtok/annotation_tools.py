@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AREA', 'NO_AREA', 'box_polygon', 'ellipse_mask', 'paste_mask', 'read_bitmap', 'AnnotationTool', 'read_xml', 'Cvat',
-           'decode_brush', 'choose_annotations', 'LabelStudio', 'Via', 'Supervisely', 'Datumaro', 'Labelbox',
-           'read_labelmap', 'VocFolder', 'read_yolo_yaml', 'Yolo']
+           'choose_annotations', 'LabelStudio', 'Via', 'Supervisely', 'Datumaro', 'Labelbox', 'read_labelmap',
+           'VocFolder', 'read_yolo_yaml', 'Yolo']
 
 # %% ../nbs/00g_annotation_tools.ipynb #b80d2fb9
 import base64
@@ -37,7 +37,8 @@ from samtok.files import (
     walk_files,
 )
 from .formats import YoloSeg
-from .masks import MaskError, polygons_to_mask, rle_to_mask
+from .masks import MaskError, decode_label_studio, polygons_to_mask, rle_to_mask
+from .runs import decode_text, read_records
 
 # %% ../nbs/00g_annotation_tools.ipynb #1ae6c2c4
 def box_polygon(
@@ -196,6 +197,7 @@ class AnnotationTool(MaskDataset):
         self.join_groups = join_groups
         self.items = []  # one for each sample
         self.shared = frozenset()  # names that mean more than one image
+        self.notes = Report()  # what was counted when the file was opened
 
     def records(self):  # iterator of int, places in `items`
         "List the samples."
@@ -214,6 +216,15 @@ class AnnotationTool(MaskDataset):
     ) -> tuple:  # kind: str, draw: function of (H,W) that returns (H,W) bool, label: str or None, what is kept: dict
         "Say what a shape is; anything that it raises counts as a broken shape."
         raise NotImplementedError(f'{type(self).__name__} needs read_shape(shape).')
+
+    def item(
+        self,
+        i: int,  # place in `items`
+    ):  # its value
+        "Look up an item; with the first one, what concerns the file as a whole is counted."
+        if i == 0:
+            self.report.merge(self.notes)
+        return self.items[i]
 
     def sample(
         self,
@@ -273,15 +284,22 @@ class AnnotationTool(MaskDataset):
         return joined
 
 # %% ../nbs/00g_annotation_tools.ipynb #a58f8172
+def _read_bytes(path):
+    "Content of a file; raises DataError."
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(0, 'it is no regular file')
+        return Path(path).read_bytes()
+    except OSError as e:
+        raise DataError(f'The file {os.path.basename(path)} cannot be opened: {e.strerror}.') from e
+
+
 def read_xml(
     path: str | Path,  # file
 ) -> ET.Element:  # the outermost element; raises DataError
     "Read an XML file that defines no entities."
     name = os.path.basename(path)
-    try:
-        data = Path(path).read_bytes()
-    except OSError as e:
-        raise DataError(f'The file {name} cannot be opened: {e.strerror}.') from e
+    data = _read_bytes(path)
     plain = data.replace(b'\0', b'').upper()  # also UTF-16
     if b'<!DOCTYPE' in plain or b'<!ENTITY' in plain:
         raise DataError(
@@ -354,7 +372,7 @@ class Cvat(AnnotationTool):
         if tracks and not self.items:
             raise DataError(f'The file {file} has tracks of a video only; export "CVAT for images 1.1".')
         for shape in tracks:
-            self.report.add('track: left out', f'{self.name}: a {shape.tag} of a track is a shape of a video.')
+            self.notes.add('track: left out', f'{self.name}: a {shape.tag} of a track is a shape of a video.')
         self.shared = shared_paths(self._name(element) for element in self.items)
 
     def _name(self, element):  # exports of a project put the images of a subset into a folder
@@ -380,49 +398,10 @@ class Cvat(AnnotationTool):
         i: int,  # place in the list of images
     ) -> MaskSample:  # raises DataError, ImageError and MaskError
         "Read one image with its shapes."
-        element = self.items[i]
+        element = self.item(i)
         name = self._name(element)
         size = _size(element.get('height'), element.get('width'))
         return self.sample(self.find(name), element, name, size)
-
-# %% ../nbs/00g_annotation_tools.ipynb #c7a8a5ee
-def decode_brush(
-    rle: list,  # bytes 0..255, as Label Studio writes them
-    size: tuple,  # (H,W) of the image
-) -> np.ndarray:  # (H,W) bool; raises MaskError
-    "Decode a brush stroke of Label Studio."
-    try:
-        data = bytes(rle)
-    except (TypeError, ValueError) as e:
-        raise MaskError(f'The brush mask is no list of bytes: {e}.') from e
-    place = 0
-
-    def read(count):
-        nonlocal place
-        stop = place + count
-        if stop > 8 * len(data):
-            raise MaskError('The brush mask ends too early; it was cut off.')
-        chunk = int.from_bytes(data[place // 8 : (stop + 7) // 8], 'big')
-        place = stop
-        return chunk >> -stop % 8 & (1 << count) - 1
-
-    count, word = read(32), read(5) + 1
-    lengths = [read(4) + 1 for _ in range(4)]
-    if count != 4 * size[0] * size[1]:
-        raise MaskError(
-            f'The brush mask has {count} values, an image of {size[0]}x{size[1]} has {4 * size[0] * size[1]}.'
-        )
-    values = np.zeros(count, bool)
-    i = 0
-    while i < count:
-        same = read(1)
-        stop = min(i + 1 + read(lengths[read(2)]), count)
-        if same:
-            values[i:stop] = read(word) > 0
-        else:
-            values[i:stop] = [read(word) > 0 for _ in range(i, stop)]
-        i = stop
-    return values.reshape(*size, 4)[..., 3]
 
 # %% ../nbs/00g_annotation_tools.ipynb #ec4356e5
 def choose_annotations(
@@ -461,7 +440,7 @@ _GEOMETRY = ('rle', 'points', 'radiusX', 'radiusY', 'x', 'y', 'width', 'height',
 def _studio_shape(kind, value):
     "Kind of a result of Label Studio and the function that draws it."
     if 'rle' in value:
-        return 'mask', lambda size: decode_brush(value['rle'], size)
+        return 'mask', lambda size: decode_label_studio(value['rle'], size)
     if 'vertices' in value:
         return 'vector', None
     if 'points' in value:
@@ -577,7 +556,7 @@ class LabelStudio(AnnotationTool):
         i: int,  # place in the list of samples
     ) -> MaskSample:  # raises DataError, ImageError and MaskError
         "Read one task with one of its annotations."
-        at, k = self.items[i]
+        at, k = self.item(i)
         task = _fields(self.tasks[at], 'task')
         id = str(task.get('id', at))
         finished, cancelled = self._annotations(task)
@@ -601,16 +580,8 @@ class LabelStudio(AnnotationTool):
 
 # %% ../nbs/00g_annotation_tools.ipynb #9a82a9cf
 def _read_text(path):
-    "Text of a file in UTF-8, with or without byte order mark, else in cp1252 or latin-1; raises DataError."
-    try:
-        data = Path(path).read_bytes()
-    except OSError as e:
-        raise DataError(f'The file {os.path.basename(path)} cannot be opened: {e.strerror}.') from e
-    for encoding in ('utf-8-sig', 'cp1252', 'latin-1'):
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
+    "Text of a file in any of the usual encodings; raises DataError."
+    return decode_text(_read_bytes(path))
 
 
 def _via_csv(path):
@@ -696,7 +667,7 @@ class Via(AnnotationTool):
         i: int,  # place in the list of images
     ) -> MaskSample:  # raises DataError, ImageError and MaskError
         "Read one image with its regions."
-        entry = self.items[i]
+        entry = self.item(i)
         return self.sample(self.find(entry['filename']), _listed(entry.get('regions'), 'regions'), entry['filename'])
 
 # %% ../nbs/00g_annotation_tools.ipynb #3ceffadf
@@ -738,7 +709,7 @@ class Supervisely(AnnotationTool):
         super().__init__(root, boxes, False, max_masks)
         classes = _listed(read_data_json(os.path.join(root, 'meta.json'), 'classes')['classes'], 'classes')
         self.titles = {entry.get('id'): entry.get('title') for entry in classes if isinstance(entry, dict)}
-        files = walk_files(root, '.json', self.report)
+        files = walk_files(root, '.json', self.notes)
         self.items = [path for path in files if os.path.basename(os.path.dirname(path)) == 'ann']
         if not self.items:
             raise DataError(f'The folder {short_path(root)} has no file ann/x.json: give the folder of the project.')
@@ -758,7 +729,7 @@ class Supervisely(AnnotationTool):
         i: int,  # place in the list of files
     ) -> MaskSample:  # raises DataError, ImageError and MaskError
         "Read one image with its objects."
-        path = self.items[i]
+        path = self.item(i)
         data = read_data_json(path, 'objects')
         stated = data.get('size') if isinstance(data.get('size'), dict) else {}
         folder = os.path.join(os.path.dirname(os.path.dirname(path)), 'img')
@@ -802,7 +773,7 @@ class Datumaro(AnnotationTool):
     ):
         super().__init__(root, boxes, join_groups, max_masks)
         self.labels = {}  # subset -> names in the order of their numbers
-        files = list(walk_files(os.path.join(root, 'annotations'), '.json', self.report))
+        files = list(walk_files(os.path.join(root, 'annotations'), '.json', self.notes))
         for path in files:
             own = Path(path).stem
             if subset in ('', own):
@@ -843,7 +814,7 @@ class Datumaro(AnnotationTool):
         i: int,  # place in the list of items
     ) -> MaskSample:  # raises DataError, ImageError and MaskError
         "Read one item with its annotations."
-        subset, entry = self.items[i]
+        subset, entry = self.item(i)
         image, size = self._image(subset, _fields(entry, 'item'))
         shapes = [(subset, shape) for shape in _listed(entry.get('annotations'), 'annotations')]
         return self.sample(image, shapes, f'{subset}/{entry["id"]}', size)
@@ -885,16 +856,12 @@ class Labelbox(AnnotationTool):
 
     def _rows(self, path):
         "Data rows of the file; broken lines are counted."
-        text = _read_text(path)
-        if text.lstrip().startswith('['):
-            return _listed(read_data_json(path), 'data rows')
         rows = []
-        for number, line in enumerate(text.split('\n'), 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except (ValueError, RecursionError) as e:
-                    self.report.add('broken line: left out', f'{self.name}, line {number} is not JSON: {e}.')
+        for number, row in read_records(path, DataError):
+            if isinstance(row, DataError):
+                self.notes.add('broken line: left out', f'{self.name}, line {number}: {row}')
+            else:
+                rows.append(row)
         if not any(isinstance(row, dict) and 'data_row' in row for row in rows):
             raise DataError(f'The file {os.path.basename(path)} has no data_row: export from Labelbox as NDJSON (v2).')
         return rows
@@ -966,7 +933,7 @@ class Labelbox(AnnotationTool):
         i: int,  # place in the list of samples
     ) -> MaskSample:  # raises DataError, ImageError and MaskError
         "Read one data row with one of its labels."
-        at, k = self.items[i]
+        at, k = self.item(i)
         row = _fields(self.rows[at], 'data row')
         found, skipped = self._labels(row)
         id = str(self._image(row) or at)
@@ -1044,9 +1011,10 @@ class VocFolder(MaskDataset):
     ):
         super().__init__(max_masks)
         self.root = _folder(root)
+        self.notes = Report()  # what was counted when the folder was opened
         if not os.path.isfile(os.path.join(root, 'labelmap.txt')):
             raise DataError(f'The folder {short_path(root)} has no labelmap.txt; of VOC itself, the format is voc.')
-        self.colours = read_labelmap(os.path.join(root, 'labelmap.txt'), self.report)
+        self.colours = read_labelmap(os.path.join(root, 'labelmap.txt'), self.notes)
         self.images = _folder(os.path.join(root, 'JPEGImages') if images is None else images)
         self.maps = {kind: self._maps(kind) for kind in ('SegmentationClass', 'SegmentationObject')}
         self.items = sorted({key for maps in self.maps.values() for key in maps})
@@ -1058,7 +1026,7 @@ class VocFolder(MaskDataset):
     def _maps(self, kind):
         "Names of the maps below a folder -> their paths."
         folder = os.path.join(self.root, kind)
-        paths = walk_files(folder, '.png', self.report) if os.path.isdir(folder) else []
+        paths = walk_files(folder, '.png', self.notes) if os.path.isdir(folder) else []
         return {Path(os.path.relpath(path, folder)).with_suffix('').as_posix(): path for path in paths}
 
     def _listed(self, split):
@@ -1068,7 +1036,7 @@ class VocFolder(MaskDataset):
         known = set(self.items)
         for name in named:
             if name not in known:
-                self.report.add('no map: image skipped', f'{self.name}: {name} of {split} has no map.')
+                self.notes.add('no map: image skipped', f'{self.name}: {name} of {split} has no map.')
         return [name for name in named if name in known]
 
     def records(self):  # iterator of str, names of the maps
@@ -1080,6 +1048,8 @@ class VocFolder(MaskDataset):
         key: str,  # name of the maps, without suffix
     ) -> MaskSample:  # raises ImageError and MaskError
         "Read one image and its maps."
+        if key == self.items[0]:
+            self.report.merge(self.notes)
         classes, objects = (
             _read_colours(self.maps[kind][key]) if key in self.maps[kind] else None
             for kind in ('SegmentationClass', 'SegmentationObject')
@@ -1162,12 +1132,13 @@ class Yolo(MaskDataset):
     ):
         super().__init__(max_masks)
         data = read_yolo_yaml(yaml)
+        self.notes = Report()  # what was counted when the file was opened
         self.names = data['names']
         self.file = os.path.basename(yaml)
         self.root = self._root(data, yaml, root)
         if data.get('nc') not in (None, str(len(self.names))):
             why = f'nc is {data["nc"]}, but there are {len(self.names)} names.'
-            self.report.add('classes: nc does not fit', f'{self.file}: {why}')
+            self.notes.add('classes: nc does not fit', f'{self.file}: {why}')
         named = data.get(split) or (data.get('valid') if split == 'val' else None)
         if not named:
             known = [key for key in ('train', 'val', 'valid', 'test') if data.get(key)]
@@ -1187,7 +1158,7 @@ class Yolo(MaskDataset):
         inside = os.path.commonpath([here, stated]) == here and os.path.isdir(stated)
         if data.get('path') and not inside:
             why = f'path is {data["path"]}: paths start from the folder of the file; another one is given with root=.'
-            self.report.add('path: not used', f'{self.file}: {why}')
+            self.notes.add('path: not used', f'{self.file}: {why}')
         return stated if inside else here
 
     def _inside(self, name):
@@ -1205,7 +1176,7 @@ class Yolo(MaskDataset):
     def _images(self, path):
         "Images of a folder, or of a text file that lists them."
         if os.path.isdir(path):
-            return walk_files(path, IMAGE_SUFFIXES, self.report)
+            return walk_files(path, IMAGE_SUFFIXES, self.notes)
         lines = [line.strip() for line in _read_text(path).splitlines()]
         return [path for line in lines if line for path in self._found(line)]
 
@@ -1213,7 +1184,7 @@ class Yolo(MaskDataset):
         try:
             return [self._inside(line)]
         except DataError as e:
-            self.report.add('listed image: skipped', f'{self.name}: {e}')
+            self.notes.add('listed image: skipped', f'{self.name}: {e}')
             return []
 
     def _reader(self, path):
@@ -1221,7 +1192,6 @@ class Yolo(MaskDataset):
         images, labels = _yolo_folders(path, self.root)
         if images not in self.readers:
             reader = YoloSeg(images, _folder(labels), self.names, self.max_masks)
-            reader.report = self.report
             reader.name = self.name
             self.readers[images] = reader
         return images
@@ -1236,8 +1206,10 @@ class Yolo(MaskDataset):
     ) -> MaskSample:  # raises ImageError
         "Read one image and its lines; an image without a text file is counted."
         images, path = record
+        if record == self.items[0]:
+            self.report.merge(self.notes)
         reader = self.readers[images]
-        reader.epoch = self.epoch
+        reader.report, reader.epoch = self.report, self.epoch
         sample = reader.load(path)
         text = Path(reader.texts, os.path.relpath(path, images)).with_suffix('.txt')
         if not text.is_file():
