@@ -584,17 +584,23 @@ def _read_text(path):
     return decode_text(_read_bytes(path))
 
 
-def _via_csv(path):
-    "A CSV of VIA -> the same as its JSON: {file name: {filename, regions}}."
+def _via_csv(path, notes):
+    "A CSV of VIA -> the same as its JSON: {file name: {filename, regions}}; lines without a name are noted."
+    file = os.path.basename(path)
     csv.field_size_limit(1 << 28)  # a long polygon is one field
-    rows = csv.reader(io.StringIO(_read_text(path), newline=''))
-    header = [name.lstrip('#').strip() for name in next(rows, [])]
+    try:
+        rows = list(csv.reader(io.StringIO(_read_text(path), newline='')))
+    except csv.Error as e:
+        raise DataError(f'The file {file} is not CSV: {e}.') from e
+    header = [name.lstrip('#').strip() for name in (rows or [[]])[0]]
     if not {'filename', 'region_shape_attributes', 'region_attributes'} <= set(header):
-        raise DataError(f'The file {os.path.basename(path)} has no header of VIA: export the annotations as CSV.')
+        raise DataError(f'The file {file} has no header of VIA: export the annotations as CSV.')
     files = {}
-    for values in rows:
+    for number, values in enumerate(rows[1:], 2):
         row = dict(zip(header, values))
-        if not row:
+        if not row.get('filename'):
+            if values:
+                notes.add('broken line: left out', f'Line {number} of {file} names no image.')
             continue
         entry = files.setdefault(row['filename'], dict(filename=row['filename'], regions=[]))
         try:
@@ -637,7 +643,7 @@ class Via(AnnotationTool):
         max_masks: int | None = None,  # at most so many masks of an image at a time, see MaskDataset
     ):
         super().__init__(images, boxes, False, max_masks)
-        data = _via_csv(file) if str(file).lower().endswith('.csv') else read_data_json(file)
+        data = _via_csv(file, self.notes) if str(file).lower().endswith('.csv') else read_data_json(file)
         data = data.get('_via_img_metadata', data) if isinstance(data, dict) else None
         entries = list(data.values()) if isinstance(data, dict) else []
         if not all(isinstance(entry, dict) and 'filename' in entry for entry in entries) or data is None:
@@ -871,8 +877,13 @@ class Labelbox(AnnotationTool):
         data = row.get('data_row') if isinstance(row, dict) else None
         data = data if isinstance(data, dict) else {}
         names = [data[key] for key in ('external_id', 'global_key', 'row_data') if data.get(key)]
-        found = [name for name in names if isinstance(name, str) and os.path.isfile(find_image(self.folder, name))]
-        return next(iter(found or names), None)
+        return next((name for name in names if self._is_there(name)), next(iter(names), None))
+
+    def _is_there(self, name):
+        try:
+            return os.path.isfile(find_image(self.folder, name))
+        except ImageError:
+            return False
 
     def _labels(self, row):
         "Labels of a data row in all projects: those that count, and those that were skipped."
