@@ -1157,8 +1157,11 @@ class Yolo(MaskDataset):
         self.readers = {}  # folder of images -> YoloSeg
         self.items = []  # (folder of images, path of an image)
         for name in named if isinstance(named, list) else [named]:
-            for path in self._images(self._inside(name)):
-                self.items.append((self._reader(path), path))
+            place = self._inside(name)
+            paths = list(self._images(place))
+            self.items += [(self._reader(path), path) for path in paths]
+            if os.path.isdir(place):
+                self._note_orphans(place, paths)
 
     def _root(self, data, yaml, root):
         "Folder that paths start from."
@@ -1198,6 +1201,16 @@ class Yolo(MaskDataset):
             self.notes.add('listed image: skipped', f'{self.name}: {e}')
             return []
 
+    def _note_orphans(self, folder, paths):
+        "Count the text files of a folder of images that belong to no image."
+        images, labels = _yolo_folders(os.path.join(folder, 'x'), self.root)
+        texts = os.path.normpath(os.path.join(labels, os.path.relpath(folder, images)))
+        known = {os.path.splitext(os.path.relpath(path, folder))[0] for path in paths}
+        for path in walk_files(texts, '.txt') if os.path.isdir(texts) else []:
+            key = os.path.splitext(os.path.relpath(path, texts))[0]
+            if key not in {*known, 'classes'}:
+                self.notes.add('no image: text file skipped', f'{self.name}: {key}.txt has no image.')
+
     def _reader(self, path):
         "Folder of an image, for which there is a YoloSeg."
         images, labels = _yolo_folders(path, self.root)
@@ -1215,15 +1228,12 @@ class Yolo(MaskDataset):
         self,
         record: tuple,  # (folder of images, path of an image)
     ) -> MaskSample:  # raises ImageError
-        "Read one image and its lines; an image without a text file is counted."
+        "Read one image and its lines."
         images, path = record
         if record == self.items[0]:
             self.report.merge(self.notes)
         reader = self.readers[images]
         reader.report, reader.epoch = self.report, self.epoch
         sample = reader.load(path)
-        text = Path(reader.texts, os.path.relpath(path, images)).with_suffix('.txt')
-        if not text.is_file():
-            self.report.add('no text file: image without masks', f'{self.name}: {short_path(path)} has no {text.name}.')
         sample.id = Path(os.path.relpath(path, self.root)).with_suffix('').as_posix()
         return sample
