@@ -111,6 +111,8 @@ def atomic_write(
     part = target.with_name(f'{target.name[:40]}.{os.getpid()}-{os.urandom(4).hex()}.part')  # of this call alone
     try:
         with saving(path):
+            if target.exists() and not (target.is_file() or target.is_dir()):
+                raise OSError(errno.EINVAL, 'it is a device or pipe')  # which must not be replaced by a file
             target.parent.mkdir(parents=True, exist_ok=True)
             _write_part(part, content)
             if target.exists():
