@@ -7,8 +7,8 @@ __all__ = ['RENAMED', 'RunError', 'saving', 'atomic_write', 'decode_text', 'read
            'fingerprint', 'lock', 'last_checkpoint', 'data_file', 'find_file', 'import_object', 'resolve_scale',
            'new_names', 'load_scale', 'check_names', 'check_device', 'check_gpus', 'seed_everything', 'environment',
            'read_rows', 'write_rows', 'escape_markdown', 'markdown_table', 'Run', 'bootstrap_replicates',
-           'quantile_interval', 'mean_ci', 'parse_args', 'run_command', 'leave_group', 'run_main', 'progress',
-           'pool_map', 'launch', 'watch']
+           'quantile_interval', 'mean_ci', 'parse_args', 'papermill_option', 'run_command', 'leave_group', 'one_line',
+           'run_main', 'progress', 'pool_map', 'launch', 'watch']
 
 # %% ../nbs/00c_runs.ipynb #66953e55
 import argparse
@@ -111,6 +111,8 @@ def atomic_write(
     part = target.with_name(f'{target.name[:40]}.{os.getpid()}-{os.urandom(4).hex()}.part')  # of this call alone
     try:
         with saving(path):
+            if target.exists() and not (target.is_file() or target.is_dir()):
+                raise OSError(errno.EINVAL, 'it is a device or pipe')  # which must not be replaced by a file
             target.parent.mkdir(parents=True, exist_ok=True)
             _write_part(part, content)
             if target.exists():
@@ -552,6 +554,7 @@ def load_scale(
     **overrides,  # single parameters that win over the file; None: not given
 ) -> dict:  # name -> value, with scale and gpus; raises RunError for unknown names
     "Read the parameters of a run at a scale."
+    gpus = _fitting('gpus', gpus or 0, 0)
     scale = resolve_scale(scale, gpus)
     file = Path(folder) / f'{name}_{scale}.json' if folder else data_file('params', f'{name}_{scale}.json')
     if not file.exists():
@@ -559,7 +562,7 @@ def load_scale(
     params = read_json(file, once=True)
     if not isinstance(params, dict):
         raise RunError(f'The parameter file {file.name} holds no object: give {{"name": value}}.')
-    params = {**params, 'scale': scale, 'gpus': gpus if gpus is None else _fitting('gpus', gpus, -1)}
+    params = {**params, 'scale': scale, 'gpus': gpus}
     given = new_names({k: v for k, v in overrides.items() if v is not None})
     if unknown := sorted(set(given) - set(params)):
         raise RunError(f'{name} has no parameter {", ".join(unknown)}. It has: {", ".join(sorted(params))}.')
@@ -751,7 +754,7 @@ def write_rows(
     "Write records as lines of JSON, numbers that are not finite as null."
     atomic_write(path, ''.join(json.dumps(_clean(record), ensure_ascii=False) + '\n' for record in rows))
 
-# %% ../nbs/00c_runs.ipynb #16a5f8be
+# %% ../nbs/00c_runs.ipynb #4f177f90
 def escape_markdown(
     value: object,  # any; None is a dash
 ) -> str:  # one line that Markdown and HTML show as text
@@ -769,6 +772,11 @@ def markdown_table(
     return '\n'.join('| ' + ' | '.join(map(escape_markdown, line)) + ' |' for line in lines)
 
 # %% ../nbs/00c_runs.ipynb #83352b62
+def _step(record):
+    step = record.get('step')
+    return step if isinstance(step, (int, float)) else 0
+
+
 _PART = re.compile(r'\.\d+-[0-9a-f]{8}\.part$')  # of atomic_write
 
 
@@ -911,7 +919,7 @@ class Run:
         "Forget the metrics after a step, which a resumed run will do again."
         if self.main and self.metrics_path.exists():
             self._check_folder()
-            write_rows(self.metrics_path, [record for record in self.rows() if record.get('step', 0) <= step])
+            write_rows(self.metrics_path, [record for record in self.rows() if _step(record) <= step])
 
     def keep(
         self,
@@ -1017,14 +1025,17 @@ def _typed(default):
             return text.lower() in ('true', '1')
         if isinstance(default, (list, dict)) and text[:1] in '[{':
             try:
-                return json.loads(text)
-            except ValueError as e:
+                return json.loads(text, object_pairs_hook=_once)
+            except (ValueError, RecursionError) as e:
                 raise argparse.ArgumentTypeError(
                     f'{text!r} is no JSON ({e}); names and texts in it need double quotes'
                 ) from e
-        if isinstance(default, (list, dict)):
+        if default is None or isinstance(default, (list, dict)):
             return text
-        return text if default is None else type(default)(text)
+        value = type(default)(text)
+        if isinstance(value, float) and not math.isfinite(value) and math.isfinite(default):
+            raise argparse.ArgumentTypeError(f'{text!r} is not finite')
+        return value
 
     return read
 
@@ -1046,19 +1057,44 @@ def parse_args(
     return vars(parser.parse_args(argv))
 
 
+def _yaml(value):
+    "A value in the YAML that papermill reads: JSON, but for floats without a point."
+    if isinstance(value, dict):
+        return '{' + ', '.join(f'{_yaml(str(k))}: {_yaml(v)}' for k, v in value.items()) + '}'
+    if isinstance(value, (list, tuple)):
+        return '[' + ', '.join(map(_yaml, value)) + ']'
+    if isinstance(value, float) and not math.isfinite(value):
+        return '.nan' if math.isnan(value) else '-.inf' if value < 0 else '.inf'
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub(r'^(-?\d+)e', r'\1.0e', text) if isinstance(value, float) else text
+
+
+def papermill_option(
+    name: str,  # of a parameter
+    value: object,  # number, text, bool, None, list or dict
+) -> list:  # of str, for a command line
+    "Write the option from which papermill reads this value, and no other."
+    if isinstance(value, (list, dict)):
+        return ['-y', _yaml({name: value})]
+    read_otherwise = isinstance(value, str) and (
+        value in ('True', 'False', 'None') or re.fullmatch(r'\s*[-+]?(\d|\.\d|inf|nan).*', value, re.I | re.S)
+    )
+    return ['-r' if read_otherwise else '-p', name, str(value)]
+
+
 def run_command(
     notebook: str,  # its name without the ending, for example "04_sft"
     params: dict,  # of the run
     base: dict,  # of its scale alone
-) -> str:  # values that are dicts cannot be given to papermill and are left out
+) -> str:  # for a shell in the checkout
     "Write the papermill command that repeats a run."
     given = dict(scale=params['scale'], gpus=params['gpus'] or None)
-    given |= {k: v for k, v in params.items() if base.get(k) != v}
-    command = f'papermill nbs/{notebook}.ipynb out.ipynb'
+    given |= {k: v for k, v in params.items() if base.get(k) != v and (v != {} or k in base)}
+    words = ['papermill', f'nbs/{notebook}.ipynb', 'out.ipynb']
     for name, value in given.items():
-        if value is not None and not isinstance(value, dict):
-            command += f' -p {name} {shlex.quote(str(value))}'
-    return command
+        if value is not None:
+            words += papermill_option(name, value)
+    return shlex.join(words)
 
 # %% ../nbs/00c_runs.ipynb #a2f49c08
 def leave_group() -> None:
@@ -1068,32 +1104,68 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
+def _sentence(error):
+    "One line for an exception that is no bug, None for one that is."
+    ours = any(c.__module__.split('.')[0] in ('samtok', '__main__') for c in type(error).__mro__)
+    if ours and isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate memory", str(error)):
+        return f'The memory is full ({str(error).splitlines()[0] if str(error) else "RAM"}): give a smaller batch.'
+    if why := _full(error):
+        return f'The result cannot be written ({why}): choose a folder that can be written and has room.'
+    if isinstance(error, OSError):
+        return f'{error.strerror or error}' + f': {error.filename}' * bool(error.filename)
+    return None
+
+
+@contextmanager
+def one_line(
+    prog: str,  # name of the command, which begins the line
+):  # raises SystemExit: 2 after an error, 130 after Ctrl-C, 141 where nobody reads the output
+    "End a command with one line instead of a traceback, unless there is a bug."
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt as e:
+        print(f'{prog}: stopped by Ctrl-C.', file=sys.stderr)
+        raise SystemExit(130) from e
+    except BrokenPipeError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from e
+    except Exception as e:
+        if (sentence := _sentence(e)) is None:
+            raise
+        print(f'{prog}: {sentence}', file=sys.stderr)
+        raise SystemExit(2) from e
+
+
 def run_main(
     name: str,  # of the run, for example "train_tokenizer"
     load: Callable,  # function of scale, gpus and what is in `first` -> dict of parameters
     train: Callable,  # function of parameters and a run folder -> result dict or None: works in this process
     run: Callable,  # the same, in as many processes as it takes
-    argv: list | None = None,  # of str; None: those of this process
+    argv: list | None = None,  # of str; None: those of this process, whose errors then become one line each
     **first,  # further options that decide on the defaults, with theirs
 ) -> None:  # prints the metrics of the result
     "Run a module of the package from the command line: every parameter of the scale's file is an option."
-    argv = sys.argv[1:] if argv is None else argv
-    first = dict(scale='auto', gpus=0) | first
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option, default in first.items():
-        parser.add_argument(f'--{option}', type=_typed(default), default=default)
-    defaults = load(**vars(parser.parse_known_args(argv)[0]))
-    out = f'runs/{name}_{defaults["scale"]}'
-    args = parse_args({**first, **defaults, 'out': out}, argv, prog=f'samtok.{name}')
-    params = {k: v if args[k] is None else _fitting(k, args[k], v) for k, v in defaults.items()}
-    params['scale'] = defaults['scale']  # "auto" and old names are resolved
-    if 'RANK' in os.environ:
-        result = train(params, args['out'])
-        leave_group()
-    else:
-        result = run(params, args['out'])
-    if result:
-        print(json.dumps(result['metrics'], indent=1))
+    with one_line(f'samtok.{name}') if argv is None else nullcontext():
+        argv = sys.argv[1:] if argv is None else argv
+        first = dict(scale='auto', gpus=0) | first
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for option, default in first.items():
+            parser.add_argument(f'--{option}', type=_typed(default), default=default)
+        defaults = load(**vars(parser.parse_known_args(argv)[0]))
+        out = f'runs/{name}_{defaults["scale"]}'
+        args = parse_args({**first, **defaults, 'out': out}, argv, prog=f'samtok.{name}')
+        params = {k: v if args[k] is None else _fitting(k, args[k], v) for k, v in defaults.items()}
+        params['scale'] = defaults['scale']  # "auto" and old names are resolved
+        if 'RANK' in os.environ:
+            result = train(params, args['out'])
+            leave_group()
+        else:
+            result = run(params, args['out'])
+        if result:
+            print(json.dumps(result['metrics'], indent=1))
 
 # %% ../nbs/00c_runs.ipynb #568066f3
 def progress(
@@ -1130,20 +1202,49 @@ def pool_map(
         yield from pool.imap(_do, items, 16)
 
 # %% ../nbs/00c_runs.ipynb #8a56ecb6
+_PARENT = 'SAMTOK_PARENT'  # environment variable: number of the process that starts a worker
+
+
+def _worker(argv):
+    "Run a module with its arguments as __main__, and end with the process that started this one."
+    parent = int(os.environ.get(_PARENT) or os.getppid())
+    os.environ[_PARENT] = str(os.getpid())  # of workers that torch's launcher starts in this process
+
+    def end_with_parent():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        if hasattr(os, 'killpg'):
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    sys.argv = argv
+    runpy.run_module(argv[0], run_name='__main__', alter_sys=True)
+
+
 def launch(
     module: str,  # name of a module with a command line, "samtok.train_tokenizer"
     args: dict,  # --name value
     gpus: int = 0,  # processes, one for each GPU; 0 or 1: one plain process
-    run_dir: str | Path = '.',  # folder of worker.log
+    run_dir: str | Path = '.',  # folder of worker.log; raises RunError where another process holds the run in it
     env: dict | None = None,  # extra environment variables
-) -> subprocess.Popen:  # the process, or the launcher of the processes
+) -> subprocess.Popen:  # the process, or the launcher of the processes, in a process group of its own
     "Start a module as worker processes."
-    launcher = ['torch.distributed.run', '--standalone', f'--nproc-per-node={gpus}', '-m'] if gpus > 1 else []
+    run_dir, worker = Path(run_dir), ['-m', 'samtok.runs', 'worker']
+    launcher = ['torch.distributed.run', '--standalone', f'--nproc-per-node={gpus}'] if gpus > 1 else []
     options = [f'--{k}={json.dumps(v) if isinstance(v, (list, dict)) else v}' for k, v in args.items()]
-    command = [sys.executable, '-m', *launcher, module, *options]
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
-    with open(Path(run_dir) / 'worker.log', 'ab') as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
+    command = [sys.executable, *worker, *launcher, *(worker if launcher else []), module, *options]
+    env = {**os.environ, **(env or {}), _PARENT: str(os.getpid())}
+    if (run_dir / 'run.lock').exists():
+        with lock(run_dir / 'run.lock') as free:
+            if not free:
+                raise _held('/'.join(run_dir.parts[-2:]))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with open(run_dir / 'worker.log', 'ab') as log:
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+    except OSError as e:
+        raise _unwritten(run_dir / 'worker.log', e.strerror) from e
 
 
 def _last_lines(lines, n=12):
@@ -1154,6 +1255,40 @@ def _last_lines(lines, n=12):
     return [line for line in lines if not re.match(r'[WEI]\d{4} .*torch/distributed/', line)][-n:]
 
 
+def _end(proc, seconds=10.0):
+    "End a launched process and all of its group."
+    if proc.poll() is None:
+        proc.terminate()  # torch's launcher ends its workers
+        with suppress(subprocess.TimeoutExpired):
+            proc.wait(seconds)
+    if hasattr(os, 'killpg'):
+        with suppress(OSError):
+            os.killpg(proc.pid, signal.SIGKILL)
+    proc.wait()
+
+
+@contextmanager
+def _left_on_signal():
+    "Leave the block as by an exception when this process is asked to end."
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number, frame):
+        raise SystemExit(128 + number)
+
+    asked = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in asked}
+    before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    try:
+        for number in before:
+            signal.signal(number, leave)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def watch(
     path: str | Path,  # run folder
     proc: subprocess.Popen,  # of launch
@@ -1161,37 +1296,46 @@ def watch(
     every: float = 1.0,  # seconds between two readings
 ) -> None:  # raises RunError with the end of the log if a process fails
     "Follow a run until its processes end."
-    seen = 0
-    try:
-        while True:
-            ended = proc.poll() is not None
-            records = read_rows(Path(path) / 'metrics.jsonl')
-            if on_log and len(records) != seen:
-                on_log(records)
-                seen = len(records)  # fewer than before: a resumed run forgot some
-            if ended:
-                break
-            time.sleep(every)
-    finally:
-        if proc.poll() is None:
-            proc.terminate()
-            proc.wait()  # an interrupt or a failing on_log leaves no workers behind
+    path, seen = Path(path), 0
+    with _left_on_signal():
+        try:
+            while True:
+                ended = proc.poll() is not None
+                records = read_rows(path / 'metrics.jsonl', broken=[]) if on_log else []
+                if on_log and len(records) != seen:
+                    on_log(records)
+                    seen = len(records)  # fewer than before: a resumed run forgot some
+                if ended:
+                    break
+                time.sleep(every)
+        finally:
+            _end(proc)  # an interrupt or a failing on_log leaves no workers behind
+    if not path.is_dir():
+        raise RunError(f'The folder {"/".join(path.parts[-2:])} of the run is gone: it was deleted or moved.')
     if proc.returncode:
-        lines = (Path(path) / 'worker.log').read_text(errors='replace').splitlines()
+        log = path / 'worker.log'
+        lines = log.read_text(errors='replace').splitlines() if log.exists() else []
+        killed = ' (killed; perhaps the memory was full)' * (proc.returncode == -signal.SIGKILL)
         raise RunError(
-            f'The workers ended with code {proc.returncode}. Their last lines:\n' + '\n'.join(_last_lines(lines))
+            f'The workers ended with code {proc.returncode}{killed}. Their last lines:\n'
+            + '\n'.join(_last_lines(lines))
         )
 
 
 def _demo(argv=None):
     args = parse_args(dict(out='', steps=3, wait=0.0, fail=False), argv)
     run = Run(args['out'], dict(steps=args['steps']), main=os.environ.get('RANK', '0') == '0')
-    for s in range(args['steps']):
-        run.log(s, loss=1 / (s + 1))
-    time.sleep(args['wait'])
+    with run.hold():
+        for s in range(args['steps']):
+            run.log(s, loss=1 / (s + 1))
+        time.sleep(args['wait'])
     if args['fail']:
         raise SystemExit('the disk is full')
 
 
 if __name__ == '__main__' and '__file__' in globals():
-    _demo()
+    if sys.argv[1:2] == ['worker']:
+        _worker(sys.argv[2:])
+    else:
+        with one_line('samtok.runs'):
+            _demo()

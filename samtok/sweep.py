@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SWEEPS', 'SweepError', 'read_parameters', 'check_parameters', 'combinations', 'run_name', 'Sweep', 'as_frame',
-           'plot_sweep', 'ready', 'parse_values', 'main']
+           'plot_sweep', 'ready', 'parse_values', 'read_grid', 'main']
 
 # %% ../nbs/09_sweep.ipynb #958507f9
 import argparse
 import ast
 import json
+import math
 import re
 import shlex
 import sys
@@ -24,6 +25,8 @@ from samtok.runs import (
     environment,
     fingerprint,
     lock,
+    one_line,
+    papermill_option,
     progress,
     read_json,
 )
@@ -40,24 +43,37 @@ def _find(notebook):
     return path if path.exists() else data_file().parent / path
 
 
-def read_parameters(
-    notebook: str | Path,  # path of a run notebook
-) -> dict:  # name -> name of its type, '' if the cell gives none; raises SweepError
-    "Read the names and types in the parameters cell of a notebook."
+def _sources(notebook):
+    "The code cells of a notebook as (source, is it tagged `parameters`?)."
     path = _find(notebook)
     try:
         cells = read_json(path, 'cells')['cells']
+        cells = [cell for cell in cells if cell.get('cell_type') == 'code']
+        return [(''.join(cell['source']), 'parameters' in cell['metadata'].get('tags', [])) for cell in cells]
     except RunError as e:
         if isinstance(e.__cause__, OSError):
             raise SweepError(
                 f'The notebook {path.name} cannot be read ({e.__cause__.strerror}): give the path of a run notebook.'
             ) from e
         raise SweepError(f'{path.name} is no notebook: give a .ipynb file.') from e
-    tagged = [''.join(c['source']) for c in cells if 'parameters' in c.get('metadata', {}).get('tags', [])]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise SweepError(f'{path.name} is no notebook: give a .ipynb file.') from e
+
+
+def read_parameters(
+    notebook: str | Path,  # path of a run notebook
+) -> dict:  # name -> name of its type, '' if the cell gives none; raises SweepError
+    "Read the names and types in the parameters cell of a notebook."
+    name = Path(notebook).name
+    tagged = [source for source, is_tagged in _sources(notebook) if is_tagged]
     if len(tagged) != 1:
-        raise SweepError(f'{path.name} has {len(tagged)} cells with the tag `parameters`, and a run notebook has one.')
+        raise SweepError(f'{name} has {len(tagged)} cells with the tag `parameters`, and a run notebook has one.')
+    try:
+        body = ast.parse(tagged[0]).body
+    except (SyntaxError, ValueError) as e:
+        raise SweepError(f'The cell of {name} with the tag `parameters` is no Python ({e}).') from e
     names = {}
-    for node in ast.parse(tagged[0]).body:
+    for node in body:
         typed = isinstance(node, ast.AnnAssign)
         for target in [node.target] if typed else node.targets if isinstance(node, ast.Assign) else []:
             if isinstance(target, ast.Name):
@@ -69,9 +85,18 @@ _TYPES = dict(int=int, float=(int, float), bool=bool, str=str)
 
 
 def _file_parameters(notebook):
-    "Names in the parameter files of a run notebook."
+    "Names in the parameter files of a run notebook, where it takes them: `check_names(globals(), names)`."
+    if not any(re.search(r'^check_names\(globals\(\), ', source, re.M) for source, _ in _sources(notebook)):
+        return set()
     name = Path(notebook).stem.split('_', 1)[-1]
     return {k for file in data_file('params').glob(f'{name}_*.json') for k in read_json(file, error=SweepError)}
+
+
+def _finite(value):
+    "Are all numbers of a value finite?"
+    if isinstance(value, (list, tuple, dict)):
+        return all(map(_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def check_parameters(
@@ -92,12 +117,16 @@ def check_parameters(
         bool_as_number = isinstance(value, bool) and wanted not in (bool, object)
         if value is not None and (not isinstance(value, wanted) or bool_as_number):
             raise SweepError(f'The parameter {name} of {stem} is {names[name]}, and {value!r} is not.')
+        if not _finite(value):
+            raise SweepError(f'The parameter {name} of {stem} is {value!r}: give numbers that are finite.')
 
 # %% ../nbs/09_sweep.ipynb #4f4ba861
 def combinations(
     grid: dict | list,  # dict name -> list of values, or list of dicts
 ) -> list:  # of dict name -> value, the last name changing fastest; raises SweepError
     "List all combinations of a grid."
+    if not isinstance(grid, (dict, list)) or not all(isinstance(run, dict) for run in grid if isinstance(grid, list)):
+        raise SweepError('The grid must be {name: [values]}, or a list of {name: value}.')
     if isinstance(grid, list):
         runs = [dict(run) for run in grid]
     else:
@@ -142,22 +171,15 @@ def _is_interval(value):
     return isinstance(value, dict) and {'mean', 'low', 'high'} <= set(value)
 
 
-def _option(name, value):
-    "Options that papermill's command line reads as this value."
-    if isinstance(value, (list, dict)):
-        return ['-y', json.dumps({name: value})]
-    read_otherwise = isinstance(value, str) and (
-        value in ('True', 'False', 'None') or re.fullmatch(r'\s*[-+]?(\d|\.\d|inf|nan).*', value, re.I | re.S)
-    )
-    return ['-r' if read_otherwise else '-p', name, str(value)]
-
-
 def _read(path):
-    "A JSON file; {} if it is missing or broken."
+    "A JSON object and '', or {} and what is wrong; nothing is wrong with a file that is missing."
+    if not path.exists():
+        return {}, ''
     try:
-        return read_json(path)
-    except RunError:
-        return {}
+        found = read_json(path)
+    except RunError as e:
+        return {}, str(e)
+    return (found, '') if isinstance(found, dict) else ({}, f'The file {path.name} holds no object.')
 
 
 def _sentence(error):
@@ -168,15 +190,31 @@ def _sentence(error):
     return re.sub(r'\x1b\[[0-9;]*m', '', f'{name}: {text}').strip().splitlines()[0]
 
 
+def _is_free(file):
+    "Is a lock file without a holder?"
+    if not file.exists():
+        return True
+    with lock(file) as free:
+        return free
+
+
 def _status(folder):
-    "State of a run: waiting, running, stopped, failed or finished."
+    "State of a run: waiting, running, stopped, failed, broken or finished."
     if (folder / 'result.json').exists():
-        return 'finished'
+        return 'broken' if _read(folder / 'result.json')[1] else 'finished'
     if not folder.exists():
         return 'waiting'
-    with lock(folder / 'lock') as free:
-        job = _read(folder / 'job.json')
-    return 'running' if not free else 'failed' if 'error' in job else 'stopped' if job else 'waiting'
+    if not (_is_free(folder / 'lock') and _is_free(folder / 'run.lock')):
+        return 'running'
+    job, fault = _read(folder / 'job.json')
+    return 'failed' if 'error' in job else 'stopped' if job or fault else 'waiting'
+
+
+def _written(values):
+    "A list of values as `parse_values` reads it."
+    text = ','.join(map(json.dumps, values))
+    plain = '[' not in text and json.dumps(parse_values(text)) == json.dumps(values)
+    return text if plain else json.dumps(values)
 
 
 class Sweep:
@@ -227,7 +265,7 @@ class Sweep:
         folder = self.folder(run)
         words = ['papermill', self.notebook.as_posix(), (folder / 'run.ipynb').as_posix(), '-k', self.kernel]
         for name, value in {**self.fixed, **run, 'out': folder.as_posix()}.items():
-            words += _option(name, value)
+            words += papermill_option(name, value)
         return shlex.join(words)
 
     def rows(self) -> list:  # of dict, one for each run, in the order of the grid
@@ -279,30 +317,33 @@ class Sweep:
     ) -> None:  # the runs themselves stay where they are
         "Write table rows, command and environment."
         rows = [{k: v for k, v in row.items() if k not in ('folder', 'attempts')} for row in self.rows()]
+        grid = {name: [run[name] for run in self.runs if name in run] for name in self.names}
+        grid = {name: list({json.dumps(value): value for value in values}.values()) for name, values in grid.items()}
         words = ['python', '-m', 'samtok.sweep', self.notebook.as_posix()]
-        for name in self.names:
-            values = dict.fromkeys(json.dumps(run[name]) for run in self.runs if name in run)
-            words.append(f'{name}={",".join(values)}')
-        words += [f'{name}={json.dumps(value)}' for name, value in self.fixed.items()]
+        words += [f'{name}={_written(values)}' for name, values in grid.items()]
+        words += [f'{name}={_written([value])}' for name, value in self.fixed.items()]
         command = shlex.join([*words, '--out', self.out.as_posix()])
+        if combinations(grid or [{}]) != self.runs:  # parameters that change together: a command for each run
+            command = ' && '.join(map(self.command, self.runs))
         atomic_write(path, json.dumps(dict(command=command, environment=environment(), rows=rows), indent=1) + '\n')
 
     def _row(self, run):
         folder = self.folder(run)
-        result, job = _read(folder / 'result.json'), _read(folder / 'job.json')
-        commit, dirty = result.get('commit'), result.get('environment', {}).get('dirty')
+        (result, fault), (job, _) = _read(folder / 'result.json'), _read(folder / 'job.json')
+        commit, made_in = result.get('commit'), result.get('environment')
+        dirty = isinstance(made_in, dict) and made_in.get('dirty')
         own = dict(
             n=result.get('n'),
             seconds=result.get('seconds'),
-            commit=commit and commit[:7] + '+' * bool(dirty),
+            commit=commit and str(commit)[:7] + '+' * bool(dirty),
             status=_status(folder),
-            error=job.get('error'),
+            error=f'{fault} Delete it to make the run again.' if fault else job.get('error'),
             attempts=job.get('attempts', 0),
             folder=folder.as_posix(),
             command=self.command(run),
         )
-        metrics = {}
-        for name, value in result.get('metrics', {}).items():
+        metrics, found = {}, result.get('metrics')
+        for name, value in found.items() if isinstance(found, dict) else ():
             hides = name in own or name in run  # a metric never hides a parameter
             metrics[name + '_result' * hides] = value
         return {**run, **metrics, **own}
@@ -312,13 +353,13 @@ class Sweep:
         folder = self.folder(run)
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder / 'lock', 0.5) as mine:  # a process that only reads the state holds it for a moment
-            if not mine or (folder / 'result.json').exists():
+            if not mine or not _is_free(folder / 'run.lock') or (folder / 'result.json').exists():
                 return
             job = dict(
                 notebook=self.notebook.as_posix(),
                 parameters={**self.fixed, **run},
                 command=self.command(run),
-                attempts=_read(folder / 'job.json').get('attempts', 0) + 1,
+                attempts=_read(folder / 'job.json')[0].get('attempts', 0) + 1,
             )
             atomic_write(folder / 'job.json', json.dumps(job, indent=1))
             if error := self._execute(run, folder):
@@ -549,15 +590,29 @@ def parse_values(
         for read in (json.loads, ast.literal_eval):
             try:
                 return read(word)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
                 pass
         return None if word.lower() == 'none' else word
 
     try:
         whole = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return [one(word.strip()) for word in text.split(',')]
     return whole if isinstance(whole, list) else [whole]
+
+
+def read_grid(
+    text: str,  # JSON; empty: {}
+    name: str = 'grid',  # of the parameter, for the sentence
+) -> dict | list:  # raises SweepError
+    "Read parameters and values that are given as text."
+    try:
+        found = json.loads(text or '{}')
+    except (ValueError, RecursionError) as e:
+        raise SweepError(f'{name} is {text[:60]!r}, which is no JSON ({e}).') from e
+    if not isinstance(found, (dict, list)):
+        raise SweepError(f'{name} is {text[:60]!r}: give a JSON object in quotes, such as \'{{"seed": [0, 1]}}\'.')
+    return found
 
 
 def _arguments(argv):
@@ -579,6 +634,8 @@ def _from_arguments(args):
     given = {}
     for text in args.values:
         name, _, values = text.partition('=')
+        if name in given or name in ('name', 'out'):
+            raise SweepError(f'{text!r} cannot be: each parameter once, and the folder with --out.')
         given[name] = parse_values(values)
     if args.notebook in SWEEPS:
         return ready(args.notebook, args.out, **given)
@@ -606,8 +663,9 @@ def main(
     except (ValueError, OSError) as e:
         print(f'samtok.sweep: {e}', file=sys.stderr)
         return 2
-    return int(any(row['status'] == 'failed' for row in rows))
+    return int(any(row['status'] in ('failed', 'broken') for row in rows))
 
 
 if __name__ == '__main__' and '__file__' in globals():
-    sys.exit(main())
+    with one_line('samtok.sweep'):
+        sys.exit(main())
