@@ -27,6 +27,7 @@ from samtok.chat import (
     image_key,
     mask_words,
     read_answer,
+    render_chat,
     to_messages,
 )
 from samtok.checkpoints import (
@@ -612,7 +613,7 @@ class MaskVLM:
         self,
         messages: list,  # of {"role", "content"}, masks filled in; <image:i> where an image stands
         images: list,  # by number: what read_image takes
-    ) -> tuple:  # text of the prompt, list of PIL images in the order of the text; raises VLMError
+    ) -> tuple:  # text of the prompt, list of PIL images in the order of the text; raises VLMError, ChatError
         "Write messages as the model's own chat template wants them."
         for message in messages:
             if message['role'] != 'assistant':
@@ -621,7 +622,7 @@ class MaskVLM:
         for row in rows:
             if row['role'] == 'system':  # some templates take no parts here
                 row['content'] = ''.join(part['text'] for part in row['content'])
-        text = self.processor.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
+        text = render_chat(self.processor, rows, add_generation_prompt=True)
         return text, [Image.fromarray(read_image(images[i])) for i in order]
 
     def _grammar(self, constrained):  # None: the model's own setting -> grammar or None; raises VLMError
