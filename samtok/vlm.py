@@ -179,7 +179,7 @@ def _check_files(folder):  # of a model: the numbers and names in its small file
 
 def _fetch_model(name, hub):  # hub id -> folder; the small files are checked before the weights are fetched
     whole = dict(hub, ignore_patterns=['*/*', 'consolidated*'])  # the files of the folder itself, not of those in it
-    folder = fetch_files(name, ['*.json', '*.jinja', '*.txt', '*.model'], VLMError, **whole)
+    folder = fetch_files(name, ['*.json', '*.jinja', '*.txt', '*.model', '*.tiktoken'], VLMError, **whole)
     if (folder / 'config.json').is_file():
         _check_files(folder)
     folder = fetch_files(name, ['*.safetensors'], VLMError, **whole)
