@@ -176,7 +176,7 @@ def load_checked(
     model.load_state_dict(state, strict=False)
     return missing
 
-# %% ../nbs/01b_checkpoints.ipynb #cf3521a1
+# %% ../nbs/01b_checkpoints.ipynb #ec5dbcbd
 _WEIGHTS = ('model.safetensors', 'pytorch_model.bin', 'adapter_model.safetensors', 'adapter_model.bin')
 
 
@@ -201,10 +201,11 @@ def weight_files(
     "Find the weights in a folder."
     folder = Path(folder)
     for name in _WEIGHTS:
-        if (folder / name).is_file():
-            return [folder / name]
-        if (folder / f'{name}.index.json').is_file():
-            return _indexed_files(folder / f'{name}.index.json', error)
+        whole, index = folder / name, folder / f'{name}.index.json'
+        if whole.is_file() and index.is_file():  # transformers would take the first, which may be of an older save
+            raise error(f'{folder.name} holds weights twice, {name} and {index.name}: remove the older of the two.')
+        if whole.is_file() or index.is_file():
+            return [whole] if whole.is_file() else _indexed_files(index, error)
     inside = ', '.join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else ''
     raise error(f'{folder.name} has no weights ({inside or "nothing in it"}): expected {_WEIGHTS[0]} or its parts.')
 
@@ -218,10 +219,10 @@ def _unwrapped_module(model):  # the module inside DistributedDataParallel, Deep
 
 
 def _model_on_meta(config):  # config of transformers -> model without memory for its weights
-    from transformers import AutoModelForImageTextToText
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    with torch.device('meta'):
-        return AutoModelForImageTextToText.from_config(config)
+    with torch.device('meta'):  # the class itself: from_config would share the weights out under DeepSpeed
+        return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config)
 
 
 def expected_tensors(
@@ -229,10 +230,11 @@ def expected_tensors(
 ) -> dict:  # name -> shape (tuple of int), as save_pretrained writes them: tied weights once
     "List the tensors that a saved model must have."
     model = _unwrapped_module(model if isinstance(model, torch.nn.Module) else _model_on_meta(model))
-    if hasattr(model, 'peft_config') and hasattr(model, 'get_base_model'):
+    if getattr(model, 'peft_config', None):  # of an adapter only its own weights are saved
         from peft import get_peft_model_state_dict
 
-        return {k: tuple(v.shape) for k, v in get_peft_model_state_dict(model).items()}
+        prefix = '' if hasattr(model, 'get_base_model') else 'base_model.model.'  # it is inside a model of transformers
+        return {prefix + k: tuple(v.shape) for k, v in get_peft_model_state_dict(model).items()}
     state = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, torch.Tensor)}
     tied = getattr(model, 'all_tied_weights_keys', None) or {}  # name -> name of the matrix that is saved
     names = {}  # id of a parameter -> its name in the file
@@ -311,7 +313,7 @@ def check_saved(
         )
     return dict(files=len(files), tensors=len(found), values=values)
 
-# %% ../nbs/01b_checkpoints.ipynb #d08af376
+# %% ../nbs/01b_checkpoints.ipynb #3fc324e7
 def _values_at(config, path):  # nested dict, "a.b" -> the values there: of a list each item, none where it is not given
     for key in path.split('.'):
         if not isinstance(config, dict) or config.get(key) is None:

@@ -7,13 +7,16 @@ __all__ = ['MODELS', 'matrices', 'add_mask_words', 'load_vlm', 'Instance', 'Inst
            'MaskVLM']
 
 # %% ../nbs/03b_vlm.ipynb #07305074
-from dataclasses import dataclass
+import re
+import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AddedToken, BatchFeature, LogitsProcessorList
 
 from samtok.chat import (
@@ -24,12 +27,23 @@ from samtok.chat import (
     image_key,
     mask_words,
     read_answer,
+    render_chat,
     to_messages,
 )
-from .checkpoints import fetch_files, find_pretrained, hub_problem
+from samtok.checkpoints import (
+    CheckpointError,
+    check_bounds,
+    check_saved,
+    expected_tensors,
+    fetch_files,
+    find_pretrained,
+    hub_problem,
+    not_finite,
+    tensor_shapes,
+)
 from .data import read_image
 from .grammar import AnswerGrammar, MaskGrammar, VLMError, count_mask_words, mask_word_ids
-from .runs import check_device, import_object
+from .runs import check_device, import_object, read_json
 from .tokenizer import ImageEmbedding, MaskTokenizer
 from .words import MaskVocab
 
@@ -39,7 +53,10 @@ def matrices(
 ) -> tuple:  # input embedding (module), output head (module or None), tied (bool): is it one matrix?
     "Find the two matrices that have a row for each token."
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return embedding, head, head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
+    if head is None:
+        return embedding, None, False
+    place = embedding.weight.data_ptr()  # 0 where a process holds no values
+    return embedding, head, head.weight is embedding.weight or (place != 0 and head.weight.data_ptr() == place)
 
 # %% ../nbs/03b_vlm.ipynb #2dfbce0e
 def _start_rows(weight, new, known, noise, generator):
@@ -72,15 +89,58 @@ def add_mask_words(
         embedding, head, tied = matrices(model)
     if added or resized:
         old = torch.tensor(sorted(i for i in known - set(ids.tolist()) if i < before))
+        others = sorted({*range(before, embedding.weight.shape[0])} - {*ids.tolist()})  # rows of other new tokens
+        new = torch.cat([ids, torch.tensor(others, dtype=ids.dtype)])
         generator = torch.Generator().manual_seed(seed)
         for layer in [embedding] if tied or head is None else [embedding, head]:
             device = layer.weight.device
-            _start_rows(layer.weight, ids.to(device), old.to(device), noise, generator)
+            _start_rows(layer.weight, new.to(device), old.to(device), noise, generator)
+    model.config.mask_words = dict(asdict(vocab), first_id=int(ids[0]))  # read again by load_vlm and MaskVLM
     return dict(added=added, ids=ids.numpy(), rows=embedding.weight.shape[0], resized=resized, tied=tied)
 
 # %% ../nbs/03b_vlm.ipynb #d90ffa43
 MODELS = {'tiny': 'samtok.toy.tiny_models:load_tiny'}  # kind -> "module:function" that makes the model "kind/rest"
 _HUB = ('revision', 'token', 'cache_dir', 'local_files_only')  # arguments of the hub, for model, processor, tokenizer
+_TEXT = ('text_config', 'llm_config', 'language_config')  # names of the language model's part of a config.json
+_LAYERS = ('num_hidden_layers', 'num_layers', 'n_layers', 'depth')
+_BOUNDS = dict.fromkeys(_LAYERS, (1, 1000)) | {  # of a config.json at any level: lowest, highest
+    'vocab_size': (1, 10**7),
+    'hidden_size': (1, 10**5),
+    'out_hidden_size': (1, 10**5),
+    'embed_dim': (1, 10**5),
+    'intermediate_size': (0, 10**6),
+    'num_attention_heads': (1, 1024),
+    'num_key_value_heads': (1, 1024),
+    'num_heads': (1, 1024),
+    'head_dim': (1, 4096),
+    'num_experts': (0, 4096),
+    'image_size': (1, 16384),
+    'img_size': (1, 16384),
+    'patch_size': (1, 1024),
+    'spatial_merge_size': (1, 64),
+    'temporal_patch_size': (1, 64),
+    'num_channels': (1, 64),
+    'in_channels': (1, 64),
+    'num_position_embeddings': (1, 10**7),
+    'max_position_embeddings': (1, 10**9),
+}
+_PIXELS = {  # of the processors' files: lowest, highest
+    'min_pixels': (1, 10**8),
+    'max_pixels': (1, 10**8),
+    'shortest_edge': (1, 10**8),
+    'longest_edge': (1, 10**8),
+    'height': (1, 16384),
+    'width': (1, 16384),
+    'patch_size': (1, 1024),
+    'merge_size': (1, 64),
+    'temporal_patch_size': (1, 64),
+    'tile_size': (1, 16384),
+    'max_num_tiles': (1, 1000),
+    'image_std': (1e-6, 1e6),
+    'rescale_factor': (1e-9, 1e6),
+}
+_PROCESSORS = ('preprocessor_config.json', 'video_preprocessor_config.json', 'processor_config.json')
+_HARMLESS = re.compile(r'(inv_freq|position_ids)$')  # buffers that are computed, which old files hold
 
 
 def _split_kind(name):  # -> (kind of MODELS, rest) of "kind/rest"; None for any other name and for a folder
@@ -93,29 +153,215 @@ def _make_model(kind, rest, dtype, kwargs):  # -> model, processor
     return model.to(dtype), processor
 
 
+def _levels(config, name):  # nested dicts of a JSON file -> yields (name for a message, dict), the outermost first
+    yield name, config
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, dict):
+            yield from _levels(value, f'{name}, {key}')
+
+
+def _check_files(folder):  # of a model: the numbers and names in its small files; raises VLMError
+    raw = read_json(folder / 'config.json', error=VLMError)
+    for name, level in _levels(raw, f'{folder.name}/config.json'):
+        check_bounds(level, _BOUNDS, name, VLMError)
+        for key in ('attn_implementation', '_attn_implementation', 'experts_implementation'):
+            if '/' in str(level.get(key, '')):
+                raise VLMError(f'{name}: {key} names code of others ({level[key]!r}), which is not run. Remove it.')
+        for key in ('transformers_weights', 'checkpoint_path'):
+            if level.get(key):
+                raise VLMError(f'{name}: {key} names another file of weights, which is not opened. Remove it.')
+    for file in _PROCESSORS:
+        if (folder / file).is_file():
+            for name, level in _levels(read_json(folder / file, error=VLMError), f'{folder.name}/{file}'):
+                check_bounds(level, _PIXELS, name, VLMError)
+    return raw
+
+
+def _fetch_model(name, hub):  # hub id -> folder; the small files are checked before the weights are fetched
+    whole = dict(hub, ignore_patterns=['*/*', 'consolidated*'])  # the files of the folder itself, not of those in it
+    folder = fetch_files(name, ['*.json', '*.jinja', '*.txt', '*.model', '*.tiktoken'], VLMError, **whole)
+    if (folder / 'config.json').is_file():
+        _check_files(folder)
+    folder = fetch_files(name, ['*.safetensors'], VLMError, **whole)
+    if not any(folder.glob('*.safetensors')):
+        folder = fetch_files(name, ['*.bin'], VLMError, **whole)
+    return folder
+
+
+def _read_config(folder, raw, shapes):  # dict of config.json, name -> shape of the weights -> config of transformers
+    if raw.get('model_type') not in transformers.CONFIG_MAPPING:
+        raise VLMError(
+            f'{folder.name} is a model of type {str(raw.get("model_type"))[:60]!r}, which transformers '
+            f'{transformers.__version__} does not know; code that comes with it is not run.'
+        )
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise VLMError(f'{folder.name} is a model of type {raw["model_type"]!r}, which does not read images and texts.')
+    levels = [raw] + [raw[k] for k in _TEXT if isinstance(raw.get(k), dict)]
+    said = [level['tie_word_embeddings'] for level in levels if level.get('tie_word_embeddings') is not None]
+    own_head = any(name.endswith('lm_head.weight') for name in shapes)
+    before_5 = str(raw.get('transformers_version', '')).startswith(('3.', '4.'))  # which left the word out where tied
+    if any(said) or (not said and before_5 and not own_head):
+        config.tie_word_embeddings = True
+    return config
+
+
+def _check_sizes(
+    folder, raw, config, shapes
+):  # is the model that is to be built as large as its files? raises VLMError
+    for name, level in _levels(raw, f'{folder.name}/config.json'):
+        check_bounds(level, dict.fromkeys(_LAYERS, (1, len(shapes))), name, VLMError)
+    wanted = sum(int(np.prod(shape, dtype=float)) for shape in expected_tensors(config).values())
+    have = sum(int(np.prod(shape, dtype=float)) for shape in shapes.values())
+    packed = 16 if 'quantization_config' in raw else 1  # numbers that one stored number may hold
+    if wanted > 4 * packed * have + 10**7:
+        raise VLMError(
+            f'{folder.name}: config.json asks for {wanted} weights, and its files hold {have}. One of them is '
+            'damaged or of another model; nothing was built.'
+        )
+
+
+def _check_loaded(info, name):  # what from_pretrained or load_adapter reports, a dict; raises VLMError
+    shapes = [f'{key} {tuple(stored)} for {tuple(own)}' for key, stored, own in info['mismatched_keys']]
+    wrong = {
+        'missing': [k for k in info['missing_keys'] if not _HARMLESS.search(k)],
+        'unexpected': [k for k in info['unexpected_keys'] if not _HARMLESS.search(k)],
+        'of another shape': shapes,
+        'unreadable': [' '.join(str(m).split())[:200] for m in info['error_msgs']],
+    }
+    if any(wrong.values()):
+        what = [f'{len(keys)} {kind} ({", ".join(sorted(keys)[:5])})' for kind, keys in wrong.items() if keys]
+        head = any('lm_head' in k for k in wrong['missing'])
+        raise VLMError(
+            f'The weights in {name} are not those of its config: {"; ".join(what)}. They would be random or left out: '
+            f'copy or download the whole folder{" (or set tie_word_embeddings, if the head is the embedding)" * head}.'
+        )
+
+
+def _check_values(model, name):  # raises VLMError for NaN or infinity among the weights
+    broken = {k: not_finite(v.detach()) for k, v in model.named_parameters()}
+    broken = {k: count for k, count in broken.items() if count}
+    if broken:
+        raise VLMError(
+            f'{len(broken)} weights in {name} have values that are NaN or infinite (first: {next(iter(broken))}, '
+            f'{next(iter(broken.values()))} values): training went wrong before they were saved, or {model.dtype} '
+            'is too narrow for them.'
+        )
+
+
+def _rows(layer):  # embedding or head -> its number of rows, also where DeepSpeed holds the weight in parts
+    return getattr(layer.weight, 'ds_shape', layer.weight.shape)[0]
+
+
+def _check_words(model, tokenizer, name):  # does each token have its row? raises VLMError
+    embedding, head, _ = matrices(model)
+    rows = min(_rows(layer) for layer in (embedding, head) if layer is not None)
+    known = tokenizer.get_vocab()
+    beyond = sorted((i, w) for w, i in known.items() if i >= rows)
+    beyond = [w for _, w in beyond if not re.fullmatch(r'<\|mt_(start|end|\d{4,})\|>', w)]
+    if beyond:  # of mask words may be: add_mask_words makes their rows
+        raise VLMError(
+            f'The tokenizer of {name} has {len(beyond)} tokens beyond the {rows} rows of the model (first: '
+            f'{beyond[0]!r}): it is of another model. Copy the tokenizer that was saved with the weights.'
+        )
+    about = getattr(model.config, 'mask_words', None)
+    if about is None:
+        return
+    try:
+        vocab = MaskVocab(about['codebook_size'], about['depth'])
+        first = about['first_id']
+    except (TypeError, KeyError, ValueError) as e:
+        raise VLMError(f'{name}/config.json: mask_words does not describe mask words: {about!r}'[:300]) from e
+    if known.get(vocab.words[0]) != first or known.get(vocab.words[-1]) != first + len(vocab) - 1:
+        raise VLMError(
+            f'{name} was trained with {len(vocab)} mask words from id {first}, and its tokenizer does not have them '
+            'there: it is that of the base model. Copy the tokenizer that was saved with the weights.'
+        )
+
+
+def _load_model(folder, dtype, kwargs):  # Path -> model, every weight from the files; raises VLMError
+    if parts := sorted(folder.glob('shard-*-model-*.safetensors')):
+        raise VLMError(
+            f'{folder.name} holds a distributed checkpoint ({parts[0].name}): merge it into one model first.'
+        )
+    raw = _check_files(folder)
+    shapes = tensor_shapes(folder, VLMError)
+    config = _read_config(folder, raw, shapes)
+    _check_sizes(folder, raw, config, shapes)
+    model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        trust_remote_code=False,
+        weights_only=True,
+        ignore_mismatched_sizes=True,  # they are an error of ours, which names them
+        output_loading_info=True,
+        **kwargs,
+    )
+    _check_loaded(info, folder.name)
+    tied = matrices(model)[2]
+    if config.tie_word_embeddings and not tied:
+        warnings.warn(
+            f'The config of {folder.name} says that the output head is the embedding, but the file has a head of its '
+            'own: it was kept.',
+            stacklevel=4,
+        )
+    for part in (model.config, model.config.get_text_config()):
+        if hasattr(part, 'tie_word_embeddings'):
+            part.tie_word_embeddings = tied
+    return model
+
+
+def _load_adapter(folder, dtype, kwargs):  # Path -> model with a peft adapter; raises VLMError
+    base = read_json(folder / 'adapter_config.json', 'base_model_name_or_path', error=VLMError)
+    base = base['base_model_name_or_path']
+    if (folder / 'config.json').is_file():
+        raise VLMError(f'{folder.name} holds a model and an adapter: move the files adapter_* to their own folder.')
+    if not isinstance(base, str) or not base or Path(base, 'adapter_config.json').is_file():
+        raise VLMError(f'{folder.name}/adapter_config.json: base_model_name_or_path {base!r} is not a model.')
+    model, processor = load_vlm(base, dtype, **kwargs)
+    if any((folder / f).is_file() for f in ('tokenizer_config.json', 'tokenizer.json')):
+        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    _check_words(model, processor.tokenizer, folder.name)
+    tensor_shapes(folder, VLMError)
+    _check_loaded(model.load_adapter(str(folder)).to_dict(), folder.name)
+    return model, processor
+
+
 def load_vlm(
     name: str
     | Path,  # folder, hub id "user/name", "toy", a folder of the package such as "toy/base", or "tiny/qwen3_vl"
     dtype: torch.dtype = torch.float32,  # of the weights
     **kwargs,  # of the model's from_pretrained; those of the hub (revision, token, ...) also reach the processor
 ) -> tuple:  # model, processor; raises VLMError
-    "Load a model and its processor, without running code that comes with them."
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
+    "Load a model and its processor whole, or not at all, without running code that comes with them."
     hub = {k: v for k, v in kwargs.items() if k in _HUB}
+    rest = {k: v for k, v in kwargs.items() if k not in _HUB}
+    for key in ('trust_remote_code', 'weights_only', 'ignore_mismatched_sizes', 'output_loading_info', 'config'):
+        if key in kwargs:
+            raise VLMError(f'load_vlm sets {key} itself, so that no code runs and no weight is random: leave it out.')
     made = _split_kind(name)
-    if not made:
-        name = find_pretrained(name, 'vlm', VLMError)
-        if isinstance(name, str):  # raises at once if the hub does not have it
-            fetch_files(name, ['config.json'], VLMError, **hub)
     try:
         if made:
-            return _make_model(*made, dtype, {k: v for k, v in kwargs.items() if k not in _HUB})
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False, **kwargs)
-        return model, AutoProcessor.from_pretrained(name, trust_remote_code=False, **hub)
+            return _make_model(*made, dtype, rest)
+        name = find_pretrained(name, 'vlm', VLMError)
+        folder = name if isinstance(name, Path) else _fetch_model(name, hub)
+        if (folder / 'adapter_config.json').is_file():
+            base = {k: v for k, v in hub.items() if k != 'revision'}  # which is the adapter's
+            model, processor = _load_adapter(folder, dtype, rest | base)
+        else:
+            if not (folder / 'config.json').is_file():
+                raise VLMError(f'The model {folder.name} could not be loaded: it has no config.json.')
+            model = _load_model(folder, dtype, rest)
+            processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False, **hub)
+            _check_words(model, processor.tokenizer, folder.name)
+        _check_values(model, folder.name)
+        if isinstance(name, str):
+            model.name_or_path = model.config._name_or_path = name  # not the folder of the cache
+        return model, processor
     except VLMError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
+    except Exception as e:  # whatever a damaged file makes transformers raise
         problem = hub_problem(name, e) if isinstance(name, str) and not made else None
         reason = ' '.join(str(e).split())[:300]
         raise VLMError(
@@ -272,7 +518,14 @@ class MaskVLM:
     ):
         self.model, self.processor, self.tokenizer = model.eval(), processor, tokenizer
         self.constrained, self.policy = constrained, policy
-        self.ids, rows = mask_word_ids(processor.tokenizer, tokenizer.vocab), matrices(model)[0].weight.shape[0]
+        self.ids = mask_word_ids(processor.tokenizer, tokenizer.vocab)
+        rows = min(_rows(layer) for layer in matrices(model)[:2] if layer is not None)
+        about = getattr(model.config, 'mask_words', None)
+        if about and {k: about[k] for k in asdict(tokenizer.vocab)} != asdict(tokenizer.vocab):
+            raise VLMError(
+                f'The model was trained with {about["depth"]} x {about["codebook_size"]} mask words, the mask '
+                f'tokenizer has {tokenizer.vocab.depth} x {tokenizer.vocab.codebook_size}: use its own.'
+            )
         if int(self.ids.max()) >= rows:
             raise VLMError(
                 f'The mask words have ids up to {int(self.ids.max())}, the model has {rows} rows: '
@@ -320,10 +573,14 @@ class MaskVLM:
         self,
         folder: str | Path,  # is made where it does not exist
     ) -> None:
-        "Write model, processor and mask tokenizer into a folder."
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
-        self.tokenizer.save_pretrained(Path(folder) / 'mask_tokenizer')
+        "Write model, processor and mask tokenizer into a folder, and read the weights again; raises CheckpointError."
+        try:
+            self.model.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+            self.tokenizer.save_pretrained(Path(folder) / 'mask_tokenizer')
+        except (OSError, SafetensorError) as e:
+            raise CheckpointError(f'The model could not be written to {folder}: {e}. Save it elsewhere.') from e
+        check_saved(folder, expected_tensors(self.model))
 
     def embed_images(
         self,
@@ -356,7 +613,7 @@ class MaskVLM:
         self,
         messages: list,  # of {"role", "content"}, masks filled in; <image:i> where an image stands
         images: list,  # by number: what read_image takes
-    ) -> tuple:  # text of the prompt, list of PIL images in the order of the text; raises VLMError
+    ) -> tuple:  # text of the prompt, list of PIL images in the order of the text; raises VLMError, ChatError
         "Write messages as the model's own chat template wants them."
         for message in messages:
             if message['role'] != 'assistant':
@@ -365,7 +622,7 @@ class MaskVLM:
         for row in rows:
             if row['role'] == 'system':  # some templates take no parts here
                 row['content'] = ''.join(part['text'] for part in row['content'])
-        text = self.processor.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
+        text = render_chat(self.processor, rows, add_generation_prompt=True)
         return text, [Image.fromarray(read_image(images[i])) for i in order]
 
     def _grammar(self, constrained):  # None: the model's own setting -> grammar or None; raises VLMError
