@@ -20,12 +20,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LogitsProcessorList, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from .benchmarks import Task, ask, is_heldout, open_task, samples
-from .chat import THINK, Conversation, fill
-from .data import read_image
+from .chat import THINK, Conversation, check_messages, fill
+from .data import Report, read_image
 from .evaluate import Evaluation, paired_difference
 from .grammar import mask_pattern
 from samtok.rewards import (
@@ -53,6 +53,7 @@ from samtok.runs import (
 from samtok.sft import (
     HeldoutEvaluation,
     MixedRecords,
+    RunLog,
     StepBar,
     check_evaluation,
     check_weights,
@@ -65,6 +66,7 @@ from samtok.sft import (
     open_shards,
     processes,
     ready_adapters,
+    run_report,
     train_and_merge,
     vision_weights,
 )
@@ -102,6 +104,12 @@ def check_params(
     _check_rewards(params)
     data_sources(params['data'])
     check_evaluation(params)
+    rollout = params['batch'] * n * (params['rollout'] or params['accumulate'])  # replies that are sampled at a time
+    if rollout % params['replies']:
+        raise RunError(
+            f'batch {params["batch"]} on {n} processes gives {rollout} replies at a time, which is no multiple of '
+            f'replies {params["replies"]}: choose a batch that is.'
+        )
     return n
 
 # %% ../nbs/06_grpo.ipynb #db7a514b
@@ -109,36 +117,65 @@ def read_prompts(
     shards: list[dict],  # of open_shards: path and weight
     think: bool = False,  # ask for reasoning in tags
     heldout: float = 0.0,  # share of the records that is left out, for evaluation
+    report: Report | None = None,  # counts the records that cannot be asked
+    image_processor: Callable | None = None,  # of the model, to try each image; None: images are only read
 ):  # datasets.Dataset: prompt (messages), image, answer (str), sample_id, kind
     "Read prompts from tokenised shards, each set as often as its weight says; raises RunError where there is none."
     from datasets import concatenate_datasets, load_dataset
 
-    def prompt_of(record):
-        messages = json.loads(record['messages'])
-        question, answer = (
-            next(m['content'] for m in messages if m['role'] == role).replace('<image:0>', '').strip()
-            for role in ('user', 'assistant')
-        )
-        return dict(
-            prompt=[dict(role='user', content=THINK.format(question=question) if think else question)],
-            image=Image.fromarray(read_image(record['images'][0])),
-            answer=answer,
-            sample_id=record['id'],
-            kind=record['task'],
-        )
-
-    parts = []
+    report, parts = Report() if report is None else report, []
     for s in shards:
         records = load_dataset('parquet', data_files=str(Path(s['path']) / '*.parquet'), split='train')
         if heldout:
             records = records.select([i for i, name in enumerate(records['id']) if not is_heldout(name, heldout)])
-        parts.append(records.map(prompt_of, remove_columns=records.column_names))
+        prompts = records.map(
+            lambda record: _tried_prompt(record, think, image_processor), remove_columns=records.column_names
+        )
+        for problem in filter(None, prompts['problem']):
+            reason, _, example = problem.partition(': ')
+            report.add(f'{reason}: prompt left out', example)
+        good = [i for i, problem in enumerate(prompts['problem']) if not problem]
+        parts.append(prompts.select(good).remove_columns('problem'))
     prompts, starts = concatenate_datasets(parts), np.cumsum([0, *map(len, parts)])
+    if report and not len(prompts):
+        raise RunError(f'None of the prompts can be asked. First case: {next(iter(report.examples.values()))}')
     if all(s.get('weight', 1) == 1 for s in shards) and len(prompts):
         return prompts
     weighted = [(range(a, a + len(p)), s.get('weight', 1)) for a, p, s in zip(starts.tolist(), parts, shards)]
     mixed = MixedRecords(weighted)
     return prompts.select([mixed[i] for i in range(len(mixed))])
+
+
+def _prompt(record, think, image_processor):
+    "Question, image and answer of a record; raises whatever is wrong with it."
+    messages = json.loads(record['messages'])
+    check_messages(messages, len(record['images']))
+    if len(record['images']) != 1 or [m['role'] for m in messages] != ['user', 'assistant']:
+        raise ValueError('it is no single question about one image with its answer')
+    question, answer = (m['content'].replace('<image:0>', '').strip() for m in messages)
+    image = Image.fromarray(read_image(record['images'][0]))
+    if image_processor:
+        image_processor(images=[image])
+    return dict(
+        prompt=[dict(role='user', content=THINK.format(question=question) if think else question)],
+        image=image,
+        answer=answer,
+        sample_id=record['id'],
+        kind=record['task'],
+        problem='',
+    )
+
+
+def _tried_prompt(record, think, image_processor):
+    "As _prompt; where a record cannot be asked, its `problem` says why."
+    try:
+        return _prompt(record, think, image_processor)
+    except (NameError, ImportError, MemoryError):
+        raise  # mistakes in the program
+    except Exception as e:  # a processor refuses images in every way
+        problem = f'{type(e).__name__}: {record.get("dataset", "")}, {record.get("id", "")}: {e}'
+        none = Image.new('RGB', (1, 1))
+        return dict(prompt=[dict(role='', content='')], image=none, answer='', sample_id='', kind='', problem=problem)
 
 # %% ../nbs/06_grpo.ipynb #9c847051
 def mask_rewards(
@@ -262,7 +299,7 @@ def grpo_config(
         steps_per_generation=params['rollout'] or None,
         logging_steps=params['log_every'],
         save_steps=params['checkpoint_every'],
-        save_total_limit=1,
+        save_total_limit=2,  # one to go back to where the newest is broken
         seed=params['seed'],
         bf16=bool(params['bf16']),
         use_cpu=params['gpus'] == 0 or params['device'] == 'cpu',
@@ -277,7 +314,7 @@ def grpo_config(
     )
 
 # %% ../nbs/06_grpo.ipynb #80007c87
-class RewardLog(TrainerCallback):
+class RewardLog(RunLog):
     "Write the trainer's log into the metrics of a run, each reward term for itself."
 
     names = dict(  # name in metrics.jsonl -> name in the trainer's log
@@ -299,21 +336,21 @@ class RewardLog(TrainerCallback):
         terms: list[str],  # names of the reward terms
         on_log: Callable | None = None,  # function that is called with all rows of metrics, or None
     ):
-        self.run = run
+        super().__init__(run, on_log)
         self.terms = terms
-        self.on_log_rows = on_log
-        self.started = time.time()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not self.run.main or 'reward' not in (logs or {}):
-            return
-        row = {ours: float(logs[theirs]) for ours, theirs in self.names.items() if logs.get(theirs) is not None}
+    def row(
+        self,
+        logs: dict,  # of the trainer
+    ) -> dict:  # name in metrics.jsonl -> number; empty where the trainer logged something else
+        "Translate what the trainer logs."
+        if 'reward' not in logs:
+            return {}
+        found = {ours: float(logs[theirs]) for ours, theirs in self.names.items() if logs.get(theirs) is not None}
         for term in self.terms:
             mean = logs.get(f'rewards/{term}/mean')  # None where no reply of the step has the term
-            row[term] = None if mean is None else float(mean)
-        self.run.log(state.global_step, **row, seconds=round(time.time() - self.started, 1))
-        if self.on_log_rows:
-            self.on_log_rows(self.run.rows())
+            found[term] = None if mean is None else float(mean)
+        return found
 
 
 def make_trainer(
@@ -375,20 +412,26 @@ def train(
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.skip():
         return run.result
+    with run.hold():  # a second process is refused
+        return _train(run, on_log)
+
+
+def _train(run, on_log):
+    params = run.params
     torch.set_flush_denormal(True)
     seed_everything(params['seed'])
     vlm = load_policy(params)
     shards = open_shards(run, vlm.tokenizer)
-    prompts = read_prompts(shards, params['think'], params['heldout'])
+    report = Report()
+    prompts = read_prompts(shards, params['think'], params['heldout'], report, vlm.processor.image_processor)
     tasks = grpo_tasks(params, shards, vlm.tokenizer)
     terms = [r.__name__ for r in mask_rewards(params, vlm.tokenizer)[0]]
-    callbacks = [RewardLog(run, terms, on_log), HeldoutEvaluation(run, vlm, tasks)]
-    trainer = make_trainer(params, path, vlm, prompts, callbacks)
+    log = RewardLog(run, terms, on_log)
+    trainer = make_trainer(params, run.path, vlm, prompts, [log, HeldoutEvaluation(run, vlm, tasks)])
     if (n := trainer.accelerator.num_processes) != processes(params):
         raise RunError(
             f'{n} processes run, {processes(params)} were asked for: start with torchrun or through run_grpo().'
         )
-    started = time.time()
     memory = (
         f"The GPU's memory is full with {params['batch']} replies of up to {params['max_new_tokens']} tokens "
         f'at a time: lower batch (and raise accumulate {params["accumulate"]} as much) or max_new_tokens, '
@@ -398,7 +441,7 @@ def train(
     if not run.main:
         return None
     vlm.model = trained
-    return finish(run, vlm, tasks, [r.reward for r in trainer.reward_funcs], time.time() - started)
+    return finish(run, vlm, tasks, [r.reward for r in trainer.reward_funcs], time.time() - log.started, report)
 
 # %% ../nbs/06_grpo.ipynb #a6629dec
 def heldout_prompts(
@@ -498,6 +541,7 @@ def finish(
     tasks: list[Task],  # of grpo_tasks
     rewards: list,  # of the run: their failures are counted
     seconds: float,  # that training took
+    report: Report | None = None,  # of read_prompts: what was left out
 ) -> dict:  # the result
     "Save the policy, compare it with its start, look for exploits, write the result."
     params = run.params
@@ -509,6 +553,7 @@ def finish(
         reward_last_quarter=float(np.mean(seen[-quarter:])) if seen else None,
         failed=sum(r.failed for r in rewards),
         failures=[f for r in rewards for f in r.failures][:5],
+        **run_report(run, report),
     )
     if tasks:
         start = load_policy(params)

@@ -7,12 +7,13 @@ __all__ = ['RECIPES', 'LEARN', 'more_params', 'load_params', 'processes', 'check
            'MixedRecords', 'training_records', 'vision_weights', 'build_model', 'lora_config', 'ready_adapters',
            'RunLog', 'StepBar', 'checkpointing', 'sft_config', 'sequence_tokens', 'make_trainer', 'evaluation_tasks',
            'measure', 'HeldoutEvaluation', 'check_weights', 'check_evaluation', 'check_params', 'full_memory',
-           'trained_model', 'train_and_merge', 'open_shards', 'train', 'finish', 'run_sft', 'main']
+           'trained_model', 'train_and_merge', 'open_shards', 'train', 'run_report', 'finish', 'run_sft', 'main']
 
 # %% ../nbs/04_sft.ipynb #90db874a
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import fields
@@ -22,10 +23,12 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, ProcessorMixin, Trainer, TrainerCallback
 
-from .batches import ChatCollator, row_positions
+from .batches import ChatCollator, left_out, row_positions
 from .benchmarks import Task, find_tasks, get_task, is_heldout, open_task
 from .checkpoints import find_pretrained
+from .data import Report
 from .evaluate import Evaluation, evaluate
+from .losses import StepGuard
 from samtok.runs import (
     Run,
     RunError,
@@ -40,6 +43,7 @@ from samtok.runs import (
     read_json,
     run_command,
     run_main,
+    saving,
     seed_everything,
     watch,
 )
@@ -293,17 +297,59 @@ class RunLog(TrainerCallback):
     ):
         self.run = run
         self.on_log_rows = on_log
+        self.guard = StepGuard(run.params['max_bad_steps'])
         self.started = time.time()
+        self.tokens = 0.0  # of the run before it was resumed
+
+    @property
+    def counts(self) -> Path:  # a folder
+        "Where the collators of all processes write what they leave out."
+        return self.run.path / 'left_out'
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        "Go on with the clock and the counts of a resumed run."
+        self.started = time.time() - self.run.last('seconds')
+        self.tokens = self.run.last('tokens')
+        self.guard.skipped = int(self.run.last('skipped_steps'))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        "Leave the weights as they are where a gradient is not finite: an optimizer passes over what has no gradient."
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm  # of weights that FSDP has split
+        step = last_checkpoint(args.output_dir) if not norm.isfinite() else None
+        if not self.guard.ok(norm, last_good=f'checkpoint-{step}' if step else None):
+            model.zero_grad()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save  # so that a resumed run logs the same steps
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not self.run.main or 'loss' not in (logs or {}):
+        if not self.run.main or not self.names.keys() & self.row(logs or {}).keys():
             return
-        row = {ours: float(logs[theirs]) for ours, theirs in self.names.items() if theirs in logs}
-        if self.run.params['packing']:
-            row.pop('tokens', None)  # TRL counts packed sequences then
-        self.run.log(state.global_step, **row, seconds=round(time.time() - self.started, 1))
+        seconds = round(time.time() - self.started, 1)
+        counts = dict(left_out=sum(left_out(self.counts).values()), skipped_steps=self.guard.skipped)
+        self.run.log(state.global_step, **self.row(logs), seconds=seconds, **counts)
         if self.on_log_rows:
             self.on_log_rows(self.run.rows())
+
+    def on_save(self, args, state, control, **kwargs):
+        "Keep the counts with the checkpoint, so that a resumed run counts nothing twice."
+        if self.run.main and self.counts.is_dir():
+            shutil.copytree(self.counts, Path(args.output_dir) / f'checkpoint-{state.global_step}' / 'left_out')
+
+    def row(
+        self,
+        logs: dict,  # of the trainer
+    ) -> dict:  # name in metrics.jsonl -> number; empty where the trainer logged something else
+        "Translate what the trainer logs."
+        if 'loss' not in logs:
+            return {}
+        found = {ours: float(logs[theirs]) for ours, theirs in self.names.items() if theirs in logs}
+        if self.run.params['packing']:
+            found.pop('tokens', None)  # TRL counts packed sequences then
+        if 'tokens' in found:
+            found['tokens'] += self.tokens  # TRL counts from the checkpoint
+        return found
 
 
 class StepBar(TrainerCallback):
@@ -352,7 +398,7 @@ def sft_config(
         adam_beta2=params['beta2'],
         logging_steps=params['log_every'],
         save_steps=params['checkpoint_every'],
-        save_total_limit=1,
+        save_total_limit=2,  # one to go back to where the newest is broken
         seed=params['seed'],
         bf16=bool(params['bf16']),
         use_cpu=params['gpus'] == 0 or params['device'] == 'cpu',
@@ -396,7 +442,14 @@ def make_trainer(
         model=model,
         args=sft_config(params, path, **changes),
         train_dataset=Dataset.from_dict(dict(row=range(len(records)))),  # numbers; the collator reads the records
-        data_collator=ChatCollator(processor, params['max_length'], records, sequence_tokens(params), positions),
+        data_collator=ChatCollator(
+            processor,
+            params['max_length'],
+            records,
+            sequence_tokens(params),
+            positions,
+            counts=Path(path) / 'left_out',
+        ),
         processing_class=getattr(processor, 'processor', processor),
         peft_config=lora_config(params, model, ids),
         callbacks=[*callbacks, StepBar()],
@@ -547,8 +600,14 @@ def train_and_merge(
     folder = run.path / 'checkpoints'
     step = last_checkpoint(folder)
     run.truncate(step or 0)
+    start = folder / f'checkpoint-{step}' if step else None
+    if run.main:  # the counts of that step
+        shutil.rmtree(run.path / 'left_out', ignore_errors=True)
+        if start and (start / 'left_out').is_dir():
+            shutil.copytree(start / 'left_out', run.path / 'left_out')
     try:
-        trainer.train(resume_from_checkpoint=str(folder / f'checkpoint-{step}') if step else None)
+        with saving(folder):
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
     except torch.OutOfMemoryError as e:
         raise RunError(memory) from e
     return trained_model(trainer) if run.main else None
@@ -578,6 +637,12 @@ def train(
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.skip():
         return run.result
+    with run.hold():  # a second process is refused
+        return _train(run, on_log)
+
+
+def _train(run, on_log):
+    params = run.params
     torch.set_flush_denormal(True)  # denormal gradients of the first steps would slow a CPU down
     seed_everything(params['seed'])
     tokenizer = MaskTokenizer.from_pretrained(params['tokenizer'])
@@ -586,18 +651,28 @@ def train(
     vlm = MaskVLM(model, processor, tokenizer)
     records = training_records(params, shards)
     tasks = evaluation_tasks(params, shards, tokenizer)
-    callbacks = [RunLog(run, on_log), HeldoutEvaluation(run, vlm, tasks)]
-    trainer = make_trainer(params, path, model, processor, words['ids'], records, callbacks)
+    log = RunLog(run, on_log)
+    callbacks = [log, HeldoutEvaluation(run, vlm, tasks)]
+    trainer = make_trainer(params, run.path, model, processor, words['ids'], records, callbacks)
     if (n := trainer.accelerator.num_processes) != processes(params):
         raise RunError(
             f'{n} processes run, {processes(params)} were asked for: start with torchrun or through run_sft().'
         )
-    started = time.time()
     trained = train_and_merge(trainer, run, full_memory(params))
     if not run.main:
         return None
     vlm.model = trained
-    return finish(run, vlm, tasks, time.time() - started)
+    return finish(run, vlm, tasks, time.time() - log.started)
+
+
+def run_report(
+    run: Run,  # of a training
+    report: Report | None = None,  # what was left out before the training
+) -> dict:  # left_out: reason -> count and first case; skipped_steps: int
+    "Say what a training left out, for its result."
+    found = left_out(run.path / 'left_out').merge(report or Report())
+    counts = {reason: dict(count=found[reason], first=found.examples.get(reason, '')) for reason in sorted(found)}
+    return dict(left_out=counts, skipped_steps=int(run.last('skipped_steps')))
 
 
 def finish(
@@ -609,7 +684,7 @@ def finish(
     "Save the model, measure it, write the result."
     vlm.save_pretrained(run.path / 'vlm')
     rows = [r for r in run.rows() if 'loss' in r]
-    metrics = dict(run_loss=rows[-1]['loss'] if rows else None)
+    metrics = dict(run_loss=rows[-1]['loss'] if rows else None, **run_report(run))
     if tasks:
         metrics |= measure(vlm, tasks, run.params['eval_n'], run.path, run.params['eval_root']).figures()
     command = run_command('04_sft', run.params, load_params(run.params['scale'], run.params['gpus']))

@@ -41,7 +41,16 @@ from samtok.runs import (
     watch,
     write_rows,
 )
-from ..sft import RunLog, check_weights, full_memory, make_trainer, processes, train_and_merge, vision_weights
+from samtok.sft import (
+    RunLog,
+    check_weights,
+    full_memory,
+    make_trainer,
+    processes,
+    run_report,
+    train_and_merge,
+    vision_weights,
+)
 from ..shards import chat_row
 from ..tokenizer import MaskTokenizer
 from .scenes import PHRASES, SceneChat, ask_shares, code_table, toy_corpus
@@ -335,7 +344,7 @@ def finish_toy(
     for part in vlm if isinstance(vlm, tuple) else [vlm]:
         part.save_pretrained(run.path / 'vlm')
     rows = run.rows()
-    metrics = dict(run_loss=rows[-1]['loss'] if rows else None)
+    metrics = dict(run_loss=rows[-1]['loss'] if rows else None, **run_report(run))
     if run.params['eval_n']:
         metrics |= heldout_metrics(vlm, run.params['eval_n'], run.path / 'evaluation')
     command = run_command('toy/04_toy_sft', run.params, load_toy_params(run.params['scale'], run.params['gpus']))
@@ -396,6 +405,12 @@ def train_toy(
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.skip():
         return run.result
+    with run.hold():  # a second process is refused
+        return _train_toy(run, on_log)
+
+
+def _train_toy(run, on_log):
+    params = run.params
     torch.set_flush_denormal(True)
     seed_everything(params['seed'])
     tokenizer = MaskTokenizer.from_pretrained(params['tokenizer']) if params['tokenizer'] else None
@@ -403,12 +418,13 @@ def train_toy(
     model, processor, words = build_toy_model(params, vocab)
     records = scene_records(params, vocab)
     reader = SceneProcessor(processor, records.chat.world, model) if params['cache_images'] else processor
-    callbacks = [RunLog(run, on_log)]
+    log = RunLog(run, on_log)
+    callbacks = [log]
     if params['freeze_steps']:
         callbacks.append(FreezeVision(model, params['freeze_steps']))
     unused = not params['freeze_vision'] or bool(params['freeze_steps'])
     options = dict(ddp_find_unused_parameters=unused, train_sampling_strategy='sequential')
-    trainer = make_trainer(params, path, model, reader, words['ids'], records, callbacks, **options)
+    trainer = make_trainer(params, run.path, model, reader, words['ids'], records, callbacks, **options)
     if (n := trainer.accelerator.num_processes) != processes(params):
         raise RunError(
             f'{n} processes run, {processes(params)} were asked for: start with torchrun or through run_toy_sft().'
@@ -421,7 +437,6 @@ def train_toy(
             records.chat.outline_ahead(params['workers'])
             reader.draw_ahead(params['workers'])
         cache_visual_tokens(inner, reader.draw)
-    started = time.time()
     trained = train_and_merge(trainer, run, full_memory(params))
     if not run.main:
         return None
@@ -429,7 +444,7 @@ def train_toy(
         uncache_visual_tokens(trained)
     (run.path / 'vision_pretraining.pt').unlink(missing_ok=True)
     vlm = MaskVLM(trained, processor, tokenizer) if tokenizer else (trained, processor)
-    return finish_toy(run, vlm, time.time() - started)
+    return finish_toy(run, vlm, time.time() - log.started)
 
 # %% ../../nbs/toy/04_toy_sft.ipynb #702e8980
 def run_toy_sft(
