@@ -13,48 +13,49 @@ from pathlib import Path
 
 import numpy as np
 
-from .data import read_ids, read_image
-from .masks import MaskError, check_mask, mask_to_box, mask_to_polygons, mask_to_rle, segmentation_to_mask
+from .files import Frame, read_framed, read_image, read_mask
+from .masks import MaskError, mask_to_box, mask_to_polygons, mask_to_rle
 from .runs import read_json
 
 # %% ../nbs/11_cli.ipynb #afed3141
-def _is_polygon(value):
-    "Is it one polygon, a list of numbers?"
-    return isinstance(value, list) and bool(value) and isinstance(value[0], (int, float))
+_FORMATS = {  # names that tell a file of annotations for whole images from a mask
+    'annotations': 'coco',
+    'shapes': 'labelme',
+    'segments_info': 'coco_panoptic',
+}
 
 
-def _read_image_mask(path, size):
-    ids = read_ids(path, 'mask')
-    mask = check_mask(ids > 0, size, name=f'mask {path.name}')
-    values = len(np.unique(ids))
-    if values > 2:
+def _items(data, name):
+    "The masks in a JSON value, one or a list of them -> list; raises MaskError."
+    if isinstance(data, dict) and 'masks' in data:
+        data = data['masks']
+    if not isinstance(data, (dict, list)) or not data:
+        raise MaskError(f'{name} holds no mask: give an RLE dict, polygons, or a list of them.')
+    kind = next((_FORMATS[key] for key in _FORMATS if isinstance(data, dict) and isinstance(data.get(key), list)), None)
+    if kind:
         raise MaskError(
-            f'{path.name} has {values} values and is no mask: a mask is 0 outside and one value inside '
-            '(smoothing its edge adds values between). Of a map of regions samtok.masks.id_map_to_masks makes masks.'
+            f'{name} is a whole file of annotations, not a mask: give the mask of one annotation, '
+            f"or read the file with samtok.formats.open_dataset('{kind}', ...)."
         )
-    return mask
+    one = isinstance(data, dict) or _is_number(data[0]) or isinstance(data[0], list) and _is_number(data[0][:1])
+    return [data] if one else data
+
+
+def _is_number(value):
+    "Is it a number, or a list that begins with one?"
+    return isinstance(value[0] if isinstance(value, list) and value else value, (int, float))
 
 
 def read_masks(
     path: str | Path,  # .png (or another lossless image), or .json
-    size: tuple,  # (H,W) of the image
+    size: tuple | Frame,  # (H,W) of the image, or its frame, which knows how the stored image was turned
 ) -> list:  # of (H,W) bool; raises MaskError, ImageError
     "Read the masks in a file: an image, or JSON with RLE or polygons, one or a list."
     path = Path(path)
+    frame = size if isinstance(size, Frame) else Frame(tuple(size))
     if path.suffix.lower() != '.json':
-        return [_read_image_mask(path, size)]
-    data = read_json(path, error=MaskError)
-    if isinstance(data, dict) and 'masks' in data:
-        data = data['masks']
-    if not isinstance(data, (dict, list)) or data == []:
-        raise MaskError(f'{path.name} holds no mask: give an RLE dict, polygons, or a list of them.')
-    one = isinstance(data, dict) or _is_polygon(data) or _is_polygon(data[0])
-    masks = []
-    for item in [data] if one else data:
-        if isinstance(item, dict):
-            item = item.get('rle', item.get('segmentation', item))
-        masks.append(segmentation_to_mask(item, size))
-    return masks
+        return [frame.fit(lambda: read_mask(path))[0]]
+    return [frame.fit(item)[0] for item in _items(read_json(path, error=MaskError), path.name)]
 
 # %% ../nbs/11_cli.ipynb #68fb609c
 def _run(prog, work, args):
@@ -82,9 +83,9 @@ def _parser(prog, text):
 def _encode(args):
     from samtok.tokenizer import MaskTokenizer
 
-    image = read_image(args.image)
-    size = image.shape[:2]
-    named = [(Path(file).name, i, mask) for file in args.masks for i, mask in enumerate(read_masks(file, size))]
+    image, frame = read_framed(args.image)
+    size = frame.size
+    named = [(Path(file).name, i, mask) for file in args.masks for i, mask in enumerate(read_masks(file, frame))]
     if not named:
         raise ValueError('No masks were given: name at least one PNG or JSON file.')
     for file, i, mask in named:

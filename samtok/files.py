@@ -187,11 +187,12 @@ class Frame:
         self,
         mask: np.ndarray | dict | list | Callable,  # (H,W) array, RLE, polygons, or a function that gives one of them
         size: tuple | None = None,  # (H,W) in which polygons are drawn; None: the displayed image
+        problems: list | None = None,  # collects a sentence for each part that is left out; None: a broken part raises
     ) -> tuple:  # (H,W) bool mask of the displayed image, and was it turned: bool; raises MaskError
         "Bring a mask of the displayed or of the stored image into the displayed one."
         mask = mask() if callable(mask) else mask
         if isinstance(mask, (dict, list, tuple)):
-            mask = segmentation_to_mask(mask, size or self._size_of(mask))
+            mask = segmentation_to_mask(mask, size or self._size_of(mask), problems)
         mask = check_mask(mask)
         if mask.shape == tuple(self.size) or mask.shape != tuple(self.stored):
             return check_mask(mask, self.size), False
@@ -270,11 +271,11 @@ def _near(mask, steps):
 def is_smoothed(
     ids: np.ndarray,  # (H,W) integers, of read_ids
 ) -> bool:  # is it a mask of 0 and 255 whose edge was smoothed, rather than a map of ids?
-    "Tell a mask with a smoothed edge from a map of ids: what is between 0 and 255 lies near both."
-    between = (ids > 0) & (ids < 255)
-    if ids.max() != 255 or ids.min() != 0 or not between.any():
+    "Tell a mask with a smoothed edge from a map of ids: what is between 0 and 255 is little, and near 0 or 255."
+    between, inside = (ids > 0) & (ids < 255), ids == 255
+    if ids.max() != 255 or ids.min() != 0 or not 0 < between.sum() < 4 * inside.sum():
         return False
-    return not (between & ~(_near(ids == 0, _EDGE) & _near(ids == 255, _EDGE))).any()
+    return not (between & ~(_near(ids == 0, _EDGE) | _near(inside, _EDGE))).any()
 
 
 def read_mask(
