@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['NO_TARGET', 'PROMPTS', 'THINK', 'ChatError', 'places', 'Conversation', 'ChatDataset', 'mask_array', 'fill',
-           'to_parts', 'to_messages', 'reading_order', 'answer_masks', 'answer_triplets', 'read_answer', 'zoom_box',
-           'zoom_in', 'caption_chat', 'refer_chat', 'image_key', 'mask_words']
+           'to_parts', 'to_messages', 'TemplateTimeout', 'render_chat', 'check_messages', 'reading_order',
+           'answer_masks', 'answer_triplets', 'read_answer', 'zoom_box', 'zoom_in', 'caption_chat', 'refer_chat',
+           'image_key', 'mask_words']
 
 # %% ../nbs/03_chat.ipynb #a047c1e8
+import ctypes
 import json
 import re
+import threading
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -143,6 +147,94 @@ def to_messages(
         out.append(dict(role=m['role'], content=parts))
     order = [part.pop('index') for m in out for part in m['content'] if part['type'] == 'image']
     return out, order
+
+# %% ../nbs/03_chat.ipynb #dc6ce437
+_MOST_CHARACTERS = 2**24  # of a rendered chat
+
+
+class TemplateTimeout(ChatError):
+    "A chat template that does not end."
+
+
+def _stop(thread):  # raises SystemExit inside of it, at its next step
+    for _ in range(20):
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+        thread.join(0.1)
+        if not thread.is_alive():
+            return
+
+
+def render_chat(
+    processor: object,  # processor or tokenizer of transformers, with a chat template
+    messages: list,  # as to_messages writes them
+    add_generation_prompt: bool = False,  # end with the beginning of a reply
+    seconds: float = 5.0,  # that the template may take
+) -> str:  # raises ChatError where the template refuses the messages, TemplateTimeout where it does not end
+    "Write a chat as the model's own template wants it, within a limit of time and size."
+    found = {}
+
+    def render():
+        try:
+            found['text'] = processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except BaseException as e:  # raised again below, in the thread that asked
+            found['error'] = e
+
+    thread = threading.Thread(target=render, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        _stop(thread)
+        raise TemplateTimeout(
+            f'The chat template did not end within {seconds:g} seconds: use the template of a checkpoint you trust.'
+        )
+    error, text = found.get('error'), found.get('text', '')
+    if isinstance(error, (NameError, ImportError)):
+        raise error  # mistakes in the program
+    if error is not None:
+        why = f'{type(error).__name__}: {error}'
+        raise ChatError(f'The chat template cannot write these messages ({why[:300]}).') from error
+    if len(text) > _MOST_CHARACTERS:
+        raise ChatError(f'The chat template wrote {len(text)} characters; at most {_MOST_CHARACTERS} are read.')
+    return text
+
+# %% ../nbs/03_chat.ipynb #2763fb18
+_CHAT_TOKEN = re.compile(  # of the families that are known; a collator knows those of its own model
+    r'<\|(?:im_start|im_end|endoftext|vision_start|vision_end|vision_pad|image_pad|video_pad|audio_pad|image|video'
+    r'|audio|begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id)\|>'
+    r'|<(?:image|video|audio|IMG_CONTEXT|image_soft_token|start_of_image|end_of_image|start_of_turn|end_of_turn)>'
+)
+
+
+def check_messages(
+    messages: list,  # of {"role", "content": str}; <image:i> where an image stands
+    images: int,  # number of images
+    tokens: Iterable | None = None,  # texts by which the model marks images and turns; None: those of known families
+):  # raises ChatError
+    "Refuse a conversation that cannot be trained on, with a sentence."
+    shown, roles = [], []
+    pattern = _CHAT_TOKEN if tokens is None else re.compile('|'.join(map(re.escape, tokens)) or '(?!)')
+    for i, message in enumerate(messages):
+        role, text = (message.get('role'), message.get('content')) if isinstance(message, dict) else (None, None)
+        if role not in ('system', 'user', 'assistant') or not isinstance(text, str):
+            raise ChatError(f'message {i} needs a role (system, user, assistant) and a text.')
+        named = [n for kind, n in places(text) if kind == 'image']
+        if named and role != 'user':
+            raise ChatError(f'message {i} is of the {role} and names an image; only the user shows images.')
+        if literal := pattern.search(text):
+            raise ChatError(
+                f'message {i} has {literal[0]} in its text: a model reads that as an image or as the border of a turn. '
+                'Where it stands for an image, there are more such places than images.'
+            )
+        shown += named
+        roles += [role] if role != 'system' else []
+    if sorted(shown) != list(range(images)):
+        raise ChatError(f'each image must be named once, the texts name {shown} of {images}.')
+    if roles[:1] == ['assistant']:
+        raise ChatError('the assistant speaks first; a conversation begins with a message of the user.')
+    if 'assistant' not in roles:
+        raise ChatError('there is no reply of the assistant to learn from.')
 
 # %% ../nbs/03_chat.ipynb #dae6db4d
 NO_TARGET = 'No target.'  # the published answer where an expression has no target

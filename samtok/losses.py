@@ -87,6 +87,10 @@ def mask_terms(
     return ce_loss(predicted, target), dice_loss(predicted, target)
 
 # %% ../nbs/01a_losses.ipynb #bba857ea
+def _mean(values):  # -> () float, 0 with a gradient of 0 for no masks
+    return values.mean() if values.numel() else values.sum()
+
+
 def mask_loss(
     logits: torch.Tensor,  # (N,h,w) float
     truth: torch.Tensor,  # (N,H,W) float in [0,1]
@@ -97,7 +101,7 @@ def mask_loss(
 ) -> dict:  # weighted ce and dice and their sum, loss: scalar tensors
     "Compute the paper's mask loss, averaged over masks."
     ce, dice = mask_terms(logits[:, None], truth, points, **given)
-    ce, dice = ce_weight * ce.mean(), dice_weight * dice.mean()
+    ce, dice = ce_weight * _mean(ce), dice_weight * _mean(dice)
     return dict(ce=ce, dice=dice, loss=ce + dice)
 
 # %% ../nbs/01a_losses.ipynb #1874f888
@@ -110,9 +114,9 @@ def candidate_loss(
     if rule not in ('chosen', 'best', 'relaxed'):
         raise ValueError(f'There is no candidate rule {rule!r}: use "chosen", "best" or "relaxed".')
     if rule == 'chosen':
-        return losses.gather(1, scores.argmax(1, keepdim=True)).mean()
-    best = losses.min(1).values.mean()
-    return best if rule == 'best' else 0.8 * best + 0.2 * losses.mean()
+        return _mean(losses.gather(1, scores.argmax(1, keepdim=True)))
+    best = _mean(losses.min(1).values)
+    return best if rule == 'best' else 0.8 * best + 0.2 * _mean(losses)
 
 # %% ../nbs/01a_losses.ipynb #cbc4329a
 @torch.no_grad()
@@ -128,7 +132,7 @@ def logit_iou(
     union = (predicted | target).flatten(2).sum(2)
     return torch.where(union > 0, inter / union.clamp_min(1), torch.ones_like(inter, dtype=torch.float))
 
-# %% ../nbs/01a_losses.ipynb #64ddb356
+# %% ../nbs/01a_losses.ipynb #2d18a589
 def _on_all_ranks(yes, device):  # bool of this process, torch.device -> bool: is it true on every rank?
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return yes

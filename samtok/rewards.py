@@ -49,8 +49,12 @@ def reply_text(
     return ('\n' if messages else '').join(map(reply_text, own))
 
 
-def _short(reply, most=60):  # one line of a reply, [0010 0300] for mask words
-    text = re.sub(r'<\|mt_([0-9]+)\|>', r'\1 ', reply_text(reply))
+def _short(reply, most=60):  # one line of a reply, [0010 0300] for mask words; also of what is no reply
+    try:
+        text = reply_text(reply)
+    except (RewardError, RecursionError):
+        text = f'no reply but {type(reply).__name__}'
+    text = re.sub(r'<\|mt_([0-9]+)\|>', r'\1 ', text)
     text = ' '.join(text.replace('<|mt_start|>', '[').replace(' <|mt_end|>', ']').split())
     return text if len(text) <= most else text[: most - 3] + '...'
 
@@ -429,21 +433,73 @@ class NoTargetReward(Reward):
         return 1.0 if self.text in answer else self.other
 
 # %% ../nbs/05_rewards.ipynb #a860cbfa
+_TOKEN = re.compile(  # of JSON: a mark, a string, or a number or constant
+    r"""[ \t\n\r]*(?:
+    (?P<mark>[][{}:,])
+    |(?P<string>"[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*")
+    |(?P<other>-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|-?Infinity|NaN|true|false|null)
+    )""",
+    re.VERBOSE,
+)
+
+
 def read_triplets(
     text: str,  # that holds JSON, whole or in pieces
 ) -> list[tuple]:  # (subject label, predicate, object label, subject words, object words), all str
-    "Read the triplets of a scene graph; what is broken is left out."
-    decoder, at, found = json.JSONDecoder(), text.find('{'), []
+    "Read the triplets of a scene graph; what is broken is left out; linear in the text."
+    known, at, found = {}, text.find('{'), []
     while at >= 0:
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            value, end = None, at + 1
+        if at not in known:
+            _read_json(text, at, known)
+        value, end = known[at] or (None, 0)
         triplet = _triplet(value)
         if triplet:
             found.append(triplet)
         at = text.find('{', end if triplet else at + 1)
     return found
+
+
+def _read_json(text, start, known):
+    "Read the JSON at a brace; `known` gets (value, end) of each object and list that is met, None of a broken one."
+    frames, at, need, value = [], start, 'value', None  # frames: [start, dict or list, key] of what is still open
+    while token := _TOKEN.match(text, at):
+        kind, at = token[token.lastgroup] if token['mark'] else token.lastgroup, token.end()
+        place, inside = token.start(token.lastgroup), frames and frames[-1][1]
+        if kind == ('}' if isinstance(inside, dict) else ']') and need in ('first', 'comma'):
+            opened, value, _ = frames.pop()
+            known[opened] = value, at
+        elif need == 'first' and isinstance(inside, dict) or need == 'key':
+            if kind != 'string':
+                break
+            frames[-1][2], need = _string(token['string']), 'colon'
+            continue
+        elif need in ('comma', 'colon'):
+            if kind != (':' if need == 'colon' else ','):
+                break
+            need = 'key' if need == 'comma' and isinstance(inside, dict) else 'value'
+            continue
+        elif kind in '{[':
+            if place not in known:
+                frames.append([place, {} if kind == '{' else [], None])
+                need = 'first'
+                continue
+            if known[place] is None:
+                break
+            value, at = known[place]
+        elif kind not in ('string', 'other'):
+            break
+        else:
+            value = _string(token['string']) if kind == 'string' else None
+        if not frames:
+            return
+        if isinstance(frames[-1][1], dict):
+            frames[-1][1][frames[-1][2]] = value
+        need = 'comma'
+    known.update(dict.fromkeys((opened for opened, *_ in frames), None))
+
+
+def _string(token):  # a JSON string with its quotes -> its characters
+    return json.loads(token) if '\\' in token else token[1:-1]
 
 
 def _triplet(value):  # what JSON gave -> the five fields of a triplet, or None

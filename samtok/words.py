@@ -134,11 +134,12 @@ class MaskVocab:
             raise WordsError(f'The repair policy {policy!r} is unknown; choose published, strict or first.')
         if policy == 'published':
             return _apply_released_rules(self, text)[0]
-        for span in reversed(self.parse(text)):
+        pieces, at = [], 0
+        for span in self.parse(text):
             if not span.ok:
-                mended = _write_first(self, span.text) if policy == 'first' else ''
-                text = text[: span.start] + mended + text[span.end :]
-        return text
+                pieces += [text[at : span.start], _write_first(self, span.text) if policy == 'first' else '']
+                at = span.end
+        return ''.join([*pieces, text[at:]])
 
     def codes(
         self,
@@ -221,15 +222,14 @@ def _wrong_level(vocab, number, level):  # the number of a word that does not be
 # %% ../nbs/00a_words.ipynb #f83334c7
 def _read_strict(vocab, text):
     "Read groups of adjacent words; only start, one code word of each level, end is ok."
-    groups = []
+    spans, group = [], []
     for word in re.finditer(rf'<\|mt_start\|>|<\|mt_end\|>|{vocab._code_word.pattern}', text):
-        last = groups[-1][-1] if groups else None
-        touches = last is not None and last.end() == word.start()
-        if touches and word[0] != vocab.start and last[0] != vocab.end:
-            groups[-1].append(word)
-        else:
-            groups.append([word])
-    return [_strict_span(vocab, text, group) for group in groups]
+        touches = group and group[-1].end() == word.start()
+        if group and not (touches and word[0] != vocab.start and group[-1][0] != vocab.end):
+            spans.append(_strict_span(vocab, text, group))
+            group = []
+        group.append(word)
+    return spans + ([_strict_span(vocab, text, group)] if group else [])
 
 
 def _strict_span(vocab, text, group):  # group: matches of words that touch each other
@@ -290,15 +290,15 @@ def _apply_released_rules(vocab, text):
     origin = list(range(len(text) + 1))
     filler = f'<|mt_{"9" * vocab._digits}|>'
     for rule in _released_rules(vocab):
-        new, places, at = '', [], 0
+        pieces, places, at = [], [], 0
         for found in rule.finditer(text):
             head_end = found.end(1)
             missing = vocab.depth - len(vocab._code_word.findall(found[1]))
             put_in = filler * missing + ('' if found[2] else vocab.end)
-            new += text[at:head_end] + put_in
+            pieces += [text[at:head_end], put_in]
             places += origin[at:head_end] + [origin[head_end]] * len(put_in)
             at = found.start(2)
-        text = new + text[at:]
+        text = ''.join([*pieces, text[at:]])
         origin = places + origin[at:]
     return text, origin
 
