@@ -148,7 +148,7 @@ class MaskSet(DatasetWrapper):
     ) -> bool:
         "Leave out images without a mask, and count them."
         if not len(conversation):
-            self.report.add('image without a mask: not asked', f'{conversation.dataset}, {conversation.id}', once=True)
+            self.report.add('image without a mask: not asked', f'{conversation.dataset}, {conversation.id}')
         return len(conversation) > 0
 
 # %% ../nbs/07b_benchmarks.ipynb #646a29bb
@@ -605,7 +605,7 @@ def samples(
             if n and count >= n:
                 return
             if sample.messages[-1]['role'] != 'assistant' or len(sample.messages) < 2:
-                data.report.add('no true answer: not asked', f'{sample.dataset}, {sample.id}', once=True)
+                data.report.add('no true answer: not asked', f'{sample.dataset}, {sample.id}')
                 continue
             if not asks(sample):
                 continue
