@@ -137,7 +137,7 @@ def _by_id(entries, what, report):  # list of dict -> dict key: entry; of severa
     found = {}
     for entry in entries if isinstance(entries, list) else ():
         if not isinstance(entry, dict) or entry.get('id') is None:
-            report.add(f'{what} without an id: left out', f'{str(entry)[:80]} is no {what} with an id.')
+            report.add(f'{what} without an id: left out', f'One {what} is {type(entry).__name__} without an id.')
         elif found.setdefault(_key(entry['id']), entry) is not entry:
             report.add('double id, the first one counts', f'There is a second {what} {entry["id"]}.')
     return found
@@ -172,7 +172,7 @@ class Refer(ChatDataset):
         refs = [ref for ref in entries if isinstance(ref, dict)]
         for ref in entries:
             if not isinstance(ref, dict):
-                self.report.add('ref that is no object: skipped', f'{str(ref)[:80]} is no ref.')
+                self.report.add('ref that is no object: skipped', f'One of the refs is {type(ref).__name__}.')
         chosen = [ref for ref in refs if split is None or ref.get('split') == split]
         if not chosen:
             has = ', '.join(sorted({str(ref['split']) for ref in refs if 'split' in ref}))
@@ -184,7 +184,7 @@ class Refer(ChatDataset):
         for ref in refs:
             sentences = ref.get('sentences')
             if not isinstance(sentences, list) or not sentences:
-                self.report.add('ref without sentences: skipped', f'Ref {ref.get("ref_id")} has {sentences!r}.')
+                self.report.add('ref without sentences: skipped', f'A ref has {type(sentences).__name__}.')
                 continue
             found += [(ref, sentence) for sentence in sentences]
         return found
@@ -457,7 +457,7 @@ class GrandGcg(ChatDataset):
             key = _key(a.get('image_id')) if isinstance(a, dict) else ''
             if key not in self.images or key not in described:
                 why = 'a mask belongs to an image without a caption, or to none.'
-                self.report.add('orphan: annotation skipped', f'{self.name}, image {key or a}: {why}')
+                self.report.add('orphan: annotation skipped', f'{self.name}, image {key}: {why}')
                 continue
             self.masks[key].append(a.get('segmentation'))
 
