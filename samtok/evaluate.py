@@ -73,6 +73,7 @@ from samtok.runs import (
     lock,
     progress,
     read_json,
+    read_records,
     read_rows,
     watch,
     write_rows,
@@ -315,34 +316,42 @@ def _get(row, what):
     return next((row[k] for k in _NAMES[what] if k in row), None)
 
 
-def _read_line(line, i, report):  # str or dict, its number -> dict with an id, or None, which the report explains
-    try:
-        row = line if isinstance(line, dict) else json.loads(line)
-    except ValueError:
-        row = None
+def _read_line(
+    row, i, report
+):  # a value of the file, its number -> dict with an id, or None, which the report explains
+    if isinstance(row, Exception):
+        return report.add('line that is no JSON object', f'{row} A run that was killed leaves half a line.')
     if not isinstance(row, dict):
-        begin = f'Line {i} begins with {str(line)[:40]!r}'
-        return report.add('line that is no JSON object', f'{begin}; a run that was killed leaves half a line.')
+        return report.add('line that is no JSON object', f'Line {i} is {type(row).__name__}.')
     if _get(row, 'id') is None:
         return report.add('line without an id', f'Line {i} has the keys {", ".join(row)}.')
     return row
 
 
-def read_predictions(
-    source: 'str | Path | list',  # JSONL file, or list of dict
-) -> tuple:  # dict id: prediction, Report; raises EvaluateError
-    "Read predictions; what cannot be read is named in the report."
-    rows, report, runs = {}, Report(), set()
+def _read_lines(
+    source,
+):  # JSON list or JSON lines, or list of dict -> list of (number, value or error); [] where it is empty
+    if isinstance(source, list):
+        return list(enumerate(source, 1))
     try:
-        lines = source if isinstance(source, list) else Path(source).read_text(errors='replace').splitlines()
+        empty = os.path.getsize(source) < 64 and not Path(source).read_bytes().strip()
+        return [] if empty else list(read_records(source, EvaluateError))
     except OSError as e:
         raise EvaluateError(
             f'The predictions {Path(source).name} cannot be read ({e.strerror}): '
             'give a file with one JSON object in each line.'
         ) from e
+
+
+def read_predictions(
+    source: 'str | Path | list',  # file of JSON lines or a JSON list, in any encoding, or list of dict
+) -> tuple:  # dict id: prediction, Report; raises EvaluateError
+    "Read predictions; what cannot be read is named in the report."
+    rows, report, runs = {}, Report(), set()
+    lines = _read_lines(source)
     if not lines:
         report.add('empty file', 'There is no line in the file.')
-    for i, line in enumerate(lines, 1):
+    for i, line in lines:
         if (row := _read_line(line, i, report)) is None:
             continue
         key = str(_get(row, 'id'))
