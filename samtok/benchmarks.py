@@ -663,7 +663,7 @@ def truth_of(
     labels = {int(k): json.loads(label) for k, label in re.findall(_JSON_LABEL, text)}
     labels |= {int(k): phrase.strip() for phrase, k in re.findall(_PHRASE, text, re.S)}
     labels |= dict(enumerate(sample.truth.get('labels', ())))
-    named = {k for m in sample.messages for k in named_masks(m['content'])}
+    named = {k for m in sample.messages for k in named_masks(m['content'])} if rest else set()
     return dict(
         text=text,
         caption=sample.truth.get('caption'),  # None: the text is all there is
