@@ -31,13 +31,13 @@ from samtok.chat import (
     Conversation,
     answer_masks,
     caption_chat,
-    mask_array,
     places,
 )
-from .chat_formats import DatasetWrapper, open_chat
-from .data import DataError, find_image, read_image
+from .chat_formats import DatasetWrapper, fit_mask, open_chat
+from .data import MaskDataset
+from .files import DataError, find_image, image_frame, read_image, shared_paths
 from .formats import ReasonSeg, open_dataset
-from .masks import mask_to_rle, segmentation_to_mask
+from .masks import MaskError, mask_to_rle
 from .metrics import Metric, ratio
 from .runs import fingerprint, import_object, read_json, read_rows
 from .shards import shard_folders
@@ -102,7 +102,9 @@ class Reason(DatasetWrapper):
         record: str,  # of the folder's records
     ) -> Conversation:
         "Load the question of an image."
-        sample = self._sample(record)
+        sample = self.inner_sample(record)
+        if not len(sample):
+            raise MaskError('no target has a pixel')
         long = sample.meta['is_sentence']
         masks = [sample.masks.any(0)] + ([sample.meta['void']] if 'void' in sample.meta else [])
         text = sample.meta['texts'][0]
@@ -133,7 +135,7 @@ class MaskSet(DatasetWrapper):
         record: object,  # of the data set
     ) -> Conversation:
         "Load an image whose answer is all its masks."
-        sample = self._sample(record)
+        sample = self.inner_sample(record)
         messages = [
             dict(role='user', content='<image:0>'),
             dict(role='assistant', content=''.join(f'<mask:{k}>' for k in range(len(sample)))),
@@ -144,39 +146,64 @@ class MaskSet(DatasetWrapper):
         self,
         conversation: Conversation,  # as load makes it
     ) -> bool:
-        "Leave out images without a mask."
+        "Leave out images without a mask, and count them."
+        if not len(conversation):
+            self.report.add('image without a mask: not asked', f'{conversation.dataset}, {conversation.id}')
         return len(conversation) > 0
 
 # %% ../nbs/07b_benchmarks.ipynb #646a29bb
+def _each(
+    entries, read
+):  # list, function(number, entry) -> what it makes of each, or the error that says what is wrong
+    if not isinstance(entries, list):
+        raise EvaluateError(f'The file holds {type(entries).__name__}; a list of entries is expected.')
+    for i, entry in enumerate(entries):
+        try:
+            yield read(i, entry)
+        except (KeyError, TypeError, AttributeError, IndexError) as e:
+            yield EvaluateError(f'Entry {i} is not as expected ({type(e).__name__}: {e}).')
+
+
 def _read_dlc(data, extra):  # COCO annotations; questions and names by annotation -> records
-    images = {i['id']: i['file_name'] for i in data['images']}
-    for a in data['annotations']:
-        truth = dict(name=extra['names'][str(a['id'])], questions=extra['qa'][str(a['id'])])
-        yield dict(id=a['id'], image=images[a['image_id']], mask=a['segmentation'], truth=json.dumps(truth))
+    images, asked = {i['id']: i['file_name'] for i in data['images']}, dict(extra['qa'])
+
+    def region(i, a):
+        truth = dict(name=extra['names'][str(a['id'])], questions=asked.pop(str(a['id'])))
+        return dict(id=a['id'], image=images[a['image_id']], mask=a['segmentation'], truth=json.dumps(truth))
+
+    yield from _each(data['annotations'], region)
+    for id in asked:
+        yield EvaluateError(f'The questions about {id} belong to no region, or to one that cannot be read.')
 
 
 def _read_mdvp(data, extra):
-    for i, r in enumerate(data):
-        mask = r['mask_rle']
-        yield dict(id=i, image=r['image_path'], mask=mask, truth=r['caption'], group=r['dataset_name'])
+    def region(i, r):
+        return dict(id=i, image=r['image_path'], mask=r['mask_rle'], truth=r['caption'], group=r['dataset_name'])
+
+    return _each(data, region)
 
 
 def _read_ferret(data, extra):  # masks that are boxes
-    for r in data:
+    def region(i, r):
         mask, truth = r['annotation']['segmentation'], r.get('reference', '')
-        yield dict(id=r['question_id'], image=r['image'], mask=mask, truth=truth, prompt='interaction')
+        return dict(id=r['question_id'], image=r['image'], mask=mask, truth=truth, prompt='interaction')
+
+    return _each(data, region)
 
 
 def _read_videorefer(data, extra):  # one annotated frame of a video; frames are images <video>/<frame>
-    for i, r in enumerate(data):
+    def region(i, r):
         regions = [(f, region) for a in r['annotation'] for f, region in a.items() if str(f) == str(r['frame_idx'])]
-        frame, region = regions[0]
+        frame, found = regions[0]
         image = f'{os.path.splitext(r["video"])[0]}/{frame}.jpg'
-        yield dict(id=i, image=image, mask=region['segmentation'], truth=r['caption'])
+        return dict(id=i, image=image, mask=found['segmentation'], truth=r['caption'], further=len(regions) - 1)
+
+    return _each(data, region)
 
 
 # name: function of the file's content and of further files by name, which yields
-# dict(id, image, mask, truth) and where they have them group and prompt (a name in PROMPTS)
+# dict(id, image, mask, truth) and where they have them group and prompt (a name in PROMPTS),
+# or an error that says what is wrong with an entry
 LAYOUTS = dict(dlc=_read_dlc, mdvp=_read_mdvp, ferret=_read_ferret, videorefer=_read_videorefer)
 
 # %% ../nbs/07b_benchmarks.ipynb #99a2b464
@@ -194,7 +221,7 @@ class Regions(ChatDataset):
         **extra: str,  # further JSON files by name
     ):
         super().__init__()
-        self.folder, self.zoom = images, zoom
+        self.folder, self.zoom, self._shared = images, zoom, None
         further = {name: read_json(f) for name, f in extra.items()}
         self.regions = list(LAYOUTS[layout](read_json(file), further))
 
@@ -208,14 +235,24 @@ class Regions(ChatDataset):
     ) -> Conversation:
         "Load the question about a region."
         region = self.regions[i]
-        image = read_image(find_image(self.folder, region['image']))
-        mask = segmentation_to_mask(region['mask'], image.shape[:2])
-        about = dict(id=str(region['id']), dataset=self.name)
-        conversation = caption_chat(image, mask, region['truth'], self.zoom, **about)
+        if isinstance(region, Exception):
+            raise region
+        if not isinstance(region['truth'], str):
+            raise EvaluateError(
+                f'Region {region["id"]} has {region["truth"]!r} where the true description is expected.'
+            )
+        place = f'{self.name}, region {region["id"]}'
+        if self._shared is None:
+            self._shared = shared_paths(r['image'] for r in self.regions if isinstance(r, dict))
+        path = find_image(self.folder, region['image'], self.report, self._shared)
+        mask = fit_mask(region['mask'], image_frame(path), self.report, place)
+        for _ in range(region.get('further', 0)):
+            self.report.add('further region of a frame: left out', f'{place}: the first region is asked for.')
+        conversation = caption_chat(path, mask, region['truth'], self.zoom, id=str(region['id']), dataset=self.name)
         if 'prompt' in region:
             question = PROMPTS[region['prompt']].format(mask='<mask:0>')
             conversation.messages[0]['content'] = '<image:0>\n' + question
-        conversation.task = region.get('group', '')
+        conversation.task = str(region.get('group', ''))
         return conversation
 
 # %% ../nbs/07b_benchmarks.ipynb #f6e6ef41
@@ -261,9 +298,13 @@ class ShardChat(ChatDataset):
         import pyarrow.parquet as pq
 
         for path in self.files:
-            file = pq.ParquetFile(path)
-            for group in range(file.num_row_groups):
-                for at, id in enumerate(file.read_row_group(group, ['id'])['id'].to_pylist()):
+            try:
+                file = pq.ParquetFile(path)
+                ids = [file.read_row_group(group, ['id'])['id'].to_pylist() for group in range(file.num_row_groups)]
+            except (OSError, ValueError, KeyError) as e:
+                raise DataError(f'The shard {Path(path).name} cannot be read ({e}): make the shards again.') from e
+            for group, names in enumerate(ids):
+                for at, id in enumerate(names):
                     if self.part == 'all' or is_heldout(id, self.share) == (self.part == 'heldout'):
                         yield path, group, at
 
@@ -538,8 +579,8 @@ def open_task(
         if task.data not in DATA:
             return open_chat(task.data, **args)
         found = DATA[task.data]
-        return (import_object(found) if isinstance(found, str) else found)(**args)
-    except (ValueError, OSError, TypeError, KeyError) as e:
+        return (import_object(found, EvaluateError, MaskDataset) if isinstance(found, str) else found)(**args)
+    except (ValueError, OSError, TypeError, KeyError, AttributeError, IndexError) as e:
         files = ', '.join(f'{k}={v}' for k, v in task.args.items())
         raise EvaluateError(
             f'The data of {task.name} cannot be opened: {e} Give the folder of the benchmarks with root (--root), '
@@ -563,6 +604,9 @@ def samples(
         for sample in _questions(task, conversation) if fits(conversation) else ():
             if n and count >= n:
                 return
+            if sample.messages[-1]['role'] != 'assistant' or len(sample.messages) < 2:
+                data.report.add('no true answer: not asked', f'{sample.dataset}, {sample.id}')
+                continue
             if not asks(sample):
                 continue
             seen[sample.id] += 1
@@ -574,7 +618,11 @@ def _questions(task, conversation):  # -> list of Conversation with one answer t
     if task.rounds == 'last':
         return [conversation]
     out, messages = [], conversation.messages
-    answers = [i for i, m in enumerate(messages) if m['role'] == 'assistant']
+    answers = [
+        i for i, m in enumerate(messages) if m['role'] == 'assistant' and i and messages[i - 1]['role'] == 'user'
+    ]
+    if not answers:
+        return [conversation]  # `samples` counts it
     for k, i in enumerate(answers):
         before = messages[: i + 1]
         about = f'round {k}'
@@ -582,7 +630,8 @@ def _questions(task, conversation):  # -> list of Conversation with one answer t
             question = '<image:0>\n' + messages[i - 1]['content'].removeprefix('<image:0>\n')
             before = [dict(role='user', content=question), messages[i]]
             about = conversation.task
-        out.append(replace(conversation, messages=before, id=f'{conversation.id}/{k}', task=about))
+        truth = conversation.truth if i == len(messages) - 1 else {}
+        out.append(replace(conversation, messages=before, id=f'{conversation.id}/{k}', task=about, truth=truth))
     return out
 
 
@@ -595,7 +644,7 @@ def ask(
     image, question = re.fullmatch(r'((?:<image:\d+>\n)*)(.*)', messages[-1]['content'], re.S).groups()
     messages[-1]['content'] = image + task.prompt.replace('{question}', question)
     k = 1 + max((number for m in messages for number in named_masks(m['content'])), default=-1)
-    return replace(sample, messages=messages, masks=sample.masks[:k], of=sample.of[:k], keys=[])
+    return replace(sample, messages=messages, masks=sample.masks[:k], of=sample.of[:k], keys=[], truth={})
 
 # %% ../nbs/07b_benchmarks.ipynb #5dcfacc3
 _JSON_LABEL = r'<mask:(\d+)>"\s*,\s*"label"\s*:\s*("(?:[^"\\]|\\.)*")'
@@ -605,15 +654,19 @@ _PHRASE = r'<\|object_ref_start\|>(.*?)<\|object_ref_end\|><mask:(\d+)>'
 def truth_of(
     sample: Conversation,  # the last message is the true answer
     rest: bool = False,  # read the masks that no message names as ignored pixels
-) -> dict:  # text, numbers, masks [RLE], labels, relations, ignore [RLE], size (H,W)
-    "Read the truth off the last message."
+) -> (
+    dict
+):  # text, caption, numbers, masks [RLE], labels, relations, ignore [RLE], size (H,W); raises MaskError, ImageError
+    "Read the truth off the last message; caption and labels are those of the file, where the sample has them."
     text, size = sample.messages[-1]['content'], _size(sample)
     numbers = named_masks(text)
     labels = {int(k): json.loads(label) for k, label in re.findall(_JSON_LABEL, text)}
     labels |= {int(k): phrase.strip() for phrase, k in re.findall(_PHRASE, text, re.S)}
-    named = {k for m in sample.messages for k in named_masks(m['content'])}
+    labels |= dict(enumerate(sample.truth.get('labels', ())))
+    named = {k for m in sample.messages for k in named_masks(m['content'])} if rest else set()
     return dict(
         text=text,
+        caption=sample.truth.get('caption'),  # None: the text is all there is
         numbers=numbers,
         masks=[_rle(sample, k, size) for k in numbers],
         labels=[labels.get(k, '') for k in numbers],
@@ -623,16 +676,15 @@ def truth_of(
     )
 
 
-def _rle(sample, k, size):
-    mask = sample.masks[k]
-    return mask if isinstance(mask, dict) and tuple(mask['size']) == size else mask_to_rle(mask_array(sample, k))
+def _rle(sample, k, size):  # RLE of a mask in the frame of its image
+    mask, image = sample.masks[k], sample.images[sample.of[k]]
+    if isinstance(mask, dict) and tuple(mask['size']) == size:
+        return mask
+    return mask_to_rle(image_frame(image).fit(mask)[0])
 
 
 def _size(sample):  # (H,W) of the image that answers are about
-    if not sample.images:
-        return None
-    image = sample.images[0]
-    return image.shape[:2] if isinstance(image, np.ndarray) else read_image(image).shape[:2]
+    return image_frame(sample.images[0]).size if sample.images else None
 
 
 def relations_of(

@@ -51,6 +51,9 @@ class Conversation:
     dataset: str = ''  # name of the data set, for reports
     task: str = ''  # for reports and evaluations by task
     keys: list = field(default_factory=list)  # a name for each mask whose words are known already, see shards
+    truth: dict = field(
+        default_factory=dict
+    )  # caption and labels as the file has them, for evaluations, see benchmarks
 
     def __post_init__(self):
         self.of = list(self.of) or [0] * len(self.masks)

@@ -47,7 +47,8 @@ from samtok.benchmarks import (
     truth_of,
 )
 from .chat import ChatDataset, Conversation, fill, mask_array
-from .data import Report, read_image
+from .data import Report
+from .files import ImageError, image_frame, read_image
 from .masks import MaskError, mask_iou_pairs, mask_to_rle, rle_area, rle_to_mask
 from samtok.metrics import (
     GRES,
@@ -72,6 +73,7 @@ from samtok.runs import (
     lock,
     progress,
     read_json,
+    read_records,
     read_rows,
     watch,
     write_rows,
@@ -117,7 +119,9 @@ def _count_phrases(metric, sample, truth, prediction, scorer):  # masks with lab
 
 
 def _count_caption(metric, sample, truth, prediction, scorer):
-    reference = plain_caption(re.sub(r'<mask:\d+>', '', truth['text']))
+    reference = truth['caption']  # as the file has it
+    if reference is None:
+        reference = plain_caption(re.sub(r'<mask:\d+>', '', truth['text']))
     metric.update(plain_caption(prediction['reply']), reference, id=sample.id)
 
 
@@ -312,34 +316,42 @@ def _get(row, what):
     return next((row[k] for k in _NAMES[what] if k in row), None)
 
 
-def _read_line(line, i, report):  # str or dict, its number -> dict with an id, or None, which the report explains
-    try:
-        row = line if isinstance(line, dict) else json.loads(line)
-    except ValueError:
-        row = None
+def _read_line(
+    row, i, report
+):  # a value of the file, its number -> dict with an id, or None, which the report explains
+    if isinstance(row, Exception):
+        return report.add('line that is no JSON object', f'{row} A run that was killed leaves half a line.')
     if not isinstance(row, dict):
-        begin = f'Line {i} begins with {str(line)[:40]!r}'
-        return report.add('line that is no JSON object', f'{begin}; a run that was killed leaves half a line.')
+        return report.add('line that is no JSON object', f'Line {i} is {type(row).__name__}.')
     if _get(row, 'id') is None:
         return report.add('line without an id', f'Line {i} has the keys {", ".join(row)}.')
     return row
 
 
-def read_predictions(
-    source: 'str | Path | list',  # JSONL file, or list of dict
-) -> tuple:  # dict id: prediction, Report; raises EvaluateError
-    "Read predictions; what cannot be read is named in the report."
-    rows, report, runs = {}, Report(), set()
+def _read_lines(
+    source,
+):  # JSON list or JSON lines, or list of dict -> list of (number, value or error); [] where it is empty
+    if isinstance(source, list):
+        return list(enumerate(source, 1))
     try:
-        lines = source if isinstance(source, list) else Path(source).read_text(errors='replace').splitlines()
+        empty = os.path.getsize(source) < 64 and not Path(source).read_bytes().strip()
+        return [] if empty else list(read_records(source, EvaluateError))
     except OSError as e:
         raise EvaluateError(
             f'The predictions {Path(source).name} cannot be read ({e.strerror}): '
             'give a file with one JSON object in each line.'
         ) from e
+
+
+def read_predictions(
+    source: 'str | Path | list',  # file of JSON lines or a JSON list, in any encoding, or list of dict
+) -> tuple:  # dict id: prediction, Report; raises EvaluateError
+    "Read predictions; what cannot be read is named in the report."
+    rows, report, runs = {}, Report(), set()
+    lines = _read_lines(source)
     if not lines:
         report.add('empty file', 'There is no line in the file.')
-    for i, line in enumerate(lines, 1):
+    for i, line in lines:
         if (row := _read_line(line, i, report)) is None:
             continue
         key = str(_get(row, 'id'))
@@ -362,6 +374,17 @@ def _list_of_masks(masks):  # of a prediction -> list of RLE, or None
 
 def _size_text(size):  # (H,W), or whatever a file has there
     return 'x'.join(map(str, size)) if isinstance(size, (list, tuple)) else str(size)
+
+
+def _turned(masks, sample, size, report):  # list of RLE, Conversation, (H,W) -> masks in the displayed image
+    if not masks or not sample.images or any(_size_text(m['size']) == _size_text(size) for m in masks):
+        return masks
+    frame = image_frame(sample.images[0])
+    if any(_size_text(m['size']) != _size_text(frame.stored) for m in masks):
+        return masks
+    for _ in masks:
+        report.add('EXIF: mask turned', f'{sample.id}: the mask has the size of the image before it is turned.')
+    return [mask_to_rle(frame.fit(m)[0]) for m in masks]
 
 
 def _wrong_size(masks, size):  # list of RLE, (H,W) -> (kind of problem, why), or None
@@ -389,6 +412,10 @@ def _check_prediction(row, sample, size, report):
     masks = _list_of_masks(_get(row, 'masks'))
     if masks is None:
         return problem('broken RLE', 'a mask is no dict with size and counts.')
+    try:
+        masks = _turned(masks, sample, size, report)
+    except MaskError as e:
+        return problem('broken RLE', str(e))
     if wrong := _wrong_size(masks, size):
         return problem(*wrong)
     scores = _get(row, 'scores')
@@ -524,7 +551,11 @@ class Scorer:
         row: dict | None = None,  # its line of the predictions file; None: there is none
     ) -> bool:  # is it counted?
         "Count one sample, or name what is wrong with it."
-        truth = truth_of(sample, self.rest)
+        try:
+            truth = truth_of(sample, self.rest)
+        except (MaskError, ImageError) as e:
+            self.report.add('truth that cannot be read', f'{sample.id}: {e}')
+            return False
         if row is None:
             self.report.add('no prediction', f'{sample.id} has no line.')
         prediction = None if row is None else self._read(row, sample, truth)
@@ -682,6 +713,14 @@ class Score:
         return text + ('\n\n' + self.report._repr_markdown_() if self.report else '')
 
 
+def _add_left_out(report, data, before):  # Report of a score, its data, their report before the samples were read
+    "Add what reading the data left out or found elsewhere; what did not grow was counted when they were opened."
+    now = getattr(data, 'report', Report())
+    for reason in sorted(set(now) - {'ok', 'masks'}):
+        report[f'data: {reason}'] += now[reason] - before[reason] or now[reason]
+        report.examples.setdefault(f'data: {reason}', now.examples.get(reason, ''))
+
+
 def score(
     task: 'str | Task',  # or its name
     predictions: 'str | Path | list',  # JSONL file, or list of dict
@@ -695,6 +734,7 @@ def score(
     "Score predictions of any model, given as RLE or as mask words."
     task, start = get_task(task) if isinstance(task, str) else task, time.perf_counter()
     rows, report = read_predictions(predictions)
+    before = Report().merge(getattr(data, 'report', {}))
     data = open_task(task, root) if data is None else data
     scorer, total = Scorer(task, data, **how), 0
     for sample in data if isinstance(data, list) else samples(task, data, n):
@@ -703,6 +743,7 @@ def score(
     for k in rows:
         report.add('unknown id', f'There is no sample {k}' + (f' among the first {n}.' if n else '.'))
     scorer.report.merge(report)
+    _add_left_out(scorer.report, data, before)
     return Score(task, scorer, total, start, n_boot, seed)
 
 # %% ../nbs/08_evaluate.ipynb #6503ba98
@@ -950,11 +991,13 @@ def _score_store(task, store, chosen, data, n, start, n_boot, seed, judge=None, 
     requests, answers = store.path / 'requests.jsonl', store.path / 'answers.jsonl'
     scorer = Scorer(task, data, judge=judge or (answers if answers.exists() else None), **how)
     rows, total = store.rows(), 0
+    before = Report() if isinstance(chosen, list) else Report().merge(data.report)
     for sample in chosen if isinstance(chosen, list) else samples(task, chosen, n):
         scorer.add(sample, rows.get(sample.id))
         total += 1
     if scorer.requests:
         write_rows(requests, scorer.requests)
+    _add_left_out(scorer.report, data, before)
     found = Score(task, scorer, total, start, n_boot, seed)
     (store.path / 'score.json').write_text(json.dumps(found.to_dict(), indent=1, default=str))
     return found
