@@ -213,7 +213,7 @@ _ROLES = dict(human='user', gpt='assistant', system='system', user='user', assis
 def llava_messages(
     turns: list,  # of {from, value} or {role, content}; <image> where an image stands
     images: int,  # number of images
-) -> list[dict]:  # messages with <image:i>; an image that no text names goes to the start
+) -> list[dict]:  # messages with <image:i>; an image that no text names goes to the first question
     "Turn LLaVA's turns into messages."
     numbers, messages = iter(range(images)), []
     for turn in turns:
@@ -221,10 +221,11 @@ def llava_messages(
         content = first
         for piece in pieces:
             n = next(numbers, None)
-            content += piece if n is None else f'<image:{n}>{piece}'
+            content += f'<image>{piece}' if n is None else f'<image:{n}>{piece}'  # one too many: check_messages says so
         messages.append(dict(role=_ROLES[turn.get('from') or turn['role']], content=content))
     if left := list(numbers):
-        messages[0]['content'] = ''.join(f'<image:{n}>' for n in left) + '\n' + messages[0]['content']
+        shows = next((message for message in messages if message['role'] == 'user'), messages[0])
+        shows['content'] = ''.join(f'<image:{n}>' for n in left) + '\n' + shows['content']
     return messages
 
 # %% ../nbs/03c_chat_formats.ipynb #1e17492f
