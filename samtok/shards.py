@@ -25,7 +25,7 @@ from pathlib import Path
 from PIL import Image
 
 from .chat import ChatDataset, ChatError, Conversation, check_messages, fill, mask_words
-from .data import DataError, Mixture, Report, leaf_datasets, read_image
+from .data import DataError, ImageError, Mixture, Report, leaf_datasets, read_image
 from samtok.runs import (
     Run,
     RunError,
@@ -77,6 +77,9 @@ def chat_row(
     )
 
 # %% ../nbs/03d_shards.ipynb #91f63f60
+_THINNEST = 200  # times as long as wide that an image may be: the limit of Qwen's image processors
+
+
 def _trainable(conversation, report):  # -> bool; what cannot be trained on is counted
     try:
         check_messages(conversation.messages, len(conversation.images))
@@ -91,8 +94,18 @@ def _check_images(conversation):  # opens the images without masks; raises Image
         read_image(conversation.images[i])
 
 
-def _utf8_row(conversation, words):  # -> row of chat_row; raises where a text cannot be stored
+def _check_shape(data):  # bytes of an image, of which the head is read; raises ImageError
+    width, height = Image.open(io.BytesIO(data)).size
+    if max(width, height) > _THINNEST * min(width, height):
+        raise ImageError(
+            f"an image of {height} x {width} pixels: Qwen's processors refuse what is {_THINNEST} times as long as wide."
+        )
+
+
+def _checked_row(conversation, words):  # -> row of chat_row; raises where it cannot be stored or used
     row = chat_row(conversation, words)
+    for data in row['images']:
+        _check_shape(data)
     for key in ('id', 'dataset', 'task', 'messages'):
         row[key].encode()
     return row
@@ -113,7 +126,7 @@ def tokenize_batch(
         for conversation in batch:
             _check_images(conversation)
         words = [known_words(c) for c in batch] if known_words else mask_words(tokenizer, batch)
-        return [_utf8_row(c, w) for c, w in zip(batch, words)]
+        return [_checked_row(c, w) for c, w in zip(batch, words)]
     except (NameError, ImportError, MemoryError, RuntimeError):
         raise
     except Exception as e:  # files of others fail in every way; the report keeps the case
