@@ -98,7 +98,8 @@ def _check_shape(data):  # bytes of an image, of which the head is read; raises 
     width, height = Image.open(io.BytesIO(data)).size
     if max(width, height) > _THINNEST * min(width, height):
         raise ImageError(
-            f"an image of {height} x {width} pixels: Qwen's processors refuse what is {_THINNEST} times as long as wide."
+            f"an image of {height} x {width} pixels: Qwen's processors refuse "
+            f'more than {_THINNEST} times as long as wide.'
         )
 
 
