@@ -148,7 +148,7 @@ def to_messages(
     order = [part.pop('index') for m in out for part in m['content'] if part['type'] == 'image']
     return out, order
 
-# %% ../nbs/03_chat.ipynb #dc6ce437
+# %% ../nbs/03_chat.ipynb #6702a49a
 _MOST_CHARACTERS = 2**24  # of a rendered chat
 
 
@@ -199,7 +199,7 @@ def render_chat(
         raise ChatError(f'The chat template wrote {len(text)} characters; at most {_MOST_CHARACTERS} are read.')
     return text
 
-# %% ../nbs/03_chat.ipynb #2763fb18
+# %% ../nbs/03_chat.ipynb #ccacec49
 _CHAT_TOKEN = re.compile(  # of the families that are known; a collator knows those of its own model
     r'<\|(?:im_start|im_end|endoftext|vision_start|vision_end|vision_pad|image_pad|video_pad|audio_pad|image|video'
     r'|audio|begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id)\|>'
@@ -219,6 +219,8 @@ def check_messages(
         role, text = (message.get('role'), message.get('content')) if isinstance(message, dict) else (None, None)
         if role not in ('system', 'user', 'assistant') or not isinstance(text, str):
             raise ChatError(f'message {i} needs a role (system, user, assistant) and a text.')
+        if re.search('[\ud800-\udfff]', text):
+            raise ChatError(f'message {i} has half of a character (a lone surrogate), which no tokenizer can read.')
         named = [n for kind, n in places(text) if kind == 'image']
         if named and role != 'user':
             raise ChatError(f'message {i} is of the {role} and names an image; only the user shows images.')
