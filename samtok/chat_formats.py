@@ -35,7 +35,7 @@ from samtok.chat import (
 from .data import MaskDataset, MaskSample, leaf_datasets, without_empty_masks
 from .files import DataError, Frame, find_image, image_frame, read_data_json, read_ids, shared_paths
 from .formats import open_dataset
-from .masks import MaskError, segmentation_to_mask
+from .masks import MaskError
 from .runs import import_object, read_records
 
 # %% ../nbs/03c_chat_formats.ipynb #e4936977

@@ -137,13 +137,15 @@ def _opened(source, read):
             return read(source)
         if not isinstance(source, (bytes, bytearray)):
             if not os.path.exists(source):
-                raise ImageError(f'{name} does not exist.')
+                raise ImageError(f'{name} does not exist.') from FileNotFoundError(source)
             if not os.path.isfile(source):
                 raise ImageError(f'{name} is no regular file.')
         with Image.open(_file(source)) as opened:
             return read(opened)
     except ImageError as e:
-        raise e if str(e).startswith(name) else ImageError(f'{name}: {e}') from e
+        if str(e).startswith(name):
+            raise  # with its cause
+        raise ImageError(f'{name}: {e}') from e
     except Exception as e:
         raise ImageError(f'{name} cannot be read: {_why(e)}.') from e  # decoders raise every kind on broken bytes
 
@@ -379,17 +381,17 @@ def _names_in(folder, changed):  # changed: time of the folder, so that the list
 
 
 def _beside(folder, path):
-    "The file of a relative path with another suffix, or with one where the path has none; None without one."
+    "The files of a relative path with another suffix, or with one where the path has none, the likeliest first."
     parent = os.path.join(folder, os.path.dirname(path))
     try:
         names = _names_in(parent, os.stat(parent).st_mtime_ns)
     except OSError:
-        return None
+        return []
     own = os.path.splitext(path)[1].lower()
     known = names.get(_without_suffix(os.path.basename(path)), [])
     order = (own, *IMAGE_SUFFIXES)
     known = sorted(known, key=lambda name: order.index(os.path.splitext(name)[1].lower()))
-    return next((file for name in known if os.path.isfile(file := os.path.join(parent, name))), None)
+    return [file for name in known if os.path.isfile(file := os.path.join(parent, name))]
 
 
 def shared_paths(
@@ -414,6 +416,8 @@ def find_image(
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise ImageError(f'The name of the image is {name!r}; give the name of a file.')
     name = os.fspath(name)
+    if '\0' in name or any('\ud800' <= letter <= '\udfff' for letter in name):
+        raise ImageError(f'The name of the image is {name!r}, which no file can have.')
     exact = os.path.join(folder, name)
     leaves = bool(os.fspath(folder)) and (os.path.isabs(name) or '..' in re.split(r'[/\\]', name))
     if (outside or not leaves) and os.path.isfile(exact):
@@ -422,12 +426,12 @@ def find_image(
         if path in shared and path != name:
             continue
         same = os.path.join(folder, path)
-        found = same if os.path.isfile(same) else _beside(folder, path)
+        found = [same] if os.path.isfile(same) else _beside(folder, path)
         if found:
-            as_named = _without_suffix(found) == exact if not _is_image_name(name) else False
+            as_named = not _is_image_name(name) and _without_suffix(found[0]) == exact and len(found) == 1
             if report is not None and not as_named:
-                report.add('image found by another name', f'{name} is read from {short_path(found)}.')
-            return found
+                report.add('image found by another name', f'{name} is read from {short_path(found[0])}.')
+            return found[0]
     if leaves and os.path.isfile(exact):
         raise ImageError(
             f'The image {name} lies outside of the folder {short_path(folder)}: give the folder that holds all images.'

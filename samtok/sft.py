@@ -327,7 +327,13 @@ class RunLog(TrainerCallback):
         if not self.run.main or not self.names.keys() & self.row(logs or {}).keys():
             return
         seconds = round(time.time() - self.started, 1)
-        counts = dict(left_out=sum(left_out(self.counts).values()), skipped_steps=self.guard.skipped)
+        found = left_out(self.counts)
+        counts = dict(
+            left_out=sum(n for reason, n in found.items() if reason.endswith('left out')),
+            cut_off=found['conversations cut off'],
+            batches_replaced=found['batch replaced'],
+            skipped_steps=self.guard.skipped,
+        )
         self.run.log(state.global_step, **self.row(logs), seconds=seconds, **counts)
         if self.on_log_rows:
             self.on_log_rows(self.run.rows())

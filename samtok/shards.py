@@ -218,9 +218,10 @@ def make_shard(
     block: list,  # of (epoch, record)
     tokenizer: object,  # MaskTokenizer
     batch: int = 8,  # conversations in one pass
+    listed: Report | None = None,  # what was left out before any record was read; None: nothing
 ) -> tuple:  # list of dict, see chat_row; dict of counts
     "Tokenize a range of records."
-    report, rows = Report(), []
+    report, rows = Report().merge(listed or Report()), []
     for leaf in leaf_datasets(dataset):
         leaf.report = Report()
     known_words = dataset.known_words(tokenizer) if hasattr(dataset, 'known_words') else None
@@ -452,6 +453,12 @@ def tokenize_data(
             'A mixture that repeats for ever has no end to tokenize: give repeat=False and the number of epochs.'
         )
     records = sum(1 for _ in _order(dataset, seed, epochs, n))
+    listed = Report()  # of opening the files and of listing their records: the first shard keeps it
+    for leaf in leaf_datasets(dataset):
+        listed.merge(leaf.report)
+    if not records:
+        why = f' First case: {next(iter(listed.examples.values()))}' if listed.examples else ''
+        raise DataError(f'The data set {dataset.name} has no record; is the path right?{why}')
     plan = _plan(dataset, tokenizer, data, records=records, shard=shard, epochs=epochs, seed=seed)
     out = Path(out)
     plan = Run(out, plan, main=rank == 0).params
@@ -468,7 +475,7 @@ def tokenize_data(
         blocks = _blocks(_order(dataset, seed, epochs, n), shard, count)
         missing = [s for s in range(rank, count, world) if not _shard_path(out, s, count).exists()]
         for s, block in _chosen(enumerate(blocks), progress(missing, f'shards of {out.name}')):
-            rows, counts = make_shard(dataset, block, tokenizer, batch)
+            rows, counts = make_shard(dataset, block, tokenizer, batch, listed if s == 0 else None)
             if s == 0:
                 _check_first(counts)
             meta = dict(counts, shard=s, plan=plan, vocabulary=vocabulary(tokenizer))
