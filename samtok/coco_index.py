@@ -146,7 +146,7 @@ def _count(problems, reason, example, n=1):
 
 
 def _image_name(entry):
-    name = entry.get('file_name', entry.get('coco_url'))
+    name = entry.get('file_name', entry.get('coco_url')) if isinstance(entry, dict) else None
     return name if isinstance(name, str) else None
 
 
