@@ -731,9 +731,10 @@ class CityscapesPolygons(Cityscapes):
         data = read_data_json(path, 'imgHeight', 'imgWidth', 'objects')
         key = self._key(path)
         place = f'{self.name}, sample {key}'
-        size = _stated_size(data['imgHeight'], data['imgWidth'])
-        if size is None:
-            raise DataError(f'Its size is {data["imgHeight"]!r} x {data["imgWidth"]!r}.')
+        image = self._image(key)
+        frame = image_frame(image)
+        size = _stated_size(data['imgHeight'], data['imgWidth']) or frame.size
+        frame.check(size)
         objects = list(_dicts(self, data['objects'], place, 'object'))
         painted = np.zeros(size, np.int32)  # 0, or the number of the object from 1
         drawn = [i for i, shape in enumerate(objects, 1) if self._paint(shape, i, painted, f'{place}, object {i}')]
@@ -747,7 +748,7 @@ class CityscapesPolygons(Cityscapes):
                 regions.append(dict(mask=lambda i=i: painted == i, **kept))
             else:
                 self.report.add('covered: object skipped', f'{place}: object {i} lies under others.')
-        return self.build(self._image(key), regions, key, size)
+        return self.build(image, regions, key, size)
 
     def _paint(self, shape, i, painted, place):
         "Write i into the pixels of an object -> was it painted?"
@@ -836,7 +837,8 @@ class Ade20k(MaskDataset):
                 dict(mask=lambda entry=entry, level=level: self._mask(entry, folder, maps, level), label=label, **kept)
             )
         image = find_image(folder, data['filename'], self.report, outside=self.outside)
-        return self.build(image, regions, key, _stated_size(*data['imsize'][:2]))
+        height, width, *_ = [*data.get('imsize', ()), None, None]
+        return self.build(image, regions, key, _stated_size(height, width))
 
     def _level(self, entry):
         "How deep a part lies; 0, an object, where the file does not say."
@@ -953,8 +955,12 @@ def _is_visible(rle):
 
 
 @lru_cache(4)  # frames of one video come together
-def _read_masklets(path):
+def _masklets(path, changed):
     return read_data_json(path, 'masklet', 'video_id')
+
+
+def _read_masklets(path):
+    return _masklets(path, os.stat(path).st_mtime_ns)
 
 
 class SaV(MaskDataset):
@@ -983,7 +989,7 @@ class SaV(MaskDataset):
                 frames = _read_masklets(path)['masklet']
                 if not isinstance(frames, list):
                     raise DataError(f'The file {os.path.basename(path)} has a masklet that is no list.')
-            except DataError as e:
+            except (DataError, OSError) as e:
                 self.report.add('DataError: video skipped', f'{self.name}: {e}', once=True)
             else:
                 yield from ((path, i) for i in range(len(frames)))
