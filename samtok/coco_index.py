@@ -40,9 +40,9 @@ class _Window:
         self.more()
         self.at = 3 if self.text.startswith('\xef\xbb\xbf') else 0  # byte-order mark
 
-    def more(self, size=_WINDOW):
+    def more(self, size=0):
         next(self.steps, None)
-        data = self.file.read(size)
+        data = self.file.read(size or _WINDOW)
         self.ended = not data
         self.text, self.start, self.at = self.text[self.at :] + data.decode('latin-1'), self.start + self.at, 0
 
