@@ -40,9 +40,9 @@ class _Window:
         self.more()
         self.at = 3 if self.text.startswith('\xef\xbb\xbf') else 0  # byte-order mark
 
-    def more(self, size=_WINDOW):
+    def more(self, size=0):
         next(self.steps, None)
-        data = self.file.read(size)
+        data = self.file.read(size or _WINDOW)
         self.ended = not data
         self.text, self.start, self.at = self.text[self.at :] + data.decode('latin-1'), self.start + self.at, 0
 
@@ -146,7 +146,7 @@ def _count(problems, reason, example, n=1):
 
 
 def _image_name(entry):
-    name = entry.get('file_name', entry.get('coco_url'))
+    name = entry.get('file_name', entry.get('coco_url')) if isinstance(entry, dict) else None
     return name if isinstance(name, str) else None
 
 
@@ -183,7 +183,7 @@ def _same_annotation(annotation):
 def _first_categories(categories, problems):
     "{id key: entry}, of two entries with one id the first."
     found = {}
-    for entry in categories if isinstance(categories, list) else []:
+    for entry in categories:
         key = _key_of(entry)
         if key is None:
             _count(problems, 'no id: category skipped', f'a category is {str(entry)[:60]}.')
@@ -204,7 +204,7 @@ class CocoFile:
         *keys: str,  # lists that the file must have, such as "images" and "annotations"
     ):  # raises DataError
         data = read_data_json(path, *keys)
-        for name in ('images', 'annotations'):
+        for name in ('images', 'annotations', 'categories'):
             if not isinstance(data.get(name, []), list):
                 raise DataError(f'The file {os.path.basename(path)} is of another format: its {name} are no list.')
         self.problems = {}  # reason -> [count, first case]: what was wrong with the lists
@@ -222,7 +222,7 @@ class CocoFile:
             if image is not None:
                 self._regions.setdefault(image, []).append(annotation)
         self._places = list(self._images)
-        self.categories = _first_categories(data.get('categories'), self.problems)  # {id_key: entry}
+        self.categories = _first_categories(data.get('categories', []), self.problems)  # {id_key: entry}
 
     def _with_ids(self, entries):
         found, names = {}, set()
@@ -325,7 +325,7 @@ def _fill(db, path):
             if name in lists:
                 raise DataError(f'The file {os.path.basename(path)} has the list {name!r} twice.')
             lists.append(name)
-        elif name in ('images', 'annotations') and name not in lists:
+        elif name in ('images', 'annotations', 'categories') and name not in lists:
             raise DataError(f'The file {os.path.basename(path)} is of another format: its {name} are no list.')
         elif name == 'images':
             row = images, _key_of(entry), id_key(_image_name(entry)), *place
@@ -502,6 +502,15 @@ class CocoIndex:
         query = 'SELECT start, length FROM annotations WHERE image = ? ORDER BY place'
         return self._entries(query, id_key(image_id))
 
+    def close(self) -> None:
+        "Close the files of this process; the next call of another method opens them again."
+        opened, self._opened = getattr(self, '_opened', None), None
+        if opened is not None and opened[0] == os.getpid():
+            for file in opened[1:]:
+                file.close()
+
+    __del__ = close
+
     def __getstate__(self):
         return self.__dict__ | dict(_opened=None)
 
@@ -514,7 +523,7 @@ class CocoIndex:
             self._opened = os.getpid(), db, open(self.path, 'rb')
             state = os.fstat(self._opened[2].fileno())
             if (state.st_size, state.st_mtime_ns) != self._size_and_time:
-                self._opened = None
+                self.close()
                 raise DataError(f'The file {os.path.basename(self.path)} changed while it was read: open it again.')
         return self._opened[1:]
 
@@ -524,7 +533,7 @@ class CocoIndex:
         except sqlite3.DatabaseError:  # an index that a crash of the machine left: it is made again, once
             with suppress(OSError):
                 os.unlink(find_index(self.path, self.cache))
-            self._opened = None
+            self.close()
             return self._open()[0].execute(query, values).fetchall()
 
     def _entries(self, query, value):
