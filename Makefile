@@ -13,7 +13,7 @@ export PATH := $(BIN):$(PATH)
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test format parity docs notebooks toy toy-vlm wheel-test browser-test clean
+.PHONY: help install demo test format parity docs notebooks toy toy-vlm wheel-test browser-test fuzz chaos clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## */\t/' | expand -t 14
@@ -78,6 +78,14 @@ wheel-test: $(STAMP)  ## Build a wheel, install it in an empty environment, use 
 
 browser-test: $(STAMP)  ## Use the widgets in JupyterLab with a headless Chromium, renew their screenshots
 	@$(BIN)/python .ci/browser_test.py
+
+fuzz: $(STAMP)  ## Read 100,000 odd conversations, 10,000 mutated files, a million random replies (half an hour)
+	@$(BIN)/python .ci/fuzz_conversations.py $(or $(CONVERSATIONS),100000) $(or $(SEED),0)
+	@$(BIN)/python .ci/fuzz_files.py $(or $(FILES),10000) $(or $(SEED),0)
+	@$(BIN)/python .ci/fuzz_replies.py --n $(or $(REPLIES),1000000) --seed $(or $(SEED),0)
+
+chaos: $(STAMP)  ## Kill runs of every kind 100 times, cut their checkpoints, and compare how they end (an hour)
+	@$(BIN)/python .ci/chaos.py --kills $(or $(KILLS),100) --seed $(or $(SEED),0)
 
 clean:  ## Remove what can be made again; .venv and runs/ stay
 	@rm -rf build dist _proc _docs *.egg-info

@@ -2,7 +2,7 @@
 """Checks of the repository, one function each; `make test` runs them all.
 
     .ci/check.py all                 every check, then every notebook; the last line counts both
-    .ci/check.py lint export ...     only these checks: pip form settings export clean lint imports sidebar readme
+    .ci/check.py lint export ...     only these checks: pip form settings export clean lint imports sidebar readme fuzz
     .ci/check.py tests [NOTEBOOK..]  run notebooks as tests, two at a time
     .ci/check.py readme --write      make README.md from nbs/index.ipynb
     .ci/check.py execute [NOTEBOOK..] execute notebooks in place, two at a time
@@ -728,6 +728,15 @@ def execute(files=None):
     return bad
 
 
+def fuzz():
+    "A short part of `make fuzz`: odd conversations, files and replies, in processes of their own."
+    for name, args in (('conversations', ['1600']), ('files', ['400']), ('replies', ['--n', '20000'])):
+        command = [sys.executable, f'.ci/fuzz_{name}.py', *args]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+        if done.returncode:
+            yield f'fuzz_{name}.py {" ".join(args)}: {tail(done.stdout + done.stderr)}'
+
+
 CHECKS = dict(
     pip=pip,
     form=form,
@@ -738,6 +747,7 @@ CHECKS = dict(
     imports=imports,
     sidebar=sidebar,
     readme=readme,
+    fuzz=fuzz,
 )
 
 
@@ -746,7 +756,7 @@ def run_checks(names):
     bad = []
     for check in names:
         try:
-            problems = CHECKS[check]()
+            problems = list(CHECKS[check]())
         except Exception:
             problems = ['the check itself failed:\n' + tail(traceback.format_exc())]
         print(f'{"FAIL" if problems else "pass"}  {check}', *(f'  - {p}' for p in problems), sep='\n', flush=True)

@@ -1,4 +1,7 @@
-"""Bounded, seeded fuzz: `python .ci/fuzz.py conversations [N] [SEED]`; exits 1 and names the case where one fails."""
+"""Odd conversations through tokenisation and collation: `python .ci/fuzz_conversations.py [N] [SEED]`.
+
+Each must be trained or counted, and nothing may raise. Ends with 1 and names the case where one fails.
+"""
 
 import json
 import sys
@@ -177,14 +180,5 @@ def conversations(n=100_000, seed=0):
         print(collate.report)
 
 
-SECTIONS = dict(conversations=conversations)
-
-
-def main(argv):
-    if not argv or argv[0] not in SECTIONS:
-        raise SystemExit(f'usage: python .ci/fuzz.py {{{",".join(SECTIONS)}}} [N] [SEED]')
-    SECTIONS[argv[0]](*map(int, argv[1:3]))
-
-
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    conversations(*map(int, sys.argv[1:]))
