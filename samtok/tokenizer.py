@@ -113,7 +113,7 @@ def _check_number(name, value, low, high):  # raises ValueError
     kinds = numbers.Integral if isinstance(low, int) else numbers.Real
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         number = 'a whole number' if isinstance(low, int) else 'a number'
-        raise ValueError(f'{name} is {str(value)[:40]!r}: give {number} from {low} to {high}.')
+        raise ValueError(f'{name} is {value!r:.40}: give {number} from {low} to {high}.')
 
 
 def _check_backbone(arguments):  # dict of Hiera arguments; raises ValueError
@@ -162,7 +162,7 @@ class TokenizerConfig:
         for name, (low, high) in _BOUNDS.items():
             _check_number(name, getattr(self, name), low, high)
         if not isinstance(self.shared_codebook, bool):
-            raise ValueError(f'shared_codebook is {str(self.shared_codebook)[:40]!r}: give true or false.')
+            raise ValueError(f'shared_codebook is {self.shared_codebook!r:.40}: give true or false.')
         _check_backbone(arguments := backbone_args(self.backbone))
         window = 4 * max(8, arguments.get('window_spec', (8,))[0])
         if self.image_size % window:
