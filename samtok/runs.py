@@ -850,7 +850,7 @@ class Run:
             before = new_names(before)  # a folder of an older release
             new = {k for k, v in self.params.items() if k not in before and (not v or k.startswith('eval_'))}
             names = self.params.keys() - new  # parameters that did not exist then must be off, or only measure
-        differ = sorted(k for k in names - {'max_bad_steps'} if before.get(k) != self.params.get(k))
+        differ = sorted(k for k in names if before.get(k) != self.params.get(k))
         if differ:
             raise RunError(
                 f'The folder {self.name} holds a run with other parameters ({", ".join(differ)} differ): '
