@@ -118,7 +118,8 @@ def check_params(
     params: dict,  # of load_params
 ) -> None:  # raises RunError, and CheckpointError for weights
     "Refuse with a sentence what cannot run, before anything long starts: sizes, GPUs, weights and missing data."
-    check_gpus(params['gpus'])
+    if 'RANK' not in os.environ:  # a worker was started by a process that has checked it
+        check_gpus(params['gpus'])
     for name in _AT_LEAST_ONE:
         if params[name] < 1:
             raise RunError(f'{name} is {params[name]}: give a whole number of at least 1.')
