@@ -113,7 +113,7 @@ def _check_number(name, value, low, high):  # raises ValueError
     kinds = numbers.Integral if isinstance(low, int) else numbers.Real
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         number = 'a whole number' if isinstance(low, int) else 'a number'
-        raise ValueError(f'{name} is {str(value)[:40]!r}: give {number} from {low} to {high}.')
+        raise ValueError(f'{name} is {value!r:.40}: give {number} from {low} to {high}.')
 
 
 def _check_backbone(arguments):  # dict of Hiera arguments; raises ValueError
@@ -162,7 +162,7 @@ class TokenizerConfig:
         for name, (low, high) in _BOUNDS.items():
             _check_number(name, getattr(self, name), low, high)
         if not isinstance(self.shared_codebook, bool):
-            raise ValueError(f'shared_codebook is {str(self.shared_codebook)[:40]!r}: give true or false.')
+            raise ValueError(f'shared_codebook is {self.shared_codebook!r:.40}: give true or false.')
         _check_backbone(arguments := backbone_args(self.backbone))
         window = 4 * max(8, arguments.get('window_spec', (8,))[0])
         if self.image_size % window:
@@ -455,11 +455,6 @@ def _load_folder(cls, folder):  # class, Path -> model; raises CheckpointError
         first = {k: f'quantizer.codebooks.0.{k.rpartition(".")[2]}' for k in levels}
         state |= {k: state[name] for k, name in first.items() if name in state}
     load_checked(model, state, folder.name)
-    if broken := [k for k, value in state.items() if not value.isfinite().all()]:
-        raise CheckpointError(
-            f'{len(broken)} tensors in {folder.name} hold NaN or infinite values (first: {broken[0]}): '
-            'the training that wrote them failed. Use an earlier checkpoint.'
-        )
     return model.eval()
 
 
@@ -686,18 +681,20 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
         **kwargs,  # of huggingface_hub, for example push_to_hub=True and repo_id
     ) -> str | None:  # address of the commit on the hub if it was pushed; raises OSError, CheckpointError
         "Write config.json, model.safetensors and a model card into a folder, checked; also push them if asked for."
+        push, repo_id = kwargs.pop('push_to_hub', False), kwargs.pop('repo_id', None)
         kwargs['config'] = asdict(self.config)
+        folder = Path(save_directory)
         try:
-            return super().save_pretrained(save_directory, **kwargs)
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix='.') as part:
+                super().save_pretrained(part, **{k: kwargs[k] for k in ('config', 'model_card_kwargs') if k in kwargs})
+                check_saved(Path(part) / 'model.safetensors', expected_tensors(self))
+                for file in sorted(Path(part).iterdir(), key=lambda file: file.name == 'config.json'):
+                    if file.name != 'README.md' or not (folder / 'README.md').exists():
+                        os.replace(file, folder / file.name)
         except (OSError, SafetensorError) as e:
             raise OSError(
                 f'The tokenizer could not be written to {save_directory} ({getattr(e, "strerror", None) or e}): '
                 'choose a folder that can be written.'
             ) from e
-
-    def _save_pretrained(self, save_directory):  # called by huggingface_hub, before it pushes; Path
-        "Write the weights, read them back, and only then put them in the place of older ones."
-        with tempfile.TemporaryDirectory(dir=save_directory, prefix='.') as part:
-            super()._save_pretrained(Path(part))
-            check_saved(Path(part) / 'model.safetensors', expected_tensors(self))
-            os.replace(Path(part) / 'model.safetensors', Path(save_directory) / 'model.safetensors')
+        return self.push_to_hub(repo_id or folder.name, **kwargs) if push else None

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['load_params', 'tokenizer_config', 'training_data', 'heldout_data', 'check_params', 'Batch', 'make_batch',
            'build_tokenizer', 'step_loss', 'lr_at', 'evaluate_tokenizer', 'summarise', 'start_codebooks',
-           'save_checkpoint', 'load_checkpoint', 'Trainer', 'train', 'run_training', 'masks_per_second', 'main',
-           'same_metrics']
+           'save_checkpoint', 'read_training_state', 'load_checkpoint', 'Trainer', 'train', 'run_training',
+           'masks_per_second', 'main', 'same_metrics']
 
 # %% ../nbs/02a_train_tokenizer.ipynb #d566fbe6
 import itertools
@@ -22,10 +22,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .checkpoints import CheckpointError, find_pretrained, load_checked, read_checkpoint, sam2_state
+from samtok.checkpoints import (
+    CheckpointError,
+    find_pretrained,
+    load_checked,
+    not_finite,
+    read_checkpoint,
+    sam2_state,
+)
 from .data import MaskDataset, MaskSample, Mixture
 from .formats import GENERATED, open_dataset
-from .losses import candidate_loss, logit_iou, mask_terms
+from .losses import StepGuard, candidate_loss, logit_iou, mask_terms
 from .masks import mask_iou_pairs
 from .quantizer import code_usage
 from samtok.runs import (
@@ -34,6 +41,7 @@ from samtok.runs import (
     atomic_write,
     check_gpus,
     find_file,
+    fingerprint,
     last_checkpoint,
     launch,
     load_scale,
@@ -93,11 +101,34 @@ def heldout_data(
     return open_dataset(name, n=n or params['eval_scenes'], split='heldout', seed=params['seed'])
 
 
+_AT_LEAST_ONE = (
+    'steps',
+    'images_per_step',
+    'masks_per_image',
+    'truth_size',
+    'start_batches',
+    'log_every',
+    'checkpoint_every',
+    'eval_scenes',
+    'max_bad_steps',
+)
+
+
 def check_params(
     params: dict,  # of load_params
 ) -> None:  # raises RunError, and CheckpointError for weights
-    "Refuse with a sentence what cannot run, before anything long starts: GPUs, weights and data that are not there."
-    check_gpus(params['gpus'])
+    "Refuse with a sentence what cannot run, before anything long starts: sizes, GPUs, weights and missing data."
+    if 'RANK' not in os.environ:  # a worker was started by a process that has checked it
+        check_gpus(params['gpus'])
+    for name in _AT_LEAST_ONE:
+        if params[name] < 1:
+            raise RunError(f'{name} is {params[name]}: give a whole number of at least 1.')
+    if not 0 <= params['continuous'] <= 1:
+        raise RunError(f'continuous is {params["continuous"]}: give a share of the steps from 0 to 1.')
+    try:
+        TokenizerConfig(**tokenizer_config(params))
+    except ValueError as e:
+        raise RunError(f'There is no tokenizer with these parameters. {e}') from e
     if params['init_from']:
         find_pretrained(params['init_from'], 'tokenizer')
     lists = [name for name in (params['data'], params['heldout']) if name and name not in GENERATED]
@@ -181,13 +212,17 @@ def step_loss(
     out: TokenizerOutput,  # logits (N,3,h,w), scores (N,3), commitment ()
     truth: torch.Tensor,  # (N,R,R) float in [0,1]
     params: dict,  # ce_weight, dice_weight, points, candidates, commitment, iou_weight
-) -> tuple[torch.Tensor, dict]:  # loss (), and detached scalars: loss, mask, ce, dice, commitment, iou_error, iou
-    "Compute the training loss of a batch and the figures that are logged."
-    ce, dice = mask_terms(out.logits, truth, params['points'])
+) -> tuple[torch.Tensor, dict]:  # loss (), and detached scalars: its terms, iou, and nonfinite: masks left out
+    "Compute the training loss of a batch and the figures that are logged, over the masks with a finite latent."
+    logits, scores = out.logits, out.scores.float()
+    finite = out.latents.detach().flatten(1).isfinite().all(1)
+    if not finite.all():
+        logits, scores, truth = logits[finite], scores[finite], truth[finite]
+    ce, dice = mask_terms(logits, truth, params['points'])
     weighted = params['ce_weight'] * ce + params['dice_weight'] * dice
-    mask = candidate_loss(weighted, out.scores.float(), params['candidates'])
-    true_iou = logit_iou(out.logits, truth)
-    iou_error = F.mse_loss(out.scores.float(), true_iou)
+    mask = candidate_loss(weighted, scores, params['candidates'])
+    true_iou = logit_iou(logits, truth)
+    iou_error = F.mse_loss(scores, true_iou)
     loss = mask + params['commitment'] * out.commitment + params['iou_weight'] * iou_error
     terms = dict(
         loss=loss,
@@ -196,7 +231,8 @@ def step_loss(
         dice=dice.mean(),
         commitment=out.commitment,
         iou_error=iou_error,
-        iou=true_iou.gather(1, out.scores.argmax(1, keepdim=True)).mean(),
+        iou=true_iou.gather(1, scores.argmax(1, keepdim=True)).mean(),
+        nonfinite=(~finite).sum(),
     )
     return loss, {k: v.detach() for k, v in terms.items()}
 
@@ -213,48 +249,60 @@ def lr_at(
 
 # %% ../nbs/02a_train_tokenizer.ipynb #d9f7b5f5
 def evaluate_tokenizer(
-    tokenizer: MaskTokenizer,  # set to evaluation mode
+    tokenizer: MaskTokenizer,  # stays in the mode that it is in; nothing in it changes
     dataset: MaskDataset,  # read once, in order; images without masks are left out
     n: int | None = None,  # number of images; None: all
     continuous: bool = True,  # also decode the vectors before quantization
-) -> dict[str, list]:  # of each mask: iou, iou_continuous in [0,1], area in pixels, codes (K int)
+) -> dict[str, list]:  # of each mask: iou, iou_continuous in [0,1] (0 without codes), area in pixels, codes (K int)
     "Reconstruct the masks of a data set: IoU of each mask, with quantization and without."
     found = dict(iou=[], iou_continuous=[], area=[], codes=[])
-    tokenizer.eval()
     for sample in itertools.islice(dataset.stream(), n):
         if not len(sample):
             continue
         embedding = tokenizer.embed_image(sample.image)
         vectors = tokenizer.mask_embeddings(embedding, sample.masks)
-        codes = tokenizer.quantizer(vectors)[1].flatten(1).cpu().numpy()
+        codes = tokenizer.quantizer.lookup(vectors).flatten(1).cpu().numpy()
+        known = (codes >= 0).all(1)
         found['codes'] += codes.tolist()
         found['area'] += sample.masks.sum((1, 2)).tolist()
-        found['iou'] += mask_iou_pairs(sample.masks, tokenizer.decode(embedding, codes)).tolist()
+        found['iou'] += _ious(sample.masks, known, tokenizer.decode(embedding, codes[known]))
         if continuous:
-            ((logits, _),) = tokenizer.decode_vectors(embedding, vectors)
+            ((logits, _),) = tokenizer.decode_vectors(embedding, vectors[torch.from_numpy(known).to(vectors.device)])
             logits = F.interpolate(logits[:, None], sample.size, mode='bilinear', align_corners=False)[:, 0]
             masks = (logits > tokenizer.config.threshold).cpu().numpy()
-            found['iou_continuous'] += mask_iou_pairs(sample.masks, masks).tolist()
+            found['iou_continuous'] += _ious(sample.masks, known, masks)
     return found
+
+
+def _ious(truth, known, decoded):  # (N,H,W) bool, (N,) bool with M true, (M,H,W) bool -> N floats, 0 where unknown
+    ious = np.zeros(len(truth))
+    ious[known] = mask_iou_pairs(truth[known], decoded)
+    return ious.tolist()
 
 
 def summarise(
     reconstruction: dict[str, list],  # of evaluate_tokenizer
     codebook_size: int,  # entries of each codebook
-) -> dict:  # iou, iou_continuous: mean with interval; usage in [0,1] and perplexity: one value for each codebook
+) -> dict:  # iou, iou_continuous: mean with interval; usage in [0,1] and perplexity: one value for each codebook;
+    # nonfinite, where there are any: masks whose vector is not finite
     "Summarise a reconstruction: mean IoU with a bootstrap interval, and how much of the codebooks is used."
     names = [k for k in ('iou', 'iou_continuous') if k == 'iou' or reconstruction[k]]
     means = {k: mean_ci(reconstruction[k]) for k in names}
-    return means | code_usage(torch.tensor(reconstruction['codes']), codebook_size)
+    figures = means | code_usage(torch.tensor(reconstruction['codes']), codebook_size)
+    lost = sum(codes[0] < 0 for codes in reconstruction['codes'])
+    return figures | dict(nonfinite=lost) if lost else figures
 
 # %% ../nbs/02a_train_tokenizer.ipynb #c40bc086
 def _take(stream, n):  # the next n samples that have masks
-    taken = list(itertools.islice((sample for sample in stream if len(sample)), n))
-    if len(taken) < n:
-        raise RuntimeError(
-            'The training data ended in the middle of a run: use repeat=True in the mixture or more scenes.'
-        )
-    return taken
+    taken, without = [], 0
+    for sample in stream:
+        without = 0 if len(sample) else without + 1
+        if without == 10_000:
+            raise RunError('The last 10000 samples of the training data have no masks: is it the right data?')
+        taken += [sample] * bool(len(sample))
+        if len(taken) == n:
+            return taken
+    raise RunError('The training data ended in the middle of a run: use repeat=True in the mixture or more scenes.')
 
 
 @torch.no_grad()
@@ -269,15 +317,12 @@ def start_codebooks(
     stream = data.stream(seed=seed)
     rng = np.random.default_rng(params['seed'])
     z = []
-    training = model.training
-    model.eval()
     for _ in range(batches or params['start_batches']):
         samples = _take(stream, params['images_per_step'])
         batch = make_batch(samples, model.config, params['masks_per_image'], params['truth_size'], rng).to(model.device)
         output = model(batch.pixels, batch.dense, batch.corners, batch.index, quantize=False)
         z.append(output.latents.float().flatten(0, 1))
-    model.quantizer.init_kmeans(torch.cat(z))
-    model.train(training)
+    model.quantizer.init_kmeans(torch.cat(z))  # vectors that are not finite are left out
     return sum(len(v) for v in z)
 
 # %% ../nbs/02a_train_tokenizer.ipynb #8c4d5c14
@@ -291,8 +336,9 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,  # its state is saved
     rng: np.random.Generator,  # its state is saved, with those of torch
     taken: int,  # number of samples drawn from the stream
-) -> None:
-    "Write a training checkpoint atomically."
+    **more,  # plain values that are kept beside
+) -> None:  # raises CheckpointError where a weight is not finite, or where the file is not what was written
+    "Write a training checkpoint atomically, and read it back."
     state = dict(
         step=step,
         model=model.state_dict(),
@@ -300,10 +346,48 @@ def save_checkpoint(
         taken=taken,
         torch_rng=torch.get_rng_state(),
         numpy_rng=json.dumps(rng.bit_generator.state),
+        **more,
     )
     if torch.cuda.is_available():
         state['cuda_rng'] = torch.cuda.get_rng_state()
+    _check_finite(state, Path(path).name)
     atomic_write(path, lambda f: torch.save(state, f))
+    read_training_state(path, model, optimizer)
+
+
+def _check_finite(state, name):  # raises CheckpointError; state of save_checkpoint
+    moments = [(k, v) for one in state['opt']['state'].values() for k, v in one.items() if isinstance(v, torch.Tensor)]
+    for key, value in [*state['model'].items(), *moments]:
+        if count := not_finite(value):
+            raise CheckpointError(
+                f'{name} is no good checkpoint: {count} of {value.numel()} values of {key} are NaN or infinite.'
+            )
+
+
+def read_training_state(
+    path: str | Path,  # what save_checkpoint wrote
+    model: torch.nn.Module,  # whose weights it must hold
+    optimizer: torch.optim.Optimizer,  # whose state it must hold
+) -> dict:  # what save_checkpoint put together; raises CheckpointError when it is damaged or of another model
+    "Read a training checkpoint, and check that a run of this model can go on from it."
+    name = Path(path).name
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except Exception as e:
+        raise CheckpointError(f'{name} cannot be resumed from ({type(e).__name__}): delete it to start again.') from e
+    names = set(state if isinstance(state, dict) else ())
+    if missing := sorted({'step', 'model', 'opt', 'taken', 'torch_rng', 'numpy_rng'} - names):
+        raise CheckpointError(f'{name} is no training checkpoint of a tokenizer: it has no {", ".join(missing)}.')
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    if {k: v.shape for k, v in state['model'].items()} != shapes:
+        raise CheckpointError(f'{name} does not fit this architecture: it is of another run.')
+    own, others = (
+        [len(group['params']) for group in groups] for groups in (optimizer.param_groups, state['opt']['param_groups'])
+    )
+    if own != others:
+        raise CheckpointError(f'{name} is of a run that trains other weights ({others} tensors for {own}).')
+    _check_finite(state, name)
+    return state
 
 
 def load_checkpoint(
@@ -311,21 +395,16 @@ def load_checkpoint(
     model: torch.nn.Module,  # gets the weights
     optimizer: torch.optim.Optimizer,  # gets its state
     rng: np.random.Generator,  # gets its state, as do those of torch
-) -> tuple[int, int]:  # step, taken
+) -> dict:  # step, taken, and the other plain values of save_checkpoint
     "Load a training checkpoint."
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:
-        raise CheckpointError(
-            f'{Path(path).name} cannot be resumed from ({type(e).__name__}): delete it to start again.'
-        ) from e
+    state = read_training_state(path, model, optimizer)
     load_checked(model, state['model'], Path(path).name)
     optimizer.load_state_dict(state['opt'])
     torch.set_rng_state(state['torch_rng'])
     rng.bit_generator.state = json.loads(state['numpy_rng'])
     if 'cuda_rng' in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state['cuda_rng'])
-    return state['step'], state['taken']
+    return {k: v for k, v in state.items() if k not in ('model', 'opt', 'torch_rng', 'numpy_rng', 'cuda_rng')}
 
 # %% ../nbs/02a_train_tokenizer.ipynb #3e9a1376
 class Trainer:
@@ -344,9 +423,7 @@ class Trainer:
         self.accelerator = Accelerator(cpu=not cuda, mixed_precision='bf16' if cuda and params['bf16'] else 'no')
         ranks, wanted = self.accelerator.num_processes, max(1, params['gpus'])
         if ranks != wanted:
-            raise RuntimeError(
-                f'{ranks} processes run, {wanted} were asked for: start with torchrun or through launch().'
-            )
+            raise RunError(f'{ranks} processes run, {wanted} were asked for: start with torchrun or through launch().')
         torch.set_flush_denormal(True)  # tiny gradients of the first steps would slow a CPU down
         seed_everything(params['seed'])
         self.model, self.report = build_tokenizer(params)
@@ -354,6 +431,8 @@ class Trainer:
         self.rng = np.random.default_rng([params['seed'], self.accelerator.process_index])
         self.step = 0  # optimizer steps done
         self.taken = 0  # samples drawn from the stream
+        self.saved = []  # steps of the newest two checkpoints
+        self.guard = StepGuard(params['max_bad_steps'])
         self.codes = []  # of the last steps, (N,K) each: their usage is logged
         torch.manual_seed(params['seed'] + self.accelerator.process_index)
         self._resume()
@@ -366,10 +445,18 @@ class Trainer:
         return torch.optim.AdamW(learn, lr=self.params['lr'], betas=betas, weight_decay=decay, fused=True)
 
     def _resume(self):
-        last = last_checkpoint(self.run.path, _CHECKPOINT, self.accelerator.num_processes)
+        def check(step):  # the files of all ranks, so that all agree
+            for rank in range(self.accelerator.num_processes):
+                file = self.run.path / _CHECKPOINT.format(step=step, rank=rank)
+                if read_training_state(file, self.model, self.optimizer)['step'] != step:
+                    raise CheckpointError(f'{file.name} is of another step.')
+
+        last = last_checkpoint(self.run.path, _CHECKPOINT, self.accelerator.num_processes, check)
         if last is not None:
-            path = self._checkpoint_path(last)
-            self.step, self.taken = load_checkpoint(path, self.model, self.optimizer, self.rng)
+            state = load_checkpoint(self._checkpoint_path(last), self.model, self.optimizer, self.rng)
+            self.step, self.taken, self.saved = state['step'], state['taken'], [last]
+            if 'guard' in state:
+                self.guard.load_state_dict(state['guard'])
         if self.accelerator.is_main_process:
             self.run.truncate(self.step)
 
@@ -379,38 +466,58 @@ class Trainer:
     def train_step(
         self,
         stream: Iterator[MaskSample],  # of MaskDataset.stream, with its `taken`
-    ) -> dict[str, torch.Tensor]:  # scalars: those of step_loss, and the number of masks
-        "Draw a batch, and update weights and codebooks once."
-        params = self.params
+    ) -> dict[str, torch.Tensor]:  # scalars: those of step_loss, the number of masks, and of records left_out
+        "Update weights and codebooks once; a batch whose loss or gradient is not finite is replaced and counted."
+        for group in self.optimizer.param_groups:
+            group['lr'] = lr_at(self.step, self.params)
+        first_quantized = int(self.params['continuous'] * self.params['steps'])
+        if self.step == first_quantized:
+            start_codebooks(self.model, self.params)
+        lost = getattr(stream, 'lost', 0)  # records that could not be read
+        while (terms := self._try_batch(stream, self.step >= first_quantized)) is None:
+            pass
+        self.step += 1
+        return terms | dict(
+            left_out=torch.tensor(float(getattr(stream, 'lost', 0) - lost), device=self.accelerator.device)
+        )
+
+    def _try_batch(self, stream, quantize):  # -> dict of scalars; None where the batch was skipped
+        params, quantizer = self.params, self.model.quantizer
         samples = _take(stream, params['images_per_step'])
         batch = make_batch(samples, self.model.config, params['masks_per_image'], params['truth_size'], self.rng)
         batch = batch.to(self.accelerator.device)
         self.taken = stream.taken
-        for group in self.optimizer.param_groups:
-            group['lr'] = lr_at(self.step, params)
-        first_quantized = int(params['continuous'] * params['steps'])
-        if self.step == first_quantized:
-            start_codebooks(self.model, params)
-        quantize = self.step >= first_quantized
+        codebooks = {k: v.clone() for k, v in quantizer.state_dict().items()}  # the forward pass moves them
         output = self.wrapped(batch.pixels, batch.dense, batch.corners, batch.index, quantize=quantize)
         loss, terms = step_loss(output, batch.truth, params)
         self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.wrapped.parameters(), params['clip'])
-        self.optimizer.step()
+        norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), params['clip'])
+        good = False
+        try:
+            good = self.guard.ok(loss, norm, self._checkpoint_path(self.saved[-1]) if self.saved else None)
+        finally:
+            if not good:
+                quantizer.load_state_dict(codebooks)
+        if good:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
+        if not good:
+            return None
         if quantize:
             self.codes = (self.codes + [output.codes.cpu()])[-params['log_every'] :]
         masks = torch.tensor(float(len(batch.index)), device=self.accelerator.device)
         return {k: v.float() for k, v in terms.items()} | dict(masks=masks)
 
-    def save(self) -> None:
-        "Write this rank's checkpoint; when all ranks have written theirs, delete the older ones."
+    def save(self) -> None:  # raises CheckpointError where a weight is not finite
+        "Write this rank's checkpoint; when all ranks have written theirs, delete all but this and the one before."
         path = self._checkpoint_path(self.step)
-        save_checkpoint(path, self.step, self.model, self.optimizer, self.rng, self.taken)
+        more = dict(guard=self.guard.state_dict())
+        save_checkpoint(path, self.step, self.model, self.optimizer, self.rng, self.taken, **more)
         self.accelerator.wait_for_everyone()
+        self.saved = [*self.saved, self.step][-2:]
         for old in self.run.path.glob(_CHECKPOINT.format(step='*', rank=self.accelerator.process_index)):
-            if old != path:
+            step = old.name.split('_')[1]
+            if step.isdecimal() and int(step) < self.saved[0]:
                 old.unlink()
 
     def log(
@@ -420,11 +527,12 @@ class Trainer:
         on_log: Callable | None = None,  # called with the list of all records so far
     ) -> None:
         "Average the figures of some steps over all ranks, and append them to metrics.jsonl."
-        names = [k for k in window[0] if k != 'masks']
-        record = {k: torch.stack([terms[k] for terms in window]).mean() for k in names}
-        record = {k: self.accelerator.reduce(v, 'mean').item() for k, v in record.items()}
-        masks = torch.stack([terms['masks'] for terms in window]).sum()
-        record['masks'] = self.accelerator.reduce(masks, 'sum').item()
+        record = {}
+        for name in window[0]:
+            how = 'sum' if name in ('masks', 'nonfinite', 'left_out') else 'mean'
+            values = torch.stack([terms[name] for terms in window])
+            record[name] = self.accelerator.reduce(getattr(values, how)(), how).item()
+        record['skipped_steps'] = self.guard.skipped
         if not self.accelerator.is_main_process:
             return
         record |= self._codebook_figures() | self._heldout_figures()
@@ -444,20 +552,23 @@ class Trainer:
         if not every or self.step % every or self.step >= self.params['steps']:
             return {}
         found = evaluate_tokenizer(self.model, heldout_data(self.params), 20)
-        self.model.train()
         figures = dict(heldout_continuous=float(np.mean(found['iou_continuous'])))
         return figures | (dict(heldout_iou=float(np.mean(found['iou']))) if self.codes else {})
 
     def finish(
         self,
         seconds: float,  # duration of the run
+        report: dict | None = None,  # reason -> count, of the training data since the start or the last resume
     ) -> dict:  # the run's result
         "Save the tokenizer, evaluate it on held-out data, and write result.json."
         params = self.params
-        self.model.eval().save_pretrained(self.run.path / 'tokenizer')
+        self.model.eval().save_pretrained(self.run.path / 'tokenizer')  # read back before there is a result
         found = evaluate_tokenizer(self.model, heldout_data(params))
         metrics = summarise(found, params['codebook_size'])
         metrics['masks_seen'] = sum(record['masks'] for record in self.run.rows())
+        metrics['skipped_steps'] = self.guard.skipped
+        if left_out := {k: v for k, v in (report or {}).items() if k not in ('ok', 'masks')}:
+            metrics['left_out'] = left_out
         command = run_command('02a_train_tokenizer', params, load_params(params['scale'], params['gpus']))
         self.run.save_result(metrics, n=len(found['iou']), seconds=round(seconds, 1), command=command)
         return self.run.result
@@ -469,12 +580,21 @@ def train(
     on_log: Callable | None = None,  # called with the list of all records so far after each logged step
 ) -> dict | None:  # the run's result; None on other ranks than 0
     "Train a tokenizer; writes metrics.jsonl, checkpoints, the tokenizer and result.json into the run folder."
+    check_params(params)
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.skip():
         return run.result
+    with run.hold():  # a second process gets a sentence
+        return run.result if run.finished else _train_steps(params, run, on_log)
+
+
+def _train_steps(params, run, on_log):  # dict, held Run, Callable or None -> result dict, None on other ranks than 0
+    data = training_data(params)
+    described = params['data'] if params['data'] in GENERATED else _listed(params['data'])
+    run.keep(training_data=fingerprint(described, data.fingerprint()))
     trainer = Trainer(params, run)
-    started = time.time()
-    stream = training_data(params).stream(
+    started = time.time() - run.last('seconds')  # of the steps that a resumed run does not repeat
+    stream = data.stream(
         seed=params['seed'],
         rank=trainer.accelerator.process_index,
         world=trainer.accelerator.num_processes,
@@ -492,7 +612,7 @@ def train(
             window = []
         if trainer.step % checkpoint_every == 0 and trainer.step < steps:
             trainer.save()
-    return trainer.finish(time.time() - started) if trainer.accelerator.is_main_process else None
+    return trainer.finish(time.time() - started, data.report) if trainer.accelerator.is_main_process else None
 
 # %% ../nbs/02a_train_tokenizer.ipynb #182369ed
 def run_training(

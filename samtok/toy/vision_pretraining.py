@@ -16,8 +16,9 @@ import re
 import sys
 import time
 import types
+import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,16 @@ import torch.nn.functional as F
 import transformers
 from transformers import get_cosine_schedule_with_warmup
 
+from ..checkpoints import check_saved, expected_tensors
+from ..losses import StepGuard
 from samtok.runs import (
     Run,
+    RunError,
     atomic_write,
     launch,
     leave_group,
     mean_ci,
+    one_line,
     parse_args,
     pool_map,
     progress,
@@ -294,22 +299,48 @@ def _average_gradients(weights):  # over all processes, in place
         p.grad.copy_(g.view_as(p))
 
 
-class _Checkpoint:  # the state of the loop, in a file that is replaced as a whole
-    def __init__(self, path, weights, *others):
+class _Checkpoint:  # the state of the loop, in a file that is replaced as a whole; the one before it stays
+    def __init__(self, path, guard, weights, *others):
         self.path = path and Path(path)
+        self.guard = guard
         self.parts = [torch.nn.ParameterList(weights), *others]
 
-    def load(self):  # -> steps done, rows of metrics, window
-        if not self.path or not self.path.exists():
+    def load(self):  # -> steps done, rows of metrics, window; raises RunError where no checkpoint can be read
+        if not self.path:
             return 0, [], []
-        saved = torch.load(self.path, map_location='cpu', weights_only=True)
-        for part, state in zip(self.parts, saved['parts']):
-            part.load_state_dict(state)
-        return saved['step'], saved['rows'], saved['window']
+        broken = []
+        for path in (self.path, _before(self.path)):
+            if not path.exists():
+                continue
+            try:
+                saved = torch.load(path, map_location='cpu', weights_only=True)
+                for part, state in zip(self.parts, saved['parts'], strict=True):
+                    part.load_state_dict(state)
+                self.guard.load_state_dict(saved.get('guard', self.guard.state_dict()))
+                found = saved['step'], saved['rows'], saved['window']
+            except Exception as e:
+                broken.append(f'{path.name} ({type(e).__name__})')
+                continue
+            for name in broken:
+                warnings.warn(f'{name} is broken: the run goes on from step {found[0]}.', stacklevel=2)
+            return found
+        if broken:
+            raise RunError(
+                f'No checkpoint in {"/".join(self.path.parts[-3:-1])} can be read ({", ".join(broken)}): '
+                'restore one, or delete them to start the run from the beginning.'
+            )
+        return 0, [], []
 
     def save(self, step, rows, window):
-        state = dict(step=step, rows=rows, window=window, parts=[p.state_dict() for p in self.parts])
+        state = dict(step=step, rows=rows, window=window, guard=self.guard.state_dict())
+        state['parts'] = [p.state_dict() for p in self.parts]
+        if self.path.exists():
+            os.replace(self.path, _before(self.path))
         atomic_write(self.path, lambda f: torch.save(state, f))
+
+
+def _before(path):  # Path -> Path of the checkpoint before it
+    return path.with_name(f'{path.stem}_before{path.suffix}')
 
 # %% ../../nbs/toy/03_vision_pretraining.ipynb #aef77944
 def pretrain_vision(
@@ -325,9 +356,9 @@ def pretrain_vision(
     workers: int = 0,  # processes that draw all scenes first; 0: each is drawn when it is wanted
     on_log: Callable[[list[dict]], None]
     | None = None,  # function that is called with all rows whenever there is a new one
-    checkpoint: str = None,  # file from which a killed run resumes
+    checkpoint: str = None,  # file from which a killed run resumes; the one before it is kept beside it
     checkpoint_every: int = 200,  # steps between two checkpoints
-) -> list[dict]:  # rows of metrics: step, loss, accuracy of each answer
+) -> list[dict]:  # rows of metrics: step, loss, accuracy of each answer; skipped_steps if any
     "Train the vision tower until its visual tokens resemble the words for what they show."
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     grid = token_grid(model, processor, render(ShapeWorld(1).scene(0)))
@@ -339,7 +370,8 @@ def pretrain_vision(
     for p in weights:
         p.requires_grad_(True)
     schedules = [get_cosine_schedule_with_warmup(o, min(50, steps // 4), steps + 1) for o in optimizers]
-    state = _Checkpoint(checkpoint, weights, *optimizers, *schedules)
+    guard = StepGuard()
+    state = _Checkpoint(checkpoint, guard, weights, *optimizers, *schedules)
     done, rows, window = state.load()
     rng = np.random.default_rng([seed, rank])
     for _ in range(done):
@@ -352,15 +384,20 @@ def pretrain_vision(
         loss.backward()
         if ranks > 1:
             _average_gradients(weights)
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        for o in optimizers + schedules:
+        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        if guard.ok(loss, norm, checkpoint if checkpoint and Path(checkpoint).exists() else None):
+            for o in optimizers:
+                o.step()
+            window.append([loss.item(), *right])
+        for o in schedules:
             o.step()
         for o in optimizers:
             o.zero_grad(set_to_none=True)
-        window.append([loss.item(), *right])
         if (step + 1) % every == 0 or step + 1 == steps:
-            means = np.nanmean(window, 0).round(4).tolist()
+            means = np.nanmean(window, 0).round(4).tolist() if window else [math.nan] * (1 + len(ANSWERS))
             rows.append(dict(step=step + 1, **dict(zip(('loss', *ANSWERS), means))))
+            if guard.skipped:
+                rows[-1]['skipped_steps'] = guard.skipped
             window = []
             if on_log:
                 on_log(rows)
@@ -612,11 +649,17 @@ def run_vision_pretraining(
         dist.init_process_group('gloo')
     torch.set_flush_denormal(True)
     seed_everything(params['seed'])
+    with run.hold():
+        return run.result if run.finished else _pretrain_run(run, params)
+
+
+def _pretrain_run(run, params):  # held Run, dict -> result; None on ranks that do not write
     model, processor = pretraining_model(params)
     model.to(params['device'])
-    started = time.time()
+    started = time.time() - run.last('seconds')
 
     def save_rows(rows):
+        rows[-1]['seconds'] = round(time.time() - started, 1)
         if run.main:
             write_rows(run.metrics_path, rows)
 
@@ -635,14 +678,16 @@ def run_vision_pretraining(
     )
     if not run.main:
         return None
-    (run.path / 'vision_pretraining.pt').unlink(missing_ok=True)
     folder = run.path / 'pretrained_vision'
     model.to('cpu', torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
+    check_saved(folder, expected_tensors(model))
     metrics = {k: mean_ci(v) for k, v in read_cells(model.float(), processor, params['eval_n']).items()}
     changed = ' '.join(f'--{k} {v}' for k, v in params.items() if v != VISION_PRETRAINING[k])
     command = f'python -m samtok.toy.vision_pretraining {changed}'
     run.save_result(metrics, n=params['eval_n'], seconds=round(time.time() - started, 1), command=command)
+    for name in ('vision_pretraining.pt', 'vision_pretraining_before.pt'):
+        (run.path / name).unlink(missing_ok=True)
     return run.result
 
 
@@ -650,18 +695,18 @@ def main(
     argv: list = None,  # arguments of the command line; None: those of the process
 ):
     "Pretrain a vision tower from the command line; the options are those of VISION_PRETRAINING, and --out."
-    args = parse_args(
-        {**VISION_PRETRAINING, 'out': 'runs/vision_pretraining'}, argv, prog='samtok.toy.vision_pretraining'
-    )
-    path = args.pop('out')
-    if 'RANK' in os.environ or args['gpus'] < 2:
-        run_vision_pretraining(path, args)
-        leave_group()
-    else:
-        workers = launch('samtok.toy.vision_pretraining', dict(out=path, **args), gpus=args['gpus'], run_dir=path)
-        watch(path, workers)
-    if 'RANK' not in os.environ:
-        print(json.dumps(Run(path, args).result['metrics'], indent=1))
+    prog = 'samtok.toy.vision_pretraining'
+    with one_line(prog) if argv is None else nullcontext():
+        args = parse_args({**VISION_PRETRAINING, 'out': 'runs/vision_pretraining'}, argv, prog=prog)
+        path = args.pop('out')
+        if 'RANK' in os.environ or args['gpus'] < 2:
+            run_vision_pretraining(path, args)
+            leave_group()
+        else:
+            workers = launch(prog, dict(out=path, **args), gpus=args['gpus'], run_dir=path)
+            watch(path, workers)
+        if 'RANK' not in os.environ:
+            print(json.dumps(Run(path, args).result['metrics'], indent=1))
 
 
 if __name__ == '__main__' and '__file__' in globals():
