@@ -22,10 +22,11 @@ from samtok.words import MaskVocab
 VOCABS = [MaskVocab(), MaskVocab(256, 4), MaskVocab(16, 1), MaskVocab(20000, 2)]
 PIECES = ['<|mt_start|>', '<|mt_end|>', '<|mt_0003|>', '<|mt_0300|>', '<|mt_9999|>', '<|mt_00012|>', '<|mt_', '|>']
 PIECES += ['<think>', '</think>', '<answer>', '</answer>', '<|object_ref_start|>', '<|object_ref_end|>', '<|im_end|>']
-PIECES += ['```json\n[', ']\n```', '{', '}', '[', ']', '"', '\\', '\\u', '\\ud83d', ':', ',', '"label": "', '"mask_2d": "']
-PIECES += ['{"subject": ', '"predicate": ', '"object": ', 'null', 'NaN', '-Infinity', '1e999', '9' * 400, '-', '0' * 40]
-PIECES += [' ', '\n', '\r\n', '\t', '\0', '\x0b', '\x1b', '\x85', '\u2028', '\ufeff', '\u202e', '\ud800', '\udfff', '٣', '𝟛']
-PIECES += ['é', 'e\u0301', '😀', '👩\u200d👩', 'No target.', '<mask:0>', '<image:0>', '<|image_pad|>', 'a cup', '<', '>', '$x$', '|||']
+PIECES += ['```json\n[', ']\n```', '{', '}', '[', ']', '"', '\\', '\\u', '\\ud83d', ':', ',']
+PIECES += ['"label": "', '"mask_2d": "', '{"subject": ', '"predicate": ', '"object": ']
+PIECES += ['null', 'NaN', '-Infinity', '1e999', '9' * 400, '-', '0' * 40, ' ', '\n', '\r\n', '\t', '\0', '\x0b', '\x1b']
+PIECES += ['\x85', '\u2028', '\ufeff', '\u202e', '\ud800', '\udfff', '٣', '𝟛', 'é', 'e\u0301', '😀', '👩\u200d👩']
+PIECES += ['No target.', '<mask:0>', '<image:0>', '<|image_pad|>', 'a cup', '<', '>', '$x$', '|||']
 
 
 def groups(vocab, rng, n):
@@ -67,8 +68,14 @@ def mutate(text, other, rng):
     if kind == 4:
         return text[:at] + other[rng.randint(0, len(other)) :]
     if kind == 5:
-        return text[:at] + chr(rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0x110000)])) + text[end:]
-    return text[:at] + rng.choice(['{', '[', '{"a":', '<|mt_start|>', '<think>', ' ']) * rng.choice([2, 5, 20]) + text[at:]
+        return (
+            text[:at]
+            + chr(rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0x110000)]))
+            + text[end:]
+        )
+    return (
+        text[:at] + rng.choice(['{', '[', '{"a":', '<|mt_start|>', '<think>', ' ']) * rng.choice([2, 5, 20]) + text[at:]
+    )
 
 
 def replies(
@@ -117,7 +124,9 @@ def check_texts(vocab, reply):
 
 def make_rewards(vocab):
     "Make the rewards of each task, a list for each mode, wrapped so that an error is counted."
-    kinds = dict(gres=('paper', 'released', 'graded'), gcg=('released', 'graded'), psg=('released', 'graded'), no_target=(None,))
+    kinds = dict(
+        gres=('paper', 'released', 'graded'), gcg=('released', 'graded'), psg=('released', 'graded'), no_target=(None,)
+    )
     return [[safe(r) for r in task_rewards(task, mode, vocab)] for task, modes in kinds.items() for mode in modes]
 
 
