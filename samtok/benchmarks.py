@@ -693,8 +693,8 @@ def relations_of(
 ) -> list:  # of [subject, object, predicate], masks by number
     "Read the triplets of an answer; what is not well-formed is left out."
     try:
-        rows = json.loads(re.search(r'\[.*\]', text, re.S)[0])
-    except (TypeError, ValueError):
+        rows = json.loads(text[text.index('[') : text.rindex(']') + 1])
+    except (ValueError, RecursionError):
         return []
 
     def number(side):  # of the mask that a side of a triplet names, or None

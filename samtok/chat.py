@@ -294,13 +294,18 @@ def answer_triplets(
 
 # %% ../nbs/03_chat.ipynb #9df01b9d
 _LABEL = re.compile(r'"label"\s*:\s*("(?:[^"\\]|\\.)*")')
-_PHRASE = re.compile(r'<\|object_ref_start\|>(.*?)<\|object_ref_end\|>\s*$', re.S)
+
+
+def _phrase(before):  # text in front of a span -> the marked phrase at its end, or None; linear in the text
+    head, tag, rest = before.rpartition('<|object_ref_end|>')
+    _, start, phrase = head.rpartition('<|object_ref_start|>')
+    return phrase.strip() if start and not rest.strip() and tag not in phrase else None
 
 
 def _label(before, after):  # texts around a span -> str or None
-    label, phrase = _LABEL.search(after), _PHRASE.search(before)
+    label = _LABEL.search(after)
     if not label:
-        return phrase[1].strip() if phrase else None
+        return _phrase(before)
     try:
         return json.loads(label[1])
     except ValueError:

@@ -295,8 +295,10 @@ class AnswerGrammar(Grammar):
             walk = self._seen[1]  # one token more than last time
         else:
             walk = torch.zeros(len(input_ids), 1, dtype=torch.int16, device=input_ids.device)
+        steps = [walk]
         for i in range(begin + walk.shape[1] - 1, input_ids.shape[1]):
-            walk = torch.cat([walk, following[walk[:, -1].long(), input_ids[:, i]][:, None]], 1)
+            steps.append(following[steps[-1][:, -1].long(), input_ids[:, i]][:, None])
+        walk = torch.cat(steps, 1)
         self._seen = (input_ids, walk)
         return walk.long()
 

@@ -473,7 +473,7 @@ def _corners(points):  # (K,2) midpoints of pixel edges, closed -> flat list of 
     y = np.where(vertical, after[:, 1], here[:, 1])
     return np.stack([x, y], 1)[vertical != next_vertical].ravel().tolist()
 
-# %% ../nbs/00_masks.ipynb #794acff4
+# %% ../nbs/00_masks.ipynb #b915df5f
 def decode_label_studio(
     rle: list,  # of int in [0,256): what Label Studio's brush writes under the key "rle"
     size: tuple[int, int],  # (H,W) of the image, in Label Studio original_height and original_width

@@ -330,7 +330,7 @@ class RunLog(TrainerCallback):
         found = left_out(self.counts)
         counts = dict(
             left_out=sum(n for reason, n in found.items() if reason.endswith('left out')),
-            cut_off=found['conversations cut off'],
+            conversations_cut_off=found['conversations cut off'],
             batches_replaced=found['batch replaced'],
             skipped_steps=self.guard.skipped,
         )

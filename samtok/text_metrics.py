@@ -7,6 +7,7 @@ __all__ = ['greedy_pairs', 'coco_hits', 'average_precision', 'GCG', 'check_java'
            'read_graph', 'triplet_hits', 'PSG']
 
 # %% ../nbs/07a_text_metrics.ipynb #ed7ef26b
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -26,18 +27,23 @@ def greedy_pairs(
     stop: bool = False,  # end at the first pair that may not be, instead of going on
 ) -> list[tuple[int, int]]:  # (row, column) of each pair; raises IndexError where `allowed` is too small
     "Pair rows with columns one to one, the best IoU first."
-    iou, found = np.array(iou, np.float64), []
-    while iou.size:
-        i, j = map(int, np.unravel_index(np.argmax(iou), iou.shape))
+    iou = np.asarray(iou, np.float64)
+    found, rows, columns = [], set(), set()
+    rank = np.where(np.isnan(iou), np.inf, iou).ravel()
+    for at in np.argsort(-rank, kind='stable').tolist():  # of equal ones the first
+        i, j = divmod(at, iou.shape[1])
+        if i in rows or j in columns:
+            continue
         if iou[i, j] < least or not least and not iou[i, j] > 0:
             break
-        if allowed is not None and not allowed[i, j]:
-            if stop:
-                break
-            iou[i, j] = -1
-        else:
+        if allowed is None or allowed[i, j]:
             found.append((i, j))
-            iou[i], iou[:, j] = -1, -1
+            rows.add(i)
+            columns.add(j)
+            if len(found) == min(iou.shape):
+                break
+        elif stop:
+            break
     return found
 
 # %% ../nbs/07a_text_metrics.ipynb #750b75f8
@@ -203,7 +209,7 @@ def caption_tokens(
     options = ['-preserveLines', '-lowerCase', '-encoding', 'utf-8']
     done = subprocess.run(
         ['java', '-cp', jar, 'edu.stanford.nlp.process.PTBTokenizer', *options],
-        input='\n'.join(' '.join(str(caption).split()) for caption in captions) + '\n',
+        input='\n'.join(map(_one_line, captions)) + '\n',
         capture_output=True,
         encoding='utf-8',
     )
@@ -214,6 +220,15 @@ def caption_tokens(
         )
     words = [line.rstrip().split(' ') for line in lines[: len(captions)]]
     return [' '.join(word for word in line if word not in ptb.PUNCTUATIONS) for line in words]
+
+
+_RUN = re.compile(r'([^\w\s]{64})')
+
+
+def _one_line(caption):  # -> str without line ends and halves of characters
+    # characters that the tokenizer drops cost it the square of their number where they stand side by side
+    text = str(caption).encode('utf-8', 'replace').decode('utf-8')
+    return ' '.join(_RUN.sub(r'\1 ', text).split())
 
 # %% ../nbs/07a_text_metrics.ipynb #e22ac475
 # METEOR 1.5 for English: weights of the four stages of matching, and the parameters of its formula

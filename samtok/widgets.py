@@ -28,6 +28,7 @@ from samtok.masks import (
     box_to_mask,
     check_mask,
     check_masks,
+    coco_rle,
     mask_iou_pairs,
     polygons_to_mask,
     resize_mask,
@@ -56,6 +57,7 @@ class WidgetError(ValueError):
     "Say what a widget cannot use, and what to do."
 
 
+_MOST_PIXELS = 2**26  # of a mask that is read from a file to be shown; the largest photographs have as many
 _GONE = 'The kernel of this widget is gone: run this cell again, and the cells above it first.'
 _STYLE = """<style>
 .samtok-gone {display: none}
@@ -73,6 +75,11 @@ _STYLE = """<style>
 _GONE_HTML = f'{_STYLE}<div class="samtok-gone">{_GONE}</div>'
 
 
+def _sentence(error):  # an exception -> str; what is not an error of the package is named with its type
+    text = ' '.join(str(error).split())[:500]
+    return text if isinstance(error, ValueError) and text else f'{type(error).__name__}: {text}'
+
+
 class _Live(widgets.VBox):
     "What all widgets share: a line for problems, a sentence for the time after the kernel, a still picture."
 
@@ -87,13 +94,15 @@ class _Live(widgets.VBox):
         raise NotImplementedError
 
     def _complain(self, error):  # an exception becomes a line of the widget
-        self.problem.value = f'<span style="color:#b00">{html.escape(str(error))}</span>'
+        self.problem.value = f'<span style="color:#b00">{html.escape(_sentence(error))}</span>'
 
-    def _try(self, work, *arguments):  # call work; an error of the package becomes a line of the widget
+    def _try(self, work, *arguments, instead=None):  # call work; an error becomes a line of the widget
         self.problem.value = ''
         try:
             return work(*arguments)
-        except ValueError as error:
+        except Exception as error:  # events have no other place to show it
+            if instead:  # what is shown in place of the first picture
+                instead()
             self._complain(error)
 
     def _on_value(self, control, work):  # call work(new value) when a control changes
@@ -184,7 +193,7 @@ def read_region(
     "Read a region that was typed."
     try:
         region = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise WidgetError(
             f'The text is no JSON ({e}): type a box [x0, y0, x1, y1], a polygon [x, y, x, y, ...] '
             'or {"size": [H, W], "counts": "..."}.'
@@ -295,6 +304,16 @@ def _tile(image, text=''):  # (h,w,3) uint8, HTML -> a picture with a line below
     return widgets.VBox([picture, widgets.HTML(text)], layout=widgets.Layout(margin='0 6px 0 0'))
 
 # %% ../nbs/10_widgets.ipynb #1d904e60
+_BLANK = np.full((64, 64, 3), 235, np.uint8)  # shown where no image can be read
+
+
+def _small_mask(rle, size):  # RLE of a file, (h,w) of a picture -> (h,w) bool; raises MaskError before memory is taken
+    h, w = coco_rle(rle)['size']
+    if h * w > _MOST_PIXELS:
+        raise MaskError(f'A mask of {h}x{w} is too large for a widget, which shows at most {_MOST_PIXELS:,} pixels.')
+    return resize_mask(rle_to_mask(rle), size)
+
+
 def _load(tokenizer):  # MaskTokenizer, or a name that it can be loaded by -> MaskTokenizer
     if not isinstance(tokenizer, (str, Path)):
         return tokenizer
@@ -342,7 +361,7 @@ class MaskPicker(_Live):
                 raise WidgetError('Masks or labels came without their image: MaskPicker(image, masks, labels).')
             scene = _scene()
             image, masks, labels = scene.image, scene.masks, scene.labels
-        self.set_image(image, masks, labels)
+        self._try(self.set_image, image, masks, labels, instead=lambda: self.set_image(_BLANK))
 
     def _make_controls(self):
         self.tool = _toggle(draw='draw around a region', box='pull a box', click='click on a region')
@@ -378,13 +397,15 @@ class MaskPicker(_Live):
         labels: list[str] | None = None,  # N names; None: numbers
     ):
         "Show another image; it is embedded now, once."
-        self.image = read_image(image)
-        size = self.image.shape[:2]
-        self.masks = check_masks([] if masks is None else masks, size)
-        names = [f'region {i}' for i in range(len(self.masks))] if labels is None else [str(l) for l in labels]
-        if len(names) != len(self.masks):
-            raise WidgetError(f'{len(self.masks)} masks came with {len(names)} labels: give one for each, or none.')
-        self.embedding = self.tokenizer.embed_image(self.image)
+        image = read_image(image)
+        size = image.shape[:2]
+        masks = check_masks([] if masks is None else masks, size)
+        labels = [None] * len(masks) if labels is None else labels
+        names = [f'region {i}' if label is None else str(label) for i, label in enumerate(labels)]
+        if len(names) != len(masks):
+            raise WidgetError(f'{len(masks)} masks came with {len(names)} labels: give one for each, or none.')
+        self.embedding = self.tokenizer.embed_image(image)
+        self.image, self.masks = image, masks
         self.view = _fit(self.image, self.side)
         self._show_canvas(self.tool.value)
         self._place_panels(self.view.shape[:2])
@@ -513,7 +534,8 @@ def known_codes(
         batch = samples[start : start + 16]
         codes += tokenizer.encode([sample.image for sample in batch], [sample.masks for sample in batch])
     places = [(i, k) for i, sample in enumerate(samples) for k in range(len(sample.masks))]
-    return np.concatenate(codes), np.array(places)
+    none = np.zeros((0, tokenizer.vocab.depth), np.int64)
+    return np.concatenate([none, *codes]), np.array(places, np.int64).reshape(-1, 2)
 
 # %% ../nbs/10_widgets.ipynb #e1a22d20
 class CodebookExplorer(_Live):
@@ -543,7 +565,8 @@ class CodebookExplorer(_Live):
         ]
         self.set_samples(samples)
         self._connect()
-        self.set_mask(image, mask)
+        middle = box_to_mask([16, 16, 48, 48], (64, 64))
+        self._try(self.set_mask, image, mask, instead=lambda: self.set_mask(_BLANK, middle))
 
     def _make_controls(self):
         vocab = self.tokenizer.vocab
@@ -609,9 +632,12 @@ class CodebookExplorer(_Live):
         mask: np.ndarray,  # (H,W) bool; raises MaskError
     ):
         "Start from a mask of an image; the image is embedded now, once."
-        self.image = read_image(image)
-        self.start = check_mask(mask, self.image.shape[:2])
-        self.embedding = self.tokenizer.embed_image(self.image)
+        image = read_image(image)
+        mask = check_mask(mask, image.shape[:2])
+        if not mask.any():
+            raise WidgetError('The mask is empty and has no words: start from a mask with pixels.')
+        self.embedding = self.tokenizer.embed_image(image)
+        self.image, self.start = image, mask
         self.view = _fit(self.image, self.side)
         self.mini = _fit(self.image, self.small)
         self.own = tuple(self.tokenizer.encode(self.embedding, self.start[None])[0].tolist())
@@ -723,7 +749,8 @@ class ReplyInspector(_Live):
         super().__init__([_row(left, widgets.VBox([self.shown, self.tiles]))])
         for control in (self.reply, self.policy, self.repair):
             self._on_value(control, lambda _: self.update())
-        self.set_image(_scene().image if image is None else image)
+        image = _scene().image if image is None else image
+        self._try(self.set_image, image, instead=lambda: self.set_image(_BLANK))
 
     def _make_controls(self, reply, policy, repair):
         wide = widgets.Layout(width='100%')
@@ -741,8 +768,9 @@ class ReplyInspector(_Live):
         image: np.ndarray | Image.Image | Path | str | bytes,  # whatever read_image takes
     ):
         "Show another image; it is embedded now, once."
-        self.image = read_image(image)
-        self.embedding = self.tokenizer.embed_image(self.image)
+        image = read_image(image)
+        self.embedding = self.tokenizer.embed_image(image)
+        self.image = image
         self.view = faded(_fit(self.image, self.side))
         self.mini = faded(_fit(self.image, 96))
         self.update()
@@ -814,6 +842,13 @@ def find_runs(
     return runs
 
 
+def _records(file):  # Path of a JSONL file -> list of dict; of a file that cannot be read one that says so
+    try:
+        return [record for record in read_rows(file) if isinstance(record, dict)]
+    except (ValueError, OSError) as error:
+        return [dict(id=file.name, reply=_sentence(error))]
+
+
 def find_samples(
     folder: Path,  # of a run
     n: int = 4,  # of each kind, at most: the newest
@@ -823,7 +858,7 @@ def find_samples(
     replies = []
     for file in sorted(folder.glob('*.jsonl')):
         if file.name != 'metrics.jsonl':
-            replies += [record for record in read_rows(file) if isinstance(record.get('reply'), str)]
+            replies += [record for record in _records(file) if isinstance(record.get('reply'), str)]
     return pictures[-n:], replies[-n:]
 
 # %% ../nbs/10_widgets.ipynb #33283484
@@ -863,25 +898,51 @@ def _tokenizers(folder):  # Path of a run -> list of Path of the tokenizers that
 
 def _run_vocab(folder):  # Path of a run -> MaskVocab of its tokenizer; the published one where it has none
     for place in _tokenizers(folder):
-        config = read_json(place / 'config.json')
-        words = config.get('depth', 2) * config.get('num_mask_tokens', 1)
-        return MaskVocab(config.get('codebook_size', 256), words)
+        try:
+            config = read_json(place / 'config.json')
+            words = config.get('depth', 2) * config.get('num_mask_tokens', 1)
+            return MaskVocab(config.get('codebook_size', 256), words)
+        except (ValueError, TypeError, AttributeError) as error:
+            problem = f'The tokenizer {place.name} has a config.json that cannot be read: {_sentence(error)}'
+            raise WidgetError(problem) from error
     return MaskVocab()
+
+
+def _safe_tile(make, *arguments):  # -> the widget that it makes, or a sentence
+    try:
+        return make(*arguments)
+    except Exception as error:  # one broken file or record does not hide the others
+        return widgets.HTML(html.escape(_sentence(error)), layout=_width(300))
+
+
+def _picture_tile(name, file):
+    return _tile(_fit(read_image(file), 160), html.escape(f'{name}: {file.stem}'))
+
+
+def _masks_tile(rles, most=32):  # list of RLE of one image -> a picture of the first ones
+    h, w = coco_rle(rles[0])['size']
+    view = np.full((max(1, round(110 * h / max(h, w))), max(1, round(110 * w / max(h, w))), 3), 235, np.uint8)
+    layout = widgets.Layout(width='110px', height='auto', object_fit='contain')
+    masks = [_small_mask(rle, view.shape[:2]) for rle in rles[:most]]
+    picture = widgets.Image(value=_coded(_paint(view, *masks)), format='jpeg', layout=layout)
+    return widgets.VBox([picture, widgets.HTML(f'{most} of {len(rles)} masks')]) if len(rles) > most else picture
+
+
+def _reply_tile(name, record, vocab):
+    title = html.escape(f'{name}: {record.get("id", "")}'[:200])
+    reply = record['reply'][:400]
+    return widgets.HTML(f'<div>{title}</div>{words_html(reply, vocab.parse(reply))}', layout=_width(300))
 
 
 def _sample_tiles(name, folder, n, vocab):  # of a run; n of each kind -> list of widgets: pictures and replies
     pictures, replies = find_samples(folder, n)
-    tiles = [_tile(_fit(read_image(file), 160), html.escape(f'{name}: {file.stem}')) for file in pictures]
+    tiles = [_safe_tile(_picture_tile, name, file) for file in pictures]
     for record in replies:
-        masks = [rle_to_mask(mask) for mask in record.get('masks') or [] if isinstance(mask, dict)]
+        masks = record.get('masks')
+        masks = [mask for mask in masks if isinstance(mask, dict)] if isinstance(masks, list) else []
         if masks:
-            gray = np.full((*masks[0].shape, 3), 235, np.uint8)
-            layout = widgets.Layout(width='110px', height='auto', object_fit='contain')
-            tiles.append(widgets.Image(value=_coded(_paint(_fit(gray, 110), *masks)), format='jpeg', layout=layout))
-        title = html.escape(f'{name}: {record.get("id", "")}')
-        reply = record['reply'][:400]
-        text = f'<div>{title}</div>{words_html(reply, vocab.parse(reply))}'
-        tiles.append(widgets.HTML(text, layout=_width(300)))
+            tiles.append(_safe_tile(_masks_tile, masks))
+        tiles.append(_safe_tile(_reply_tile, name, record, vocab))
     return tiles
 
 # %% ../nbs/10_widgets.ipynb #d1418693
@@ -902,7 +963,9 @@ class RunDashboard(_Live):
         self.every = every
         self.n = n
         self.vocab = vocab
+        self.paths = {}  # name of a run -> its folder
         self.records = {}  # name of a run -> list of dict, its metrics
+        self.broken = {}  # name of a run -> why its metrics cannot be read
         self._read = {}  # name of a run -> the versions of its files that were read
         self._lock = threading.RLock()
         self._thread = None
@@ -914,7 +977,7 @@ class RunDashboard(_Live):
         self._on_click(self.again, self.refresh, True)
         self._on_click(self.rebuild, self._rebuild)
         self._on_value(self.live, self._follow)
-        self.refresh(True)
+        self._try(self.refresh, True)
         self._follow(live)
 
     def _make_controls(self, live):
@@ -941,12 +1004,20 @@ class RunDashboard(_Live):
             if versions == self._read and not force:
                 return False
             changed = [name for name in versions if force or versions[name] != self._read.get(name)]
-            self.records |= {name: read_rows(self.paths[name] / 'metrics.jsonl') for name in changed}
+            self.records |= {name: self._read_metrics(name) for name in changed}
             self.records = {name: self.records[name] for name in self.paths}
             self._read = versions
             self._offer()
             self._show()
             return True
+
+    def _read_metrics(self, name):  # of a run -> list of dict, none where the file cannot be read
+        self.broken.pop(name, None)
+        try:
+            return [record for record in read_rows(self.paths[name] / 'metrics.jsonl') if isinstance(record, dict)]
+        except (ValueError, OSError) as error:
+            self.broken[name] = _sentence(error)
+            return []
 
     def _offer(self):  # new names into the lists; what was chosen stays
         names = _metric_names(record for records in self.records.values() for record in records)
@@ -966,14 +1037,23 @@ class RunDashboard(_Live):
             self.state.value = self.summary.html()
         else:
             self.state.value = 'Choose a run on the left.' if self.records else 'There is no run here yet.'
+        for name, problem in self.broken.items():
+            self.state.value += f'<div>{html.escape(f"{name}: {problem}")}</div>'
         self.curves.value = figure_png(self.picture()) if chosen and self.metrics.value else b''
         self.curves.layout.display = None if self.curves.value else 'none'
         tiles = []
         for name in chosen[:3]:
-            folder = self.paths[name]
-            tiles += _sample_tiles(name, folder, self.n, self.vocab or _run_vocab(folder))
+            tiles += self._tiles(name, self.paths[name])
         self.samples.children = tiles
         self.seconds = time.perf_counter() - started
+
+    def _tiles(self, name, folder):  # of a run -> list of widgets: its samples
+        try:
+            vocab = self.vocab or _run_vocab(folder)
+        except WidgetError as error:
+            note = widgets.HTML(html.escape(_sentence(error)), layout=_width(300))
+            return [note, *_sample_tiles(name, folder, self.n, MaskVocab())]
+        return _sample_tiles(name, folder, self.n, vocab)
 
     def _summary(self, name):  # of a run -> dict: its newest values and its state
         records = self.records[name]
@@ -1009,7 +1089,7 @@ class RunDashboard(_Live):
                 if self.refresh() or failed:
                     self.problem.value = ''
                 failed = False
-            except ValueError as error:
+            except Exception as error:  # the thread must go on
                 self._complain(error)
                 failed = True
             if self.paths and all(map(_finished, self.paths.values())):
