@@ -129,7 +129,7 @@ def lint_notebook(file):
         yield f'{tagged} cells are tagged `parameters`, {int(runs)} should be.'
     below = next((i + 1 for i, c in enumerate(codes) if 'parameters' in c['metadata'].get('tags', [])), 0)
     if runs and not re.search(
-        r'^check_names\(globals\(\)\)$', '\n'.join(text(c) for c in codes[below : below + 2]), re.M
+        r'^check_names\(globals\(\)(, .*)?\)$', '\n'.join(text(c) for c in codes[below : below + 2]), re.M
     ):
         yield 'does not stop at a parameter that it does not have: check_names(globals()) belongs below the parameters.'
     if runs and (n := parameter_lines(codes)) > PARAMETERS:

@@ -346,7 +346,7 @@ def _is_folder(entry):
 def _spellings(name):
     "The relative paths that a name may mean, the most exact first; of a URL or a path of another machine its parts."
     plain = name.replace('\\', '/')
-    asked = parse_qs(urlsplit(plain).query).get('d')  # Label Studio: /data/local-files/?d=images/x.jpg
+    asked = parse_qs(urlsplit(plain).query).get('d')  # Label Studio: local-files/?d=images/x.jpg
     if asked:
         plain = asked[0]
     elif '://' in plain:
