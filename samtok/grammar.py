@@ -78,6 +78,41 @@ def word_states(
 _NEVER = 32767  # the price of a forbidden token
 
 
+def _set_forbidden(out, scores, changes, value):
+    # (N,V), changed in place; where its values come from; of Grammar.changes; what forbidden tokens get -> out
+    for rows, tokens, keep in changes:
+        cells = rows[:, None], tokens
+        if keep:
+            kept = scores[cells]
+            out.index_fill_(0, rows, value)
+            out[cells] = kept
+        else:
+            out[cells] = value
+    return out
+
+
+def _forbidden(scores, changes, value):  # the same in a new tensor (...,V)
+    flat, closed = scores.reshape(-1, scores.shape[-1]), set()
+    if flat.device.type == 'cpu':  # where memory is slow: a row that is filled need not be copied before
+        closed.update(row for rows, _, keep in changes if keep for row in rows.tolist())
+    out = torch.empty_like(flat) if closed else flat.clone()
+    if closed:
+        for row in sorted(set(range(len(flat))) - closed):
+            out[row] = flat[row]
+    return _set_forbidden(out, flat, changes, value).view(scores.shape)
+
+
+class _Forbid(torch.autograd.Function):  # the same with gradients, which forbidden tokens do not have
+    @staticmethod
+    def forward(ctx, logits, changes):
+        ctx.changes = changes
+        return _forbidden(logits, changes, float('-inf'))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _forbidden(grad, ctx.changes, 0.0), None
+
+
 class Grammar(LogitsProcessor):
     "Forbid tokens while a model writes; a subclass makes the table of prices and finds the state of a reply."
 
@@ -111,11 +146,39 @@ class Grammar(LogitsProcessor):
         size: int,  # V
     ) -> torch.Tensor:  # (B,V) bool
         "Find the tokens that may come next."
-        left = None if self.end is None else self.end - input_ids.shape[1]
-        return self._open(self.states(input_ids, size)[:, -1], left, size, input_ids.device)
+        price = self.tables(size, input_ids.device)[0][self.states(input_ids, size)[:, -1]]
+        left = _NEVER - 1 if self.end is None else min(self.end - input_ids.shape[1], _NEVER - 1)
+        fits = price <= left
+        return fits | (~fits.any(1, keepdim=True) & (price < _NEVER))  # too late to finish: keep the order at least
+
+    def changes(
+        self,
+        states: torch.Tensor,  # (N,) int64, one for each row of scores
+        left: torch.Tensor | int | None,  # (N,) int64 or one number: tokens left; None: no limit
+        size: int,  # V
+    ) -> list:  # of (rows, tokens, keep): keep these tokens alone, or forbid these
+        "Say what `allowed` forbids in few numbers: rows that forbid the same share an entry."
+        price, levels = self.tables(size, states.device)[0], self._levels(size, states.device)
+        left = torch.as_tensor(_NEVER - 1 if left is None else left, device=states.device).clamp(max=_NEVER - 1)
+        paid = (levels[states] <= left[..., None]).sum(1)  # how many of the state's prices can be paid
+        codes, at = (states * (levels.shape[1] + 1) + paid).unique(return_inverse=True)
+        found = []
+        for i, code in enumerate(codes.tolist()):
+            key = size, states.device, code
+            if key not in self._cache:
+                state, n = divmod(code, levels.shape[1] + 1)
+                open_ = price[state] <= (levels[state, n - 1] if n else _NEVER - 1)
+                keep = bool(2 * open_.sum() < size)
+                self._cache[key] = (open_ if keep else ~open_).nonzero().flatten(), keep
+            tokens, keep = self._cache[key]
+            if keep or len(tokens):
+                found.append(((at == i).nonzero().flatten(), tokens, keep))
+        return found
 
     def __call__(self, input_ids, scores):  # (B,L), (B,V) -> (B,V), forbidden tokens at -inf
-        return scores.masked_fill(~self.allowed(input_ids, scores.shape[-1]), float('-inf'))
+        left = None if self.end is None else self.end - input_ids.shape[1]
+        changes = self.changes(self.states(input_ids, scores.shape[-1])[:, -1], left, scores.shape[-1])
+        return _forbidden(scores, changes, float('-inf'))
 
     def constrained_logits(
         self,
@@ -123,20 +186,21 @@ class Grammar(LogitsProcessor):
         input_ids: torch.Tensor,  # (B,L) int64, prompts, padded on the left, and replies, which begin at `starting_at`
     ) -> torch.Tensor:  # (B,L,V), forbidden tokens at -inf; logits of the prompt stay
         "Mask the logits of whole sequences as generation masks them, position by position."
-        first, length, size = max(self.start - 1, 0), input_ids.shape[1], logits.shape[-1]
-        states = self.states(input_ids, size)[:, -(length - first) :]
-        left = None if self.end is None else self.end - torch.arange(first + 1, length + 1, device=logits.device)
-        masked = []
-        for row, state in zip(logits[:, first:], states):
-            masked.append(row.masked_fill(~self._open(state, left, size, logits.device), float('-inf')))
-        return torch.cat([logits[:, :first], torch.stack(masked)], 1)
+        first, (batch, length), size = max(self.start - 1, 0), input_ids.shape, logits.shape[-1]
+        states = self.states(input_ids, size)[:, -(length - first) :].flatten()
+        left = None
+        if self.end is not None:
+            left = (self.end - torch.arange(first + 1, length + 1, device=logits.device)).repeat(batch)
+        at = torch.arange(batch * length, device=logits.device).view(batch, length)[:, first:].flatten()
+        changes = self.changes(states, left, size)
+        return _Forbid.apply(logits, [(at[rows], tokens, keep) for rows, tokens, keep in changes])
 
-    def _open(self, state, left, size, device):  # states (...), tokens left (...) or None -> (...,V) bool
-        price = self.tables(size, device)[0][state]
-        if left is None:
-            return price < _NEVER
-        fits = price <= torch.as_tensor(left, device=price.device)[..., None]
-        return fits | (~fits.any(-1, keepdim=True) & (price < _NEVER))  # too late to finish: keep the order at least
+    def _levels(self, size, device):  # -> (S,P) the different prices in each state, sorted, filled up with _NEVER
+        key = size, torch.device(device), 'levels'
+        if key not in self._cache:
+            found = [row.unique().long() for row in self.tables(size, device)[0]]
+            self._cache[key] = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=_NEVER)
+        return self._cache[key]
 
 
 class MaskGrammar(Grammar):
@@ -381,15 +445,18 @@ class GrammarRows:
         logits: torch.Tensor,  # (rows,V), changed in place
     ) -> torch.Tensor:  # the same, forbidden tokens at -inf
         "Mask the logits of all rows."
-        size = logits.shape[-1]
+        size, alike = logits.shape[-1], {}
         for row, entry in self.rows.items():
             grammar, written, most, walked, state = entry
             following = grammar.tables(size, 'cpu')[1]  # followed on the CPU: no waiting for the device
             for t in written[walked:]:
                 state = int(following[t] if following.dim() == 1 else following[state, t])
             entry[3:] = len(written), state
-            left = None if most is None else most - len(written)
-            logits[row].masked_fill_(~grammar._open(torch.tensor(state), left, size, logits.device), float('-inf'))
+            alike.setdefault(grammar, []).append((row, state, _NEVER if most is None else most - len(written)))
+        for grammar, found in alike.items():
+            at, states, left = torch.tensor(found, device=logits.device).T
+            changes = [(at[rows], tokens, keep) for rows, tokens, keep in grammar.changes(states, left, size)]
+            _set_forbidden(logits, logits, changes, float('-inf'))
         return logits
 
 # %% ../nbs/03a_grammar.ipynb #edac4424
