@@ -507,7 +507,7 @@ def vllm_grammar() -> type:  # for LLM(logits_processors=[...]); raises VLMError
         from vllm.v1.sample.logits_processor import MoveDirectionality
     except ImportError as e:
         raise VLMError(
-            'vLLM with its v1 logits processors is not installed (pip install "vllm<0.32"): install it, '
+            'vLLM with its v1 logits processors is not installed (pip install "vllm>=0.22"): install it, '
             'or write with transformers and MaskGrammar.'
         ) from e
 
@@ -588,7 +588,7 @@ def mask_pattern(
     item = group + p['middle'] + _LABEL
     return f'(?:{p["no_target"]}|{p["opening"]}{item}(?:{p["more"]}{item})*{p["closing"]})'
 
-# %% ../nbs/03a_grammar.ipynb #7aaa4bf7
+# %% ../nbs/03a_grammar.ipynb #854b6d0c
 def mask_ebnf(
     tokenizer: PreTrainedTokenizerBase,  # of the language model
     vocab: MaskVocab,  # of the mask tokenizer; raises VLMError if the tokenizer has other words
