@@ -412,14 +412,14 @@ def ask_server(args, family, path, port, asked, wanted):
 COLOCATE = """
 import sys
 import torch
-import vllm.model_executor.layers.linear as linear
-import vllm.model_executor.layers.vocab_parallel_embedding as embedding
+from vllm.model_executor.layers import linear, utils, vocab_parallel_embedding
 from samtok.grpo import load_params, train
 def unpacked(layer, remove_weight):
     layer.cpu_linear = torch.nn.functional.linear
 model, out, keep = sys.argv[1:]
 if keep == 'unpacked':
-    linear.dispatch_cpu_unquantized_gemm = embedding.dispatch_cpu_unquantized_gemm = unpacked
+    for module in (linear, utils, vocab_parallel_embedding):
+        module.dispatch_cpu_unquantized_gemm = unpacked
 params = load_params('smoke', model=model, tokenizer='toy', vllm='colocate', steps=2)
 train({**params, 'constrained': 'answer'}, out)  # so that no reply holds a token of an image
 """
