@@ -743,19 +743,21 @@ class OpenPsg(ChatDataset):
         data = read_data_json(file, 'data', 'thing_classes', 'stuff_classes', 'predicate_classes')
         self.names, self.predicates = data['thing_classes'] + data['stuff_classes'], data['predicate_classes']
         self.masks, self.folder = masks, images
-        chosen = set(data.get('test_image_ids', []))
+        chosen = set(map(_key, data.get('test_image_ids') or []))
         self.graphs = []
         for graph in data['data']:
-            if (graph['image_id'] in chosen) != test:
+            if not isinstance(graph, dict) or graph.get('image_id') is None:
+                self.report.add('graph without an image: skipped', f'{self.name}: {str(graph)[:60]}.')
+            elif (_key(graph['image_id']) in chosen) != test:
                 continue
-            if graph['relations']:
+            elif graph.get('relations'):
                 self.graphs.append(graph)
             else:
                 self.report.add('image without relations: skipped', f'{self.name}, image {graph["image_id"]}.')
 
     def image_names(self):  # iterator of str
         "List the names of all images."
-        return (graph['file_name'] for graph in self.graphs)
+        return (graph.get('file_name') for graph in self.graphs)
 
     def records(self):  # iterator of int
         "List the graphs by number."
@@ -770,10 +772,15 @@ class OpenPsg(ChatDataset):
         if len(graph['annotations']) != len(graph['segments_info']):
             count = f'{len(graph["annotations"])} annotations and {len(graph["segments_info"])} segments'
             raise ChatError(f'image {graph["image_id"]} has {count}; they belong together one by one')
-        ids = read_ids(os.path.join(self.masks, graph['pan_seg_file_name']), 'panoptic PNG')
-        names = [self.names[s['category_id']] for s in graph['annotations']]
+        ids = read_ids(find_image(self.masks, graph['pan_seg_file_name'], self.report), 'panoptic PNG')
         triplets = list(dict.fromkeys(map(tuple, graph['relations'])))
         used = sorted({k for a, b, _ in triplets for k in (a, b)})
+        numbers = [*used, *(p for _, _, p in triplets), *(s['category_id'] for s in graph['annotations'])]
+        if wrong := [k for k in numbers if isinstance(k, bool) or not isinstance(k, int) or k < 0]:
+            raise ChatError(
+                f'image {graph["image_id"]} has the number {wrong[0]!r} where a place in a list is expected'
+            )
+        names = [self.names[s['category_id']] for s in graph['annotations']]
         number = {k: n for n, k in enumerate(used)}
         answer = answer_triplets(
             [(number[a], names[a], self.predicates[p], number[b], names[b]) for a, b, p in triplets]
