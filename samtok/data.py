@@ -22,10 +22,10 @@ import numpy as np
 from PIL import Image
 
 from .files import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from .files import WHITE, is_smoothed, read_framed, read_mask
 from .files import DataError as DataError
 from .files import ImageError as ImageError
 from .files import find_image as find_image
-from .files import is_smoothed, read_framed, read_mask
 from .files import read_ids as read_ids
 from .files import read_image as read_image
 from .files import short_path as short_path
@@ -309,6 +309,9 @@ class MaskDataset:
             if turned:
                 why = 'the mask has the size of the image before it is turned.'
                 self.report.add('EXIF: mask turned', f'{place}: {why}')
+            elif frame.is_unsure(region['mask'], size):
+                why = 'nothing says whether the mask was drawn before the image is turned.'
+                self.report.add('EXIF: mask taken as displayed', f'{place}: {why}')
             masks.append(mask)
             kept.append(region)
         labels = None if all(r.get('label') is None for r in kept) else [str(r.get('label') or '') for r in kept]
@@ -406,7 +409,7 @@ class MaskFolder(MaskDataset):
         masks, ids = id_map_to_masks(read_ids(path), self.ignore)
         if not len(ids):
             self.report.add('empty: mask dropped', f'{self.name}, sample {key}: {file} has no pixel.')
-        one = ids.tolist() == [255]  # a black and white PNG of one region
+        one = len(ids) == 1 and int(ids[0]) in WHITE  # a black and white PNG of one region
         return [dict(mask=mask, label=None if one else int(i), file=file) for mask, i in zip(masks, ids)]
 
 # %% ../nbs/00e_data.ipynb #9792ac6d
