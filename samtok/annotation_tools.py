@@ -681,14 +681,17 @@ class Via(AnnotationTool):
         data = _via_csv(file, self.notes) if str(file).lower().endswith('.csv') else read_data_json(file)
         data = data.get('_via_img_metadata', data) if isinstance(data, dict) else None
         entries = list(data.values()) if isinstance(data, dict) else []
-        if not all(isinstance(entry, dict) and 'filename' in entry for entry in entries) or data is None:
+        named = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get('filename'), str)]
+        if entries and not named or data is None:
             raise DataError(
                 f'The file {os.path.basename(file)} is not of VIA 2: save the project, or export the annotations '
                 'as JSON or CSV.'
             )
+        for _ in range(len(entries) - len(named)):
+            self.notes.add('no file name: image skipped', f'{self.name}: an entry of the file names no image.')
         self.label = label
-        self.items = entries
-        self.shared = shared_paths(entry['filename'] for entry in entries)
+        self.items = named
+        self.shared = shared_paths(entry['filename'] for entry in named)
 
     def read_shape(
         self,
