@@ -205,15 +205,16 @@ class _Stream:
 
 # %% ../nbs/00e_data.ipynb #d004ad07
 def _sentence(error):
-    if isinstance(error, (ImageError, MaskError, DataError)):
-        return error
-    return f'The file is not as expected ({type(error).__name__}: {error}).'
+    own = isinstance(error, ValueError) and type(error).__module__.partition('.')[0] in ('samtok', '__main__')
+    return error if own else f'The file is not as expected ({type(error).__name__}: {error}).'
 
 
 def _brief(record):
     "Name a record in a sentence, without its folders."
     if isinstance(record, (tuple, list)):
         return ', '.join(filter(None, map(_brief, record)))
+    if isinstance(record, dict) and 'id' in record:
+        record = record['id']
     return os.path.basename(str(record))[:80]
 
 
