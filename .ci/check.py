@@ -397,7 +397,7 @@ def check_imports(file, module, floors, floor):
                 yield f'{where} imports {package} at the top; floor {floor} may do so only inside functions.'
 
 
-def slow_imports(modules, repeats=3):
+def slow_imports(modules, repeats=5):
     "Imports that take too much time of a core; what else the machine does is not counted."
     limit, best = FLOORS['import_seconds'], {}
     for module in modules:
