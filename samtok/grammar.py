@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['ANSWER', 'VLMError', 'count_mask_words', 'mask_word_ids', 'word_states', 'Grammar', 'MaskGrammar', 'label_tokens',
-           'StateMachine', 'AnswerGrammar', 'GrammarRows', 'vllm_grammar', 'mask_pattern']
+           'StateMachine', 'AnswerGrammar', 'check_spec', 'GrammarRows', 'vllm_grammar', 'mask_pattern', 'mask_ebnf',
+           'vllm_structured']
 
 # %% ../nbs/03a_grammar.ipynb #04032f59
 import copy
+import json
+import logging
 import re
 import warnings
 
@@ -78,6 +81,41 @@ def word_states(
 _NEVER = 32767  # the price of a forbidden token
 
 
+def _set_forbidden(out, scores, changes, value):
+    # (N,V), changed in place; where its values come from; of Grammar.changes; what forbidden tokens get -> out
+    for rows, tokens, keep in changes:
+        cells = rows[:, None], tokens
+        if keep:
+            kept = scores[cells]
+            out.index_fill_(0, rows, value)
+            out[cells] = kept
+        else:
+            out[cells] = value
+    return out
+
+
+def _forbidden(scores, changes, value):  # the same in a new tensor (...,V)
+    flat, closed = scores.reshape(-1, scores.shape[-1]), set()
+    if flat.device.type == 'cpu':  # where memory is slow: a row that is filled need not be copied before
+        closed.update(row for rows, _, keep in changes if keep for row in rows.tolist())
+    out = torch.empty_like(flat) if closed else flat.clone()
+    if closed:
+        for row in sorted(set(range(len(flat))) - closed):
+            out[row] = flat[row]
+    return _set_forbidden(out, flat, changes, value).view(scores.shape)
+
+
+class _Forbid(torch.autograd.Function):  # the same with gradients, which forbidden tokens do not have
+    @staticmethod
+    def forward(ctx, logits, changes):
+        ctx.changes = changes
+        return _forbidden(logits, changes, float('-inf'))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _forbidden(grad, ctx.changes, 0.0), None
+
+
 class Grammar(LogitsProcessor):
     "Forbid tokens while a model writes; a subclass makes the table of prices and finds the state of a reply."
 
@@ -111,11 +149,39 @@ class Grammar(LogitsProcessor):
         size: int,  # V
     ) -> torch.Tensor:  # (B,V) bool
         "Find the tokens that may come next."
-        left = None if self.end is None else self.end - input_ids.shape[1]
-        return self._open(self.states(input_ids, size)[:, -1], left, size, input_ids.device)
+        price = self.tables(size, input_ids.device)[0][self.states(input_ids, size)[:, -1]]
+        left = _NEVER - 1 if self.end is None else min(self.end - input_ids.shape[1], _NEVER - 1)
+        fits = price <= left
+        return fits | (~fits.any(1, keepdim=True) & (price < _NEVER))  # too late to finish: keep the order at least
+
+    def changes(
+        self,
+        states: torch.Tensor,  # (N,) int64, one for each row of scores
+        left: torch.Tensor | int | None,  # (N,) int64 or one number: tokens left; None: no limit
+        size: int,  # V
+    ) -> list:  # of (rows, tokens, keep): keep these tokens alone, or forbid these
+        "Say what `allowed` forbids in few numbers: rows that forbid the same share an entry."
+        price, levels = self.tables(size, states.device)[0], self._levels(size, states.device)
+        left = torch.as_tensor(_NEVER - 1 if left is None else left, device=states.device).clamp(max=_NEVER - 1)
+        paid = (levels[states] <= left[..., None]).sum(1)  # how many of the state's prices can be paid
+        codes, at = (states * (levels.shape[1] + 1) + paid).unique(return_inverse=True)
+        found = []
+        for i, code in enumerate(codes.tolist()):
+            key = size, states.device, code
+            if key not in self._cache:
+                state, n = divmod(code, levels.shape[1] + 1)
+                open_ = price[state] <= (levels[state, n - 1] if n else _NEVER - 1)
+                keep = bool(2 * open_.sum() < size)
+                self._cache[key] = (open_ if keep else ~open_).nonzero().flatten(), keep
+            tokens, keep = self._cache[key]
+            if keep or len(tokens):
+                found.append(((at == i).nonzero().flatten(), tokens, keep))
+        return found
 
     def __call__(self, input_ids, scores):  # (B,L), (B,V) -> (B,V), forbidden tokens at -inf
-        return scores.masked_fill(~self.allowed(input_ids, scores.shape[-1]), float('-inf'))
+        left = None if self.end is None else self.end - input_ids.shape[1]
+        changes = self.changes(self.states(input_ids, scores.shape[-1])[:, -1], left, scores.shape[-1])
+        return _forbidden(scores, changes, float('-inf'))
 
     def constrained_logits(
         self,
@@ -123,20 +189,21 @@ class Grammar(LogitsProcessor):
         input_ids: torch.Tensor,  # (B,L) int64, prompts, padded on the left, and replies, which begin at `starting_at`
     ) -> torch.Tensor:  # (B,L,V), forbidden tokens at -inf; logits of the prompt stay
         "Mask the logits of whole sequences as generation masks them, position by position."
-        first, length, size = max(self.start - 1, 0), input_ids.shape[1], logits.shape[-1]
-        states = self.states(input_ids, size)[:, -(length - first) :]
-        left = None if self.end is None else self.end - torch.arange(first + 1, length + 1, device=logits.device)
-        masked = []
-        for row, state in zip(logits[:, first:], states):
-            masked.append(row.masked_fill(~self._open(state, left, size, logits.device), float('-inf')))
-        return torch.cat([logits[:, :first], torch.stack(masked)], 1)
+        first, (batch, length), size = max(self.start - 1, 0), input_ids.shape, logits.shape[-1]
+        states = self.states(input_ids, size)[:, -(length - first) :].flatten()
+        left = None
+        if self.end is not None:
+            left = (self.end - torch.arange(first + 1, length + 1, device=logits.device)).repeat(batch)
+        at = torch.arange(batch * length, device=logits.device).view(batch, length)[:, first:].flatten()
+        changes = self.changes(states, left, size)
+        return _Forbid.apply(logits, [(at[rows], tokens, keep) for rows, tokens, keep in changes])
 
-    def _open(self, state, left, size, device):  # states (...), tokens left (...) or None -> (...,V) bool
-        price = self.tables(size, device)[0][state]
-        if left is None:
-            return price < _NEVER
-        fits = price <= torch.as_tensor(left, device=price.device)[..., None]
-        return fits | (~fits.any(-1, keepdim=True) & (price < _NEVER))  # too late to finish: keep the order at least
+    def _levels(self, size, device):  # -> (S,P) the different prices in each state, sorted, filled up with _NEVER
+        key = size, torch.device(device), 'levels'
+        if key not in self._cache:
+            found = [row.unique().long() for row in self.tables(size, device)[0]]
+            self._cache[key] = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=_NEVER)
+        return self._cache[key]
 
 
 class MaskGrammar(Grammar):
@@ -320,6 +387,39 @@ class AnswerGrammar(Grammar):
         return price, following
 
 # %% ../nbs/03a_grammar.ipynb #fb2f8367
+def check_spec(
+    spec: dict | str,  # {"codebook_size", "depth", "answer": bool}, each may be left out, or the same as JSON text
+) -> dict:  # with all three; raises VLMError
+    "Read what a request says about its grammar; a server's extra arguments may be texts and numbers only."
+    try:
+        given = json.loads(spec) if isinstance(spec, str) else spec
+    except ValueError:
+        given = None
+    if not isinstance(given, dict):
+        raise VLMError(
+            'mask_words must be a dict, such as {"codebook_size": 256, "depth": 2}, or its JSON text: '
+            f'it is {spec!r:.80}.'
+        )
+    full = dict(codebook_size=256, depth=2, answer=False) | given
+    if unknown := set(full) - {'codebook_size', 'depth', 'answer'}:
+        raise VLMError(f'There is no setting {sorted(unknown)[0]!r} of mask words: use codebook_size, depth, answer.')
+    for name, kind in (('codebook_size', int), ('depth', int), ('answer', bool)):
+        if type(full[name]) is not kind or (kind is int and full[name] < 1):
+            wanted = 'true or false' if kind is bool else 'a positive number'
+            raise VLMError(f'{name} of mask words must be {wanted}: it is {full[name]!r:.80}.')
+    return full
+
+
+class _EndGrammar(Grammar):  # the end of the text is all that may come
+    def __init__(self, tokenizer):
+        self.end_token, self._cache = tokenizer.eos_token_id, {}
+
+    def _build(self, size):
+        price = torch.full((1, size), _NEVER, dtype=torch.int16)
+        price[0, self.end_token] = 1
+        return price, torch.zeros(size, dtype=torch.long)
+
+
 class GrammarRows:
     "Hold the grammar of each row of a batch whose rows are added, removed and moved, and mask their logits."
 
@@ -331,23 +431,20 @@ class GrammarRows:
 
     def grammar(
         self,
-        spec: dict,  # of a request: {"codebook_size", "depth", "answer": bool}, each may be left out
+        spec: dict | str,  # of a request, see check_spec
     ) -> Grammar:  # AnswerGrammar with "answer", else MaskGrammar; made once for each spec; raises VLMError
         "Make the grammar of a request."
-        key = (spec.get('codebook_size', 256), spec.get('depth', 2), bool(spec.get('answer', False)))
-        if unknown := set(spec) - {'codebook_size', 'depth', 'answer'}:
-            raise VLMError(
-                f'There is no setting {sorted(unknown)[0]!r} of mask words: use codebook_size, depth, answer.'
-            )
+        spec = check_spec(spec)
+        key = tuple(spec.values())
         if key not in self.made:
-            kind = AnswerGrammar if spec.get('answer', False) else MaskGrammar
+            kind = AnswerGrammar if spec['answer'] else MaskGrammar
             self.made[key] = kind(self.tokenizer, MaskVocab(*key[:2]))
         return self.made[key]
 
     def add(
         self,
         row: int,  # number in the batch
-        spec: dict | None,  # see grammar; None: the row is not constrained
+        spec: dict | str | None,  # see check_spec; None: the row is not constrained
         written: list,  # tokens of the reply; the list grows while it is written
         most: int | None = None,  # tokens of the reply at most
     ) -> None:
@@ -355,6 +452,13 @@ class GrammarRows:
         self.rows.pop(row, None)
         if spec is not None:
             self.rows[row] = [self.grammar(spec), written, most, 0, 0]  # ..., tokens followed, state after them
+
+    def end(
+        self,
+        row: int,  # number in the batch
+    ) -> None:
+        "Let a request that cannot be served write nothing but its end: other rows of the batch go on."
+        self.rows[row] = [_EndGrammar(self.tokenizer), [], None, 0, 0]
 
     def remove(
         self,
@@ -381,15 +485,18 @@ class GrammarRows:
         logits: torch.Tensor,  # (rows,V), changed in place
     ) -> torch.Tensor:  # the same, forbidden tokens at -inf
         "Mask the logits of all rows."
-        size = logits.shape[-1]
+        size, alike = logits.shape[-1], {}
         for row, entry in self.rows.items():
             grammar, written, most, walked, state = entry
             following = grammar.tables(size, 'cpu')[1]  # followed on the CPU: no waiting for the device
             for t in written[walked:]:
                 state = int(following[t] if following.dim() == 1 else following[state, t])
             entry[3:] = len(written), state
-            left = None if most is None else most - len(written)
-            logits[row].masked_fill_(~grammar._open(torch.tensor(state), left, size, logits.device), float('-inf'))
+            alike.setdefault(grammar, []).append((row, state, _NEVER if most is None else most - len(written)))
+        for grammar, found in alike.items():
+            at, states, left = torch.tensor(found, device=logits.device).T
+            changes = [(at[rows], tokens, keep) for rows, tokens, keep in grammar.changes(states, left, size)]
+            _set_forbidden(logits, logits, changes, float('-inf'))
         return logits
 
 # %% ../nbs/03a_grammar.ipynb #edac4424
@@ -412,8 +519,8 @@ def vllm_grammar() -> type:  # for LLM(logits_processors=[...]); raises VLMError
 
         @classmethod
         def validate_params(cls, params):
-            if not isinstance((params.extra_args or {}).get('mask_words', {}), dict):
-                raise VLMError('extra_args["mask_words"] must be a dict, such as {"codebook_size": 256, "depth": 2}.')
+            if 'mask_words' in (params.extra_args or {}):
+                check_spec(params.extra_args['mask_words'])
 
         def is_argmax_invariant(self):
             return False
@@ -424,7 +531,11 @@ def vllm_grammar() -> type:  # for LLM(logits_processors=[...]); raises VLMError
             for row in update.removed:
                 self.rows.remove(row)
             for row, params, _, written in update.added:
-                self.rows.add(row, (params.extra_args or {}).get('mask_words'), written, params.max_tokens)
+                try:
+                    self.rows.add(row, (params.extra_args or {}).get('mask_words'), written, params.max_tokens)
+                except VLMError as e:  # an error here would end the engine, and with it all requests
+                    logging.getLogger(__name__).error('A request writes nothing, its mask_words do not fit: %s', e)
+                    self.rows.end(row)
             for a, b, way in update.moved:
                 self.rows.move(a, b, way == MoveDirectionality.SWAP)
 
@@ -449,16 +560,76 @@ def _numbers(low, high):  # -> regular expression of the numbers low..high-1, fo
     return '(?:' + '|'.join(t + (f'[{d[0]}-{d[-1]}]' if len(d) > 1 else d[0]) for t, d in tens.items()) + ')'
 
 
+def _literal(text):  # -> regular expression that every engine reads alike: spaces and line ends stay as they are
+    return re.sub(r'([\\.^$*+?{}\[\]()|])', r'\\\1', text)
+
+
+def _without_words(group):  # pattern of a group from its sixth character on -> pattern of texts with such groups only
+    begun = r'(?:\|(?:mt?)?)?'  # of `<|mt_`, as far as it came
+    opened = f'<(?:{begun}<)*'
+    ended = rf'(?:[^<|]|\|(?:[^<m]|m(?:[^<t]|t(?:[^<_]|_{group}))))'
+    return f'(?:[^<]|{opened}{ended})*(?:{opened}{begun})?'
+
+
+_LABEL = r'(?:(?:[^"\\\x00-\x1f<]|<+[^"\\\x00-\x1f<|])+<*|<+)'  # of a JSON string, without `<|`, which begins words
+
+
 def mask_pattern(
     vocab: MaskVocab,  # of the mask tokenizer
     answer: bool = False,  # only answers of the published form, as AnswerGrammar
     **parts,  # other fixed texts by name, see ANSWER
 ) -> str:  # regular expression that a whole reply matches; raises VLMError
-    "Write the grammar as a regular expression, for an engine's structured output."
-    n, p = vocab.codebook_size, {k: re.escape(v) for k, v in _fixed_parts(parts).items()}
+    "Write the grammar as a regular expression over the text of a reply, for an engine's structured output."
+    n, p = vocab.codebook_size, {k: _literal(v) for k, v in _fixed_parts(parts).items()}
     codes = ''.join(r'<\|mt_' + _numbers(level * n, (level + 1) * n) + r'\|>' for level in range(vocab.depth))
-    group = re.escape(vocab.start) + codes + re.escape(vocab.end)
+    group = _literal(vocab.start) + codes + _literal(vocab.end)
     if not answer:
-        return f'(?:[^<]|<[^|]|{group})*'
-    item = group + p['middle'] + r'[^"\\\x00-\x1f]+'
+        return _without_words(group.removeprefix(r'<\|mt_'))
+    item = group + p['middle'] + _LABEL
     return f'(?:{p["no_target"]}|{p["opening"]}{item}(?:{p["more"]}{item})*{p["closing"]})'
+
+# %% ../nbs/03a_grammar.ipynb #7aaa4bf7
+def mask_ebnf(
+    tokenizer: PreTrainedTokenizerBase,  # of the language model
+    vocab: MaskVocab,  # of the mask tokenizer; raises VLMError if the tokenizer has other words
+    answer: bool = False,  # only answers of the published form; labels have no limit of tokens here
+    **parts,  # other fixed texts by name, see ANSWER
+) -> str:  # grammar with the root rule `root`; raises VLMError
+    "Write the grammar over token ids, for engines that use xgrammar 0.2 or newer."
+    n, ids = vocab.codebook_size, mask_word_ids(tokenizer, vocab).tolist()
+    levels = [ids[1 + level * n : 1 + (level + 1) * n] for level in range(vocab.depth)]
+    steps = [f'Token({", ".join(map(str, step))})' for step in ([ids[0]], *levels, [ids[-1]])]
+    group = f'group ::= {" ".join(steps)}\n'
+    if not answer:
+        return f'root ::= (ExcludeToken({", ".join(map(str, ids))}) | group)*\n{group}'
+    p = {k: json.dumps(v, ensure_ascii=False) for k, v in _fixed_parts(parts).items()}
+    return (
+        f'root ::= {p["no_target"]} | {p["opening"]} item ({p["more"]} item)* {p["closing"]}\n'
+        f'item ::= group {p["middle"]} label\n{group}'
+        r'label ::= ([^"\\\x00-\x1F<] | "<"+ [^"\\\x00-\x1F<|])+ "<"* | "<"+'
+        '\n'
+    )
+
+
+def vllm_structured(
+    vocab: MaskVocab,  # of the mask tokenizer
+    answer: bool = False,  # only answers of the published form, as AnswerGrammar
+    tokenizer: PreTrainedTokenizerBase | None = None,  # of the language model: over tokens; None: over text
+    http: bool = False,  # for the body of a request to a server, which may run elsewhere
+    **parts,  # other fixed texts by name, see ANSWER
+) -> dict:  # for SamplingParams(**...), or extra_body of a request; raises VLMError
+    "Ask vLLM (0.12 or newer) for the grammar by its structured output."
+    if tokenizer is None:
+        asked = dict(regex=mask_pattern(vocab, answer, **parts))
+    else:
+        asked = dict(grammar=mask_ebnf(tokenizer, vocab, answer, **parts))
+    if http:
+        return dict(structured_outputs=asked)
+    try:
+        from vllm.sampling_params import StructuredOutputsParams
+    except ImportError as e:
+        raise VLMError(
+            'vLLM with structured outputs is not installed (pip install "vllm>=0.22"): install it, '
+            'or ask a server (http=True).'
+        ) from e
+    return dict(structured_outputs=StructuredOutputsParams(**asked))
