@@ -667,7 +667,9 @@ class MaskVLM:
             self.model.save_pretrained(folder)
             self.processor.save_pretrained(folder)
             self.tokenizer.save_pretrained(Path(folder) / 'mask_tokenizer')
-        except (OSError, SafetensorError) as e:
+        except Exception as e:
+            if not isinstance(e, (OSError, SafetensorError)) and 'os error' not in str(e):  # as tokenizers says it
+                raise
             raise CheckpointError(f'The model could not be written to {folder}: {e}. Save it elsewhere.') from e
         check_saved(folder, expected_tensors(self.model))
 
