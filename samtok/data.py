@@ -405,13 +405,16 @@ class MaskFolder(MaskDataset):
     def _regions(self, path, key):
         label = self._key(path, 'masks')[len(key) + 1 :] or None
         file = os.path.basename(path)
-        if label or is_smoothed(read_ids(path)):
+        image = read_ids(path)
+        found = np.setdiff1d(image, 0).tolist()
+        numbered = len(found) > 1 and found == list(range(1, len(found) + 1)) and found[-1] != 255
+        if is_smoothed(image) or label and not numbered:
             return [dict(mask=lambda: read_mask(path, self.report), label=label, file=file)]
-        masks, ids = id_map_to_masks(read_ids(path), self.ignore)
+        masks, ids = id_map_to_masks(image, self.ignore)
         if not len(ids):
             self.report.add('empty: mask dropped', f'{self.name}, sample {key}: {file} has no pixel.')
         one = len(ids) == 1 and int(ids[0]) in WHITE  # a black and white PNG of one region
-        return [dict(mask=mask, label=None if one else int(i), file=file) for mask, i in zip(masks, ids)]
+        return [dict(mask=mask, label=label or (None if one else int(i)), file=file) for mask, i in zip(masks, ids)]
 
 # %% ../nbs/00e_data.ipynb #9792ac6d
 class Mixture(MaskDataset):

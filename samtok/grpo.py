@@ -310,6 +310,7 @@ def grpo_config(
         max_grad_norm=params['clip'],
         steps_per_generation=params['rollout'] or None,
         logging_steps=params['log_every'],
+        logging_nan_inf_filter=False,  # else a loss that is not finite is logged as 0
         save_steps=params['checkpoint_every'],
         save_total_limit=2,  # one to go back to where the newest is broken
         seed=params['seed'],

@@ -416,6 +416,7 @@ def sft_config(
         max_grad_norm=params['clip'],
         adam_beta2=params['beta2'],
         logging_steps=params['log_every'],
+        logging_nan_inf_filter=False,  # else a loss that is not finite is logged as 0
         save_steps=params['checkpoint_every'],
         save_total_limit=2,  # one to go back to where the newest is broken
         seed=params['seed'],

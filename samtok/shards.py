@@ -568,7 +568,12 @@ def data_fingerprint(
 
 # %% ../nbs/03d_shards.ipynb #58e29cef
 def _spec(data, args):  # --data and --args -> dict, or list of dicts, for open_mixture; raises DataError
-    if not isinstance(args, dict) or 'name' in args:
+    if isinstance(args, dict) and 'name' in args:
+        raise DataError(
+            f'--args names a data set ({args["name"]!r}), and --data {data} needs it as its argument: '
+            'write \'{"dataset": {"name": ...}}\' with --data instances, or name a format of conversations with --data.'
+        )
+    if not isinstance(args, dict):
         raise DataError(
             f'--args is {args!r}: give the arguments of the data set as a JSON object in quotes, '
             'for example \'{"root": "mine"}\'.'
