@@ -44,7 +44,7 @@ MODULES = {'toy/04_toy_sft': 'toy.train', 'toy/05_toy_tasks': 'toy.tasks'}  # wh
 CELLS, MAX_KB, PARAMETERS = range(25, 81), 500, 30
 RUN_TIME = r'[Rr]uns in (seconds|under a minute|under two minutes) on two CPU cores'
 TOP = 99  # the floor of the toy
-SLOW, TIMEOUT, WORKERS = 90, 300, 2  # seconds, seconds, notebooks at a time
+SLOW, TIMEOUT, WORKERS = 90, 900, 2  # seconds, seconds, notebooks at a time
 ABSOLUTE = r'(?<![\w.:/<])/(?:home|root|Users|work|tmp|mnt|opt|var|content|data)/[\w.]|\b[A-Z]:\\\\?\w'
 
 # ---------------------------------------------------------------- notebooks
