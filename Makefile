@@ -24,8 +24,8 @@ help:  ## List the commands
 install: $(STAMP)  ## Make .venv and install the package into it, editable, with the developers' tools
 
 $(STAMP): $(SETUP)
-	@command -v $(PYTHON) >/dev/null || { echo "Python is missing: install Python 3.10 or newer, or name one with 'make PYTHON=...'."; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$$($(PYTHON) -V) is too old: samtok needs Python 3.10 or newer; name one with 'make PYTHON=...'."; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "Python is missing: install Python 3.11 or newer, or name one with 'make PYTHON=...'."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$$($(PYTHON) -V) is too old: the developers' tools need Python 3.11 or newer (trl does); name one with 'make PYTHON=...'."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "The venv module is missing: install the package python3-venv of your system."; exit 1; }
 	@test -x $(BIN)/python || test "$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}')" -ge $(NEED_GB) || { echo "Less than $(NEED_GB) GB of disk space are free here, and torch and its libraries need them: make room, or set VENV to a folder on another disk and NEED_GB=0."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -67,7 +67,7 @@ setup(
     python_requires=f'>={cfg["min_python"]}',
     packages=find_packages(include=[lib, f'{lib}.*']),
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={k.removesuffix('_requirements'): v.split() for k, v in cfg.items() if k.endswith('_requirements')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f'{lib}={lib}._modidx:d']},
     cmdclass={'build_py': BuildWithData},
     zip_safe=False,

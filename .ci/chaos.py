@@ -18,7 +18,10 @@ import subprocess
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = 'SAMTOK_CHAOS'  # an environment variable that all processes of one start inherit
@@ -41,13 +44,33 @@ RUNS = {  # name -> module, options, its share of the kills
     ),
     'grpo': ('samtok.grpo', ['--scale', 'smoke', '--checkpoint_every', '1', *SMALL], 3),
     'evaluate': ('samtok.evaluate', ['--model', 'toy', '--task', 'toy_res', '--n', '48'], 4),
-    'sweep': ('samtok.sweep', ['nbs/02b_parity.ipynb', 'full=false,False'], 1),
+    'sweep': ('samtok.sweep', ['{folder}/small.ipynb', 'x=1,2,3'], 3),
 }
+SMALL_RUN = """from samtok.runs import Run
+import time
+run = Run(out, dict(x=x))
+if not run.skip():
+    with run.hold():
+        run.truncate(-1)
+        for step in range(8):
+            run.log(step, loss=x / (step + 1))
+            time.sleep(0.3)
+        run.save_result(dict(loss=x / 8), n=8, seconds=2.4)"""
+
+
+def write_notebook(path):
+    "A run notebook of seconds, for sweeps."
+    head = dict(cell_type='code', id='a', execution_count=None, outputs=[], metadata=dict(tags=['parameters']))
+    body = dict(head, id='b', metadata={}, source=SMALL_RUN)
+    cells = [dict(head, source="x: int = 0  # a number\nout: str = ''  # run folder"), body]
+    kernel = dict(kernelspec=dict(display_name='python3', language='python', name='python3'))
+    path.write_text(json.dumps(dict(cells=cells, metadata=kernel, nbformat=4, nbformat_minor=5)))
 
 
 def start(name, out, mark):
     "Start a run in a session of its own, its text in a file beside its folder."
     module, options, _ = RUNS[name]
+    options = [option.format(folder=out.parent) if option.startswith('{folder}') else option for option in options]
     env = {**os.environ, MARK: mark, 'OMP_NUM_THREADS': '1', 'CI': '1', 'PYTHONPATH': str(ROOT)}
     with open(f'{out}.log', 'ab') as log:
         return subprocess.Popen(
@@ -208,23 +231,30 @@ def main():
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--only', default=','.join(RUNS), help='names of runs, with commas')
     parser.add_argument('--out', default='runs/chaos')
+    parser.add_argument('--jobs', type=int, default=2, help='runs that are killed at a time')
     args = parser.parse_args()
     names, folder = args.only.split(','), Path(args.out).resolve()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    write_notebook(folder / 'small.ipynb')
     shares, problems = sum(RUNS[name][2] for name in names), []
-    print(f'{"run":12}{"seconds":>9}{"kills":>7}{"runs":>6}{"cut":>5}{"orphans":>9}{"problems":>10}')
-    for name in names:
+
+    def run(name):
         seconds, wanted = reference(name, folder)
         kills = -(-args.kills * RUNS[name][2] // shares)
         found, count = torture(name, folder, kills, seconds, wanted, random.Random(f'{args.seed} {name}'))
-        problems += found
         numbers = count['kills'], count['runs'], count['cut'], count['orphans'], len(found)
-        print(
-            f'{name:12}{seconds:9.0f}{numbers[0]:7}{numbers[1]:6}{numbers[2]:5}{numbers[3]:9}{numbers[4]:10}',
-            flush=True,
-        )
-    print(*problems, sep='\n')
+        line = f'{name:12}{seconds:9.0f}' + ''.join(f'{n:9}' for n in numbers)
+        print(line, *found, sep='\n', flush=True)
+        problems.extend(found)
+        return np.array(numbers)
+
+    print(
+        f'{"run":12}' + ''.join(f'{title:>9}' for title in ('seconds', 'kills', 'runs', 'cut', 'orphans', 'problems'))
+    )
+    with ThreadPoolExecutor(args.jobs) as pool:
+        total = sum(pool.map(run, names))
+    print(f'{"all":21}' + ''.join(f'{n:9}' for n in total))
     sys.exit(bool(problems))
 
 

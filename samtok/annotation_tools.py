@@ -14,9 +14,11 @@ import io
 import json
 import math
 import os
+import re
 import xml.etree.ElementTree as ET
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +38,7 @@ from samtok.files import (
     short_path,
     walk_files,
 )
-from .formats import YoloSeg
+from .formats import YoloSeg, voc_palette
 from .masks import MaskError, decode_label_studio, polygons_to_mask, rle_to_mask
 from .runs import decode_text, read_records
 
@@ -169,6 +171,13 @@ def _flat(pairs):
     return [value for x, y in pairs for value in (x, y)]
 
 
+def _note_empty(reader):
+    "Count what was left out when a file was opened, once, where no sample is left that would do it."
+    if not reader.items:
+        reader.report.merge(reader.notes)
+        reader.notes = Report()
+
+
 def _drawn(draw, size):
     "draw(size) -> (H,W) bool, where anything that is wrong with the shape is a MaskError."
     try:
@@ -201,6 +210,7 @@ class AnnotationTool(MaskDataset):
 
     def records(self):  # iterator of int, places in `items`
         "List the samples."
+        _note_empty(self)
         return iter(range(len(self.items)))
 
     def find(
@@ -294,21 +304,38 @@ def _read_bytes(path):
         raise DataError(f'The file {os.path.basename(path)} cannot be opened: {e.strerror}.') from e
 
 
+_CODEC = re.compile(rb'encoding *= *["\']((?:windows|iso|cp|gb|big5|euc|shift|koi)[\w-]*)', re.I)
+
+
+def _decode_xml(data):
+    "Text of an XML file without its first line, which may name an encoding the parser does not know, or a wrong one."
+    named, text = _CODEC.search(data[:200]), None
+    if named:
+        with suppress(LookupError, UnicodeError):
+            text = data.decode(named[1].decode())
+    return re.sub(r'^\s*<\?xml.*?\?>', '', decode_text(data) if text is None else text, flags=re.S)
+
+
 def read_xml(
     path: str | Path,  # file
 ) -> ET.Element:  # the outermost element; raises DataError
     "Read an XML file that defines no entities."
     name = os.path.basename(path)
     data = _read_bytes(path)
-    plain = data.replace(b'\0', b'').upper()  # also UTF-16
-    if b'<!DOCTYPE' in plain or b'<!ENTITY' in plain:
-        raise DataError(
-            f'The file {name} defines XML entities (<!DOCTYPE ...>), which no export needs: it is not read.'
-        )
-    try:
-        return ET.fromstring(data)
-    except (ET.ParseError, ValueError, LookupError, RecursionError) as e:
-        raise DataError(f'The file {name} is not XML: {e}.') from e
+    problem = None
+    for read in (lambda: data, lambda: _decode_xml(data)):
+        content = read()
+        plain = content if isinstance(content, bytes) else content.encode()
+        plain = plain.replace(b'\0', b'').upper()  # also UTF-16
+        if b'<!DOCTYPE' in plain or b'<!ENTITY' in plain:
+            raise DataError(
+                f'The file {name} defines XML entities (<!DOCTYPE ...>), which no export needs: it is not read.'
+            )
+        try:
+            return ET.fromstring(content)
+        except (ET.ParseError, ValueError, LookupError, RecursionError) as e:
+            problem = problem or e
+    raise DataError(f'The file {name} is not XML: {problem}.') from problem
 
 # %% ../nbs/00g_annotation_tools.ipynb #a3f49b0d
 def _numbers(element, *names):
@@ -319,9 +346,17 @@ def _numbers(element, *names):
     return values
 
 
+def _whole(text):
+    "A number of an attribute as an int; the text itself where it is none."
+    try:
+        return int(float(text))
+    except (ValueError, OverflowError):
+        return text
+
+
 def _cvat_mask(element, size):
     "A <mask>: run lengths along the rows of its box, the first of pixels outside."
-    left, top, width, height = (int(element.attrib[name]) for name in ('left', 'top', 'width', 'height'))
+    left, top, width, height = (int(float(element.attrib[name])) for name in ('left', 'top', 'width', 'height'))
     if width < 1 or height < 1 or width > size[1] or height > size[0]:
         raise MaskError(f'The mask of {height}x{width} pixels does not fit into the {size[0]}x{size[1]} image.')
     counts = [int(count) for count in element.attrib['rle'].split(',')]
@@ -385,8 +420,8 @@ class Cvat(AnnotationTool):
         shape: ET.Element,  # child of <image>
     ) -> tuple:  # kind, draw, label, what is kept
         "Read the kind of a shape, its label and its attributes."
-        kept = {k: int(shape.get(k, 0)) for k in ('occluded', 'z_order')}
-        kept['group'] = int(shape.get('group_id', 0))
+        kept = {k: _whole(shape.get(k, '0')) for k in ('occluded', 'z_order')}
+        kept['group'] = _whole(shape.get('group_id', '0'))
         attributes = {a.get('name'): a.text or '' for a in shape.findall('attribute')}
         if attributes:
             kept['attributes'] = attributes
@@ -646,14 +681,17 @@ class Via(AnnotationTool):
         data = _via_csv(file, self.notes) if str(file).lower().endswith('.csv') else read_data_json(file)
         data = data.get('_via_img_metadata', data) if isinstance(data, dict) else None
         entries = list(data.values()) if isinstance(data, dict) else []
-        if not all(isinstance(entry, dict) and 'filename' in entry for entry in entries) or data is None:
+        named = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get('filename'), str)]
+        if entries and not named or data is None:
             raise DataError(
                 f'The file {os.path.basename(file)} is not of VIA 2: save the project, or export the annotations '
                 'as JSON or CSV.'
             )
+        for _ in range(len(entries) - len(named)):
+            self.notes.add('no file name: image skipped', f'{self.name}: an entry of the file names no image.')
         self.label = label
-        self.items = entries
-        self.shared = shared_paths(entry['filename'] for entry in entries)
+        self.items = named
+        self.shared = shared_paths(entry['filename'] for entry in named)
 
     def read_shape(
         self,
@@ -961,15 +999,6 @@ class Labelbox(AnnotationTool):
 _VOID = (224, 224, 192)  # VOC's colour of pixels that nobody judged
 
 
-def _voc_colour(number):
-    "Colour of VOC's palette."
-    channels = [0, 0, 0]
-    for bit in range(8):
-        for c in range(3):
-            channels[c] |= (number >> (3 * bit + c) & 1) << (7 - bit)
-    return tuple(channels)
-
-
 def read_labelmap(
     path: str | Path,  # labelmap.txt, lines name:r,g,b:parts:actions
     report: Report | None = None,  # counts lines that cannot be read
@@ -982,7 +1011,7 @@ def read_labelmap(
         name, *fields = line.rsplit(':', 3)
         try:
             text = fields[0] if fields else ''
-            colour = tuple(int(value) for value in text.split(',')) if text else _voc_colour(number)
+            colour = tuple(int(value) for value in text.split(',')) if text else voc_palette(number)
             if len(colour) != 3 or not all(0 <= value <= 255 for value in colour) or colour in colours:
                 raise ValueError(colour)
         except ValueError:
@@ -1052,6 +1081,7 @@ class VocFolder(MaskDataset):
 
     def records(self):  # iterator of str, names of the maps
         "List the maps."
+        _note_empty(self)
         return iter(self.items)
 
     def load(
@@ -1073,6 +1103,9 @@ class VocFolder(MaskDataset):
             if i not in (0, _number(_VOID)):
                 label = self._label(classes, ids == i, key)
                 regions.append(dict(mask=lambda i=i: ids == i, label=label))
+        void = (0, _number(_VOID))
+        if objects is not None and classes is not None and (~np.isin(classes, void) & np.isin(objects, void)).any():
+            self.report.add('class without object: pixels left out', f'{self.name}, sample {key}.')
         if not regions:
             self.report.add('no region: image without masks', f'{self.name}, sample {key} has no region.')
         return self.build(find_image(self.images, key, self.report), regions, key, ids.shape)
@@ -1162,6 +1195,12 @@ class Yolo(MaskDataset):
             self.items += [(self._reader(path), path) for path in paths]
             if os.path.isdir(place):
                 self._note_orphans(place, paths)
+        count, self.items = len(self.items), list(dict.fromkeys(self.items))
+        for _ in range(count - len(self.items)):
+            self.notes.add('image listed twice: read once', f'{self.name}: {self.file}, {split}.')
+        if not self.items:
+            first = next(iter(self.notes.examples.values()), 'there is none')
+            raise DataError(f'The file {self.file} has no image in {split!r} that can be read. First case: {first}')
 
     def _root(self, data, yaml, root):
         "Folder that paths start from."
@@ -1176,14 +1215,19 @@ class Yolo(MaskDataset):
         return stated if inside else here
 
     def _inside(self, name):
-        "A path of the file below the root; raises DataError."
+        "A path of the file below the root, of a path of another machine its end; raises DataError."
         plain = str(name).replace('\\', '/')
         short = plain
         while short.startswith(('../', './')):
             short = short.partition('/')[2]
-        for text in (plain, short):
+        parts = [part for part in plain.split('/') if part and not part.endswith(':')]
+        elsewhere = plain.startswith('/') or bool(re.match('[A-Za-z]:', plain))
+        ends = ['/'.join(parts[k:]) for k in range(len(parts))] if elsewhere else []
+        for text in (plain, short, *ends):
             path = os.path.abspath(os.path.join(self.root, text))
             if os.path.commonpath([self.root, path]) == self.root and os.path.exists(path):
+                if text in ends:
+                    self.notes.add('path: found by its end', f'{self.file}: {name} is {short_path(path)}.')
                 return path
         raise DataError(f'{self.file} names {name}, which is not below the folder {short_path(self.root)}; give root=.')
 
@@ -1192,14 +1236,26 @@ class Yolo(MaskDataset):
         if os.path.isdir(path):
             return walk_files(path, IMAGE_SUFFIXES, self.notes)
         lines = [line.strip() for line in _read_text(path).splitlines()]
-        return [path for line in lines if line for path in self._found(line)]
+        shared = shared_paths(filter(None, lines))
+        return [found for line in lines if line for found in self._found(line, os.path.dirname(path), shared)]
 
-    def _found(self, line):
+    def _found(self, line, folder, shared):
+        "The image of a line, which starts from the root, or with ./ from the folder of the list; none, and counted."
+        plain = line.replace('\\', '/')
+        beside = os.path.abspath(os.path.join(folder, plain))
+        inside = os.path.commonpath([self.root, beside]) == self.root
+        if plain.startswith('./') and inside and os.path.isfile(beside):
+            return [beside]
         try:
-            return [self._inside(line)]
-        except DataError as e:
-            self.notes.add('listed image: skipped', f'{self.name}: {e}')
-            return []
+            short = plain.removeprefix('./')
+            path = os.path.abspath(find_image(self.root, short, self.notes, shared - {short}))
+            if os.path.isfile(path):
+                return [path]
+            why = f'{line} is not below the folder {short_path(self.root)}; give root=.'
+        except ImageError as e:
+            why = e
+        self.notes.add('listed image: skipped', f'{self.name}: {why}')
+        return []
 
     def _note_orphans(self, folder, paths):
         "Count the text files of a folder of images that belong to no image."

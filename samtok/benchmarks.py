@@ -34,6 +34,7 @@ from samtok.chat import (
     places,
 )
 from .chat_formats import DatasetWrapper, fit_mask, open_chat
+from .coco_index import id_key
 from .data import MaskDataset
 from .files import DataError, find_image, image_frame, read_image, shared_paths
 from .formats import ReasonSeg, open_dataset
@@ -165,11 +166,13 @@ def _each(
 
 
 def _read_dlc(data, extra):  # COCO annotations; questions and names by annotation -> records
-    images, asked = {i['id']: i['file_name'] for i in data['images']}, dict(extra['qa'])
+    images = {id_key(i.get('id')): i.get('file_name') for i in data['images'] if isinstance(i, dict)}
+    asked = dict(extra['qa'])
 
     def region(i, a):
-        truth = dict(name=extra['names'][str(a['id'])], questions=asked.pop(str(a['id'])))
-        return dict(id=a['id'], image=images[a['image_id']], mask=a['segmentation'], truth=json.dumps(truth))
+        key = str(int(a['id']) if isinstance(a['id'], float) else a['id'])
+        truth = dict(name=extra['names'][key], questions=asked.pop(key))
+        return dict(id=key, image=images[id_key(a['image_id'])], mask=a['segmentation'], truth=json.dumps(truth))
 
     yield from _each(data['annotations'], region)
     for id in asked:

@@ -75,9 +75,13 @@ def fit_mask(
     "Bring a mask of a file into the displayed image."
     size, problems = _stated_size(info or {}), []
     frame.check(size)
-    mask, turned = frame.fit(segmentation, _own_size(segmentation, frame) or size, problems)
+    size = _own_size(segmentation, frame) or size
+    mask, turned = frame.fit(segmentation, size, problems)
     if turned:
         report.add('EXIF: mask turned', f'{place}: the mask has the size of the image before it is turned.')
+    elif frame.is_unsure(segmentation, size):
+        why = 'nothing says whether the mask was drawn before the image is turned.'
+        report.add('EXIF: mask taken as displayed', f'{place}: {why}')
     for problem in problems:
         report.add('polygon part left out', f'{place}: {problem}')
     if not mask.any():
@@ -90,9 +94,10 @@ def _stated_size(info):  # (H,W) of an entry of a file, None where it states non
     if None in size:
         return None
     try:
-        return tuple(int(float(side)) for side in size)
+        size = tuple(int(float(side)) for side in size)
     except (TypeError, ValueError, OverflowError) as e:
         raise MaskError(f'The annotation says {size[0]!r}x{size[1]!r}; height and width must be numbers.') from e
+    return size if min(size) > 0 else None
 
 
 def _own_size(segmentation, frame):  # (H,W) that an RLE, or a list of them, names, if it is one of the frame
@@ -183,7 +188,7 @@ class Refer(ChatDataset):
         found = []
         for ref in refs:
             sentences = ref.get('sentences')
-            if not isinstance(sentences, list) or not sentences:
+            if not isinstance(sentences, (list, tuple)) or not sentences:
                 self.report.add('ref without sentences: skipped', f'A ref has {type(sentences).__name__}.')
                 continue
             found += [(ref, sentence) for sentence in sentences]
@@ -215,7 +220,7 @@ class Refer(ChatDataset):
 
     def _ids(self, ref):  # -> list of annotations of a ref; -1, alone, stands for no target; raises ChatError
         ids = ref.get('ann_id')
-        ids = [k for k in (ids if isinstance(ids, list) else [ids]) if k is not None]
+        ids = [k for k in (ids if isinstance(ids, (list, tuple)) else [ids]) if k is not None]
         if not ids and not ref.get('no_target'):
             raise ChatError(f'ref {ref.get("ref_id")} names no annotation; an ann_id of -1 stands for no target')
         known = list(dict.fromkeys(_key(k) for k in ids if _key(k) != '-1'))
@@ -336,23 +341,44 @@ class Llava(ChatDataset):
     ) -> Conversation:
         "Read the conversation of an entry, with its images."
         entry = _entry(entry)
-        if other := [name for name in ('video', 'videos', 'audio', 'audios') if entry.get(name)]:
+        if other := [name for name in ('video', 'videos', 'audio', 'audios', 'tools') if entry.get(name)]:
             raise ChatError(f'the entry has {other[0]}, which is not read')
         images = [_image_path(self, name) for name in _images_of(entry)]
-        messages = llava_messages(entry.get('conversations') or entry.get('messages'), len(images))
+        messages = llava_messages(_turns_of(entry), len(images))
+        if (system := entry.get('system')) and messages[0]['role'] != 'system':
+            messages.insert(0, dict(role='system', content=_text(system, 'its system')))
         return Conversation(messages, images, id=_name_of(entry, 'id'), dataset=self.name)
 
 
-def _images_of(entry):  # -> list of what an entry of LLaVA's form has as the names of its images
-    named = entry.get('image') or entry.get('images') or []
-    return named if isinstance(named, list) else [named]
+def _turns_of(entry):  # -> what an entry has as its turns
+    return entry.get('conversations') or entry.get('messages')
+
+
+def _images_of(entry):  # -> list of what an entry has as the names of its images, or its turns have
+    turns = _turns_of(entry)
+    contents = [turn.get('content') for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    named = [part[kind] for part in parts for kind in ('image', 'image_url') if part.get(kind)]
+    named = named or entry.get('image') or entry.get('images') or []
+    named = named if isinstance(named, list) else [named]
+    return [name.get('path') or name.get('url') if isinstance(name, dict) else name for name in named]
+
+
+def _joined(content):  # list of parts, as OpenAI and TRL write a turn -> text with <image>; raises ChatError
+    text = ''
+    for part in content:
+        kind = part.get('type') if isinstance(part, dict) else None
+        if kind not in ('text', 'image', 'image_url') or kind == 'text' and not isinstance(part.get('text'), str):
+            raise ChatError(f'a part of a turn is {str(part)[:60]!r}; texts and images are read')
+        text += part['text'] if kind == 'text' else '<image>'
+    return text
 
 
 _ROLES = dict(human='user', gpt='assistant', system='system', user='user', assistant='assistant')
 
 
 def llava_messages(
-    turns: list,  # of {from, value} or {role, content}; <image> where an image stands
+    turns: list,  # of {from, value} or {role, content}, a text or a list of parts; <image> where an image stands
     images: int,  # number of images
 ) -> list[dict]:  # messages with <image:i>; images that no text names go before the first question; raises ChatError
     "Turn LLaVA's turns into messages."
@@ -385,6 +411,8 @@ def _turn(turn, i):  # -> role and text of a turn; raises ChatError
     role, text = turn.get('from') or turn.get('role'), turn['value'] if 'value' in turn else turn.get('content')
     if not isinstance(role, str) or role.lower() not in _ROLES:
         raise ChatError(f'turn {i} is of {role!r}; known are {", ".join(_ROLES)}')
+    if isinstance(text, list) and text:
+        text = _joined(text)
     if not isinstance(text, str):
         raise ChatError(f'turn {i} has no text, but {str(text)[:60]!r}')
     return _ROLES[role.lower()], text
@@ -715,19 +743,21 @@ class OpenPsg(ChatDataset):
         data = read_data_json(file, 'data', 'thing_classes', 'stuff_classes', 'predicate_classes')
         self.names, self.predicates = data['thing_classes'] + data['stuff_classes'], data['predicate_classes']
         self.masks, self.folder = masks, images
-        chosen = set(data.get('test_image_ids', []))
+        chosen = set(map(_key, data.get('test_image_ids') or []))
         self.graphs = []
         for graph in data['data']:
-            if (graph['image_id'] in chosen) != test:
+            if not isinstance(graph, dict) or graph.get('image_id') is None:
+                self.report.add('graph without an image: skipped', f'{self.name}: {str(graph)[:60]}.')
+            elif (_key(graph['image_id']) in chosen) != test:
                 continue
-            if graph['relations']:
+            elif graph.get('relations'):
                 self.graphs.append(graph)
             else:
                 self.report.add('image without relations: skipped', f'{self.name}, image {graph["image_id"]}.')
 
     def image_names(self):  # iterator of str
         "List the names of all images."
-        return (graph['file_name'] for graph in self.graphs)
+        return (graph.get('file_name') for graph in self.graphs)
 
     def records(self):  # iterator of int
         "List the graphs by number."
@@ -742,10 +772,15 @@ class OpenPsg(ChatDataset):
         if len(graph['annotations']) != len(graph['segments_info']):
             count = f'{len(graph["annotations"])} annotations and {len(graph["segments_info"])} segments'
             raise ChatError(f'image {graph["image_id"]} has {count}; they belong together one by one')
-        ids = read_ids(os.path.join(self.masks, graph['pan_seg_file_name']), 'panoptic PNG')
-        names = [self.names[s['category_id']] for s in graph['annotations']]
+        ids = read_ids(find_image(self.masks, graph['pan_seg_file_name'], self.report), 'panoptic PNG')
         triplets = list(dict.fromkeys(map(tuple, graph['relations'])))
         used = sorted({k for a, b, _ in triplets for k in (a, b)})
+        numbers = [*used, *(p for _, _, p in triplets), *(s['category_id'] for s in graph['annotations'])]
+        if wrong := [k for k in numbers if isinstance(k, bool) or not isinstance(k, int) or k < 0]:
+            raise ChatError(
+                f'image {graph["image_id"]} has the number {wrong[0]!r} where a place in a list is expected'
+            )
+        names = [self.names[s['category_id']] for s in graph['annotations']]
         number = {k: n for n, k in enumerate(used)}
         answer = answer_triplets(
             [(number[a], names[a], self.predicates[p], number[b], names[b]) for a, b, p in triplets]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CheckpointError', 'not_finite', 'read_checkpoint', 'load_checked', 'weight_files', 'expected_tensors',
-           'tensor_shapes', 'check_saved', 'check_bounds', 'find_pretrained', 'hub_problem', 'fetch_files',
-           'sam2_state', 'published_state', 'to_published']
+           'tensor_shapes', 'packed_tensors', 'check_saved', 'check_bounds', 'find_pretrained', 'hub_problem',
+           'fetch_files', 'sam2_state', 'published_state', 'to_published']
 
 # %% ../nbs/01b_checkpoints.ipynb #7e8c81cc
 import json
@@ -267,6 +267,23 @@ def tensor_shapes(
         if twice := [name for name in here if name in found]:
             raise error(f'{Path(folder).name}: {twice[0]} is in two files, one of them {path.name}. Keep one of them.')
         found |= here
+    return found
+
+
+def packed_tensors(
+    folder: str | Path,  # of a model or an adapter
+    error: type = CheckpointError,  # raised with a sentence where a file is missing or damaged
+) -> dict:  # name -> type (str), of the tensors that are not stored as floats of 16 bits or more
+    "List the tensors that hold integers or float8, which need a scale to be weights."
+    found = {}
+    for path in weight_files(folder, error):
+        if path.suffix == '.safetensors':
+            with _open_safetensors(path) as file:
+                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+        else:
+            state = read_checkpoint(path)
+            kinds = {k: str(v.dtype) for k, v in state.items() if not (v.is_floating_point() and v.element_size() > 1)}
+        found |= {name: kind for name, kind in kinds.items() if kind not in ('F64', 'F32', 'F16', 'BF16')}
     return found
 
 

@@ -8,6 +8,7 @@ __all__ = ['read_masks', 'encode_main', 'decode_main']
 # %% ../nbs/11_cli.ipynb #0b46983a
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import numpy as np
 
 from .files import Frame, read_framed, read_image, read_mask
 from .masks import MaskError, mask_to_box, mask_to_polygons, mask_to_rle
-from .runs import read_json
+from .runs import RunError, atomic_write, decode_text, one_line, read_json
+from .words import WordsError
 
 # %% ../nbs/11_cli.ipynb #afed3141
 _FORMATS = {  # names that tell a file of annotations for whole images from a mask
@@ -23,6 +25,14 @@ _FORMATS = {  # names that tell a file of annotations for whole images from a ma
     'shapes': 'labelme',
     'segments_info': 'coco_panoptic',
 }
+_MOST = 2**31  # pixels of all masks of a call, so many bytes of memory
+
+
+def _check_amount(n, size, name):
+    "Refuse more masks than fit into memory; raises MaskError."
+    most = max(1, _MOST // (size[0] * size[1]))
+    if n > most:
+        raise MaskError(f'{name} holds {n:,} masks, of an image of {size[0]}x{size[1]} at most {most:,} fit: split it.')
 
 
 def _items(data, name):
@@ -38,7 +48,11 @@ def _items(data, name):
             f"or read the file with samtok.formats.open_dataset('{kind}', ...)."
         )
     one = isinstance(data, dict) or _is_number(data[0]) or isinstance(data[0], list) and _is_number(data[0][:1])
-    return [data] if one else data
+    masks = [data] if one else data
+    if odd := [i for i, mask in enumerate(masks) if not isinstance(mask, (dict, list))]:
+        what = type(masks[odd[0]]).__name__
+        raise MaskError(f'{name}, mask {odd[0]} is a {what}: give an RLE dict, or a list of polygons.')
+    return masks
 
 
 def _is_number(value):
@@ -55,16 +69,19 @@ def read_masks(
     frame = size if isinstance(size, Frame) else Frame(tuple(size))
     if path.suffix.lower() != '.json':
         return [frame.fit(lambda: read_mask(path))[0]]
-    return [frame.fit(item)[0] for item in _items(read_json(path, error=MaskError), path.name)]
+    items = _items(read_json(path, error=MaskError), path.name)
+    _check_amount(len(items), frame.size, path.name)
+    return [frame.fit(item)[0] for item in items]
 
 # %% ../nbs/11_cli.ipynb #68fb609c
 def _run(prog, work, args):
-    "Call work(args); a known error becomes one sentence and exit code 2."
-    try:
-        work(args)
-    except (ValueError, OSError) as e:
-        print(f'{prog}: {e}', file=sys.stderr)
-        raise SystemExit(2) from e
+    "Call work(args); an error becomes one sentence and exit code 2, Ctrl-C and a closed pipe their own codes."
+    with one_line(prog):
+        try:
+            work(args)
+        except ValueError as e:
+            ours = type(e).__module__.split('.')[0] == 'samtok'
+            raise e if ours else RunError(f'{type(e).__name__}: {e}') from e
 
 
 def _parser(prog, text):
@@ -86,12 +103,13 @@ def _encode(args):
     image, frame = read_framed(args.image)
     size = frame.size
     named = [(Path(file).name, i, mask) for file in args.masks for i, mask in enumerate(read_masks(file, frame))]
+    _check_amount(len(named), size, 'The command')
     if not named:
-        raise ValueError('No masks were given: name at least one PNG or JSON file.')
+        raise MaskError('No masks were given: name at least one PNG or JSON file.')
     for file, i, mask in named:
         if not mask.any():
             place = f'{file}, mask {i}' if file.endswith('.json') else file
-            raise ValueError(f'{place} has no pixel: leave it out.')
+            raise MaskError(f'{place} has no pixel: leave it out.')
     tokenizer = MaskTokenizer.from_pretrained(args.tokenizer, device=args.device)
     all_codes = tokenizer.encode(image, np.stack([mask for _, _, mask in named]))
     records = []
@@ -117,17 +135,26 @@ def encode_main(
 def _words_text(words):
     "The text with words: as given, of a file, or of standard input."
     if words == '-':
-        return sys.stdin.read()
-    path = Path(words)
+        file = getattr(sys.stdin, 'buffer', None)
+        return decode_text(file.read()) if file else sys.stdin.read()
     if '<|' in words:
         return words
-    if path.is_file():
-        if path.suffix == '.json':
-            return ''.join(mask['words'] for mask in read_json(path, 'masks')['masks'])
-        return path.read_text()
-    if path.suffix in ('.txt', '.json'):
-        raise OSError(f'There is no file {words}.')
+    suffix = Path(words).suffix
+    if os.path.isfile(words):
+        return _saved_words(words) if suffix == '.json' else decode_text(Path(words).read_bytes())
+    if suffix in ('.txt', '.json'):
+        raise OSError(f'There is no file {words[-80:]}.')
     return words
+
+
+def _saved_words(path):
+    "The words in what samtok-encode --json printed."
+    masks = read_json(path, 'masks', error=WordsError)['masks']
+    masks = masks if isinstance(masks, list) else [None]
+    found = [mask.get('words') if isinstance(mask, dict) else None for mask in masks]
+    if not all(isinstance(words, str) for words in found):
+        raise WordsError(f'{os.path.basename(path)} has a mask without words: give what samtok-encode --json printed.')
+    return ''.join(found)
 
 
 def _save_masks(masks, out):
@@ -138,12 +165,8 @@ def _save_masks(masks, out):
         raise OSError(f'{out} is no PNG file, and others do not keep masks exactly: let its name end in .png.')
     paths = [out if len(masks) == 1 else out.with_stem(f'{out.stem}_{i}') for i in range(len(masks))]
     for mask, path in zip(masks, paths):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(mask * np.uint8(255)).save(path)
-        except (OSError, ValueError) as e:
-            why = getattr(e, 'strerror', None) or e
-            raise OSError(f'{path} cannot be written ({why}): give a PNG file in a folder that can be written.') from e
+        image = Image.fromarray(mask * np.uint8(255))
+        atomic_write(path, lambda file, image=image: image.save(file, 'PNG'))
     return [path.name for path in paths]
 
 
@@ -151,12 +174,15 @@ def _decode(args):
     from samtok.tokenizer import MaskTokenizer
 
     image = read_image(args.image)
+    if args.output and os.path.exists(args.output) and os.path.samefile(args.output, args.image):
+        raise OSError(f'{Path(args.output).name} is the image itself: give another name with -o.')
     tokenizer = MaskTokenizer.from_pretrained(args.tokenizer, device=args.device)
     spans = tokenizer.vocab.parse(_words_text(args.words))
     good = [span for span in spans if span.ok]
     bad = [span for span in spans if not span.ok]
     if not good:
-        raise ValueError('The text holds no well-formed mask words' + (f': {bad[0].problem}' if bad else '.'))
+        raise WordsError('The text holds no well-formed mask words' + (f': {bad[0].problem}' if bad else '.'))
+    _check_amount(len(good), image.shape[:2], 'The text')
     masks, scores = tokenizer.decode(image, tokenizer.vocab.codes(good), return_scores=True)
     files = _save_masks(masks, Path(args.output)) if args.output else [None] * len(masks)
     convert = mask_to_polygons if args.format == 'polygon' else mask_to_rle
@@ -164,8 +190,10 @@ def _decode(args):
     for span, score, mask, file in zip(good, scores, masks, files):
         where = dict(file=file) if file else {args.format: convert(mask)}
         records.append(dict(words=span.text, score=round(float(score), 4), area=int(mask.sum()), **where))
-    for span in bad:
-        print(f'samtok-decode: left out {span.text!r}: {span.problem}', file=sys.stderr)
+    for span in bad[:10]:
+        print(f'samtok-decode: left out {span.text[:80]!r}: {span.problem}', file=sys.stderr)
+    if len(bad) > 10:
+        print(f'samtok-decode: left out {len(bad) - 10} more groups.', file=sys.stderr)
     if args.json:
         left_out = [dict(text=span.text, problem=span.problem) for span in bad]
         reply = dict(image=Path(args.image).name, size=list(image.shape[:2]), masks=records, left_out=left_out)

@@ -123,11 +123,16 @@ def _scan_list(window, name):
             return
 
 # %% ../nbs/00ea_coco_index.ipynb #82d73a55
+_DECIMAL = re.compile('0|-?[1-9][0-9]{0,18}')  # a text that is how a number is written
+
+
 def id_key(
     value: object,  # id of a JSON file
 ) -> int | bytes | None:  # equal for equal ids; None: this is no id
     "Turn an id into a key for tables and dicts."
     if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str) and _DECIMAL.fullmatch(value):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         return None
@@ -290,7 +295,7 @@ class CocoFile:
         return self._regions.get(id_key(image_id), [])
 
 # %% ../nbs/00ea_coco_index.ipynb #7db6bf1b
-_VERSION = 1  # of the tables
+_VERSION = 2  # of the tables and their keys
 _TABLES = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
@@ -521,10 +526,10 @@ class CocoIndex:
             place = f'file:{quote(os.path.abspath(index))}?mode=ro&immutable=1'
             db = sqlite3.connect(place, uri=True, check_same_thread=False)
             self._opened = os.getpid(), db, open(self.path, 'rb')
-            state = os.fstat(self._opened[2].fileno())
-            if (state.st_size, state.st_mtime_ns) != self._size_and_time:
-                self.close()
-                raise DataError(f'The file {os.path.basename(self.path)} changed while it was read: open it again.')
+        state = os.fstat(self._opened[2].fileno())
+        if (state.st_size, state.st_mtime_ns) != self._size_and_time:
+            self.close()
+            raise DataError(f'The file {os.path.basename(self.path)} changed while it was read: open it again.')
         return self._opened[1:]
 
     def _fetch(self, query, *values):
@@ -534,7 +539,13 @@ class CocoIndex:
             with suppress(OSError):
                 os.unlink(find_index(self.path, self.cache))
             self.close()
+        try:
             return self._open()[0].execute(query, values).fetchall()
+        except sqlite3.DatabaseError as e:
+            index = find_index(self.path, self.cache)
+            raise DataError(
+                f'The index {index} is broken ({e}) and cannot be made again: delete it, or set SAMTOK_CACHE.'
+            ) from e
 
     def _entries(self, query, value):
         found = []

@@ -22,10 +22,10 @@ import numpy as np
 from PIL import Image
 
 from .files import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from .files import WHITE, is_smoothed, read_framed, read_mask
 from .files import DataError as DataError
 from .files import ImageError as ImageError
 from .files import find_image as find_image
-from .files import is_smoothed, read_framed, read_mask
 from .files import read_ids as read_ids
 from .files import read_image as read_image
 from .files import short_path as short_path
@@ -205,15 +205,16 @@ class _Stream:
 
 # %% ../nbs/00e_data.ipynb #d004ad07
 def _sentence(error):
-    if isinstance(error, (ImageError, MaskError, DataError)):
-        return error
-    return f'The file is not as expected ({type(error).__name__}: {error}).'
+    own = isinstance(error, ValueError) and type(error).__module__.partition('.')[0] in ('samtok', '__main__')
+    return error if own else f'The file is not as expected ({type(error).__name__}: {error}).'
 
 
 def _brief(record):
     "Name a record in a sentence, without its folders."
     if isinstance(record, (tuple, list)):
         return ', '.join(filter(None, map(_brief, record)))
+    if isinstance(record, dict) and 'id' in record:
+        record = record['id']
     return os.path.basename(str(record))[:80]
 
 
@@ -309,6 +310,9 @@ class MaskDataset:
             if turned:
                 why = 'the mask has the size of the image before it is turned.'
                 self.report.add('EXIF: mask turned', f'{place}: {why}')
+            elif frame.is_unsure(region['mask'], size):
+                why = 'nothing says whether the mask was drawn before the image is turned.'
+                self.report.add('EXIF: mask taken as displayed', f'{place}: {why}')
             masks.append(mask)
             kept.append(region)
         labels = None if all(r.get('label') is None for r in kept) else [str(r.get('label') or '') for r in kept]
@@ -401,13 +405,16 @@ class MaskFolder(MaskDataset):
     def _regions(self, path, key):
         label = self._key(path, 'masks')[len(key) + 1 :] or None
         file = os.path.basename(path)
-        if label or is_smoothed(read_ids(path)):
+        image = read_ids(path)
+        found = np.setdiff1d(image, 0).tolist()
+        numbered = len(found) > 1 and found == list(range(1, len(found) + 1)) and found[-1] != 255
+        if is_smoothed(image) or label and not numbered:
             return [dict(mask=lambda: read_mask(path, self.report), label=label, file=file)]
-        masks, ids = id_map_to_masks(read_ids(path), self.ignore)
+        masks, ids = id_map_to_masks(image, self.ignore)
         if not len(ids):
             self.report.add('empty: mask dropped', f'{self.name}, sample {key}: {file} has no pixel.')
-        one = ids.tolist() == [255]  # a black and white PNG of one region
-        return [dict(mask=mask, label=None if one else int(i), file=file) for mask, i in zip(masks, ids)]
+        one = len(ids) == 1 and int(ids[0]) in WHITE  # a black and white PNG of one region
+        return [dict(mask=mask, label=label or (None if one else int(i)), file=file) for mask, i in zip(masks, ids)]
 
 # %% ../nbs/00e_data.ipynb #9792ac6d
 class Mixture(MaskDataset):

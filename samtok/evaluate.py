@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,7 @@ from samtok.runs import (
     import_object,
     launch,
     lock,
+    one_line,
     progress,
     read_json,
     read_records,
@@ -133,7 +135,7 @@ def _count_each_mask(metric, sample, truth, prediction, scorer):
     masks = prediction['masks']
     if masks and len(masks) != len(truth['masks']):
         raise MetricError(f'{len(masks)} masks came back for {len(truth["masks"])}.')
-    if any(map(_is_broken, masks)):
+    if any(map(_is_broken, [*(masks or ()), *truth['masks']])):
         raise MetricError(f'{sample.id}: a mask is a broken RLE.')
     for k, (mask, true) in enumerate(zip(masks or [[]] * len(truth['masks']), truth['masks'])):
         metric.update(mask, true, id=f'{sample.id}/{k}')
@@ -334,7 +336,7 @@ def _read_lines(
     if isinstance(source, list):
         return list(enumerate(source, 1))
     try:
-        empty = os.path.getsize(source) < 64 and not Path(source).read_bytes().strip()
+        empty = os.path.getsize(source) < 64 and os.path.isfile(source) and not Path(source).read_bytes().strip()
         return [] if empty else list(read_records(source, EvaluateError))
     except OSError as e:
         raise EvaluateError(
@@ -355,13 +357,13 @@ def read_predictions(
         if (row := _read_line(line, i, report)) is None:
             continue
         key = str(_get(row, 'id'))
-        runs.add(row.get('run'))
+        runs.add(str(row.get('run') or 'unnamed'))
         if key in rows:
             report.add('double id, the first one counts', f'Line {i} is a second prediction for {key}.')
         else:
             rows[key] = row
     if len(runs) > 1:
-        names = ', '.join(str(r or 'unnamed') for r in sorted(runs, key=str))
+        names = ', '.join(sorted(runs))
         raise EvaluateError(f'The predictions come from {len(runs)} runs ({names}): score each alone.')
     return rows, report
 
@@ -435,7 +437,7 @@ def _check_prediction(row, sample, size, report):
         reply='' if reply is None else str(reply),
         relations=relations,
         scores=scores,
-        skipped=row.get('skipped'),
+        skipped=row['skipped'] if isinstance(row.get('skipped'), int) else None,
         failed=False,
     )
 
@@ -443,22 +445,93 @@ def _check_prediction(row, sample, size, report):
 # counts as a wrong, empty answer
 _NO_PREDICTION = dict(masks=[], labels=[], reply='', relations=[], scores=[], skipped=None, failed=True)
 
+
+def _explain(error):  # exception -> one line; what an exception of a library means is not in its text alone
+    ours = type(error).__module__.split('.')[0] == 'samtok'
+    return ' '.join(f'{"" if ours else type(error).__name__ + ": "}{error}'.split())[:500]
+
+
+def _stop(error):  # raises what is no fault of one sample: wrong settings, full memory, mistakes in the program
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        raise EvaluateError(
+            f'The memory is full ({_explain(error)[:120]}): give a smaller batch (batch=, --batch). '
+            'What was answered is kept, and the run goes on from there.'
+        ) from error
+    if isinstance(error, (EvaluateError, NameError, ImportError, NotImplementedError)) or 'CUDA error' in str(error):
+        raise error
+
+
+def _without_odd(items, work, check):
+    # list, function(list) -> list of results, function([item]) that raises for one that cannot be used
+    # -> [(item, result)], [(item, error)], items to be put into the next batch; good data are worked on once
+    try:
+        return list(zip(items, work(items))), [], []
+    except Exception as e:
+        _stop(e)
+    done, odd, good = [], [], []
+    for item in items:
+        try:
+            check([item])
+            good.append(item)
+        except Exception as e:
+            _stop(e)
+            odd.append((item, e))
+    if odd:
+        return [], odd, good
+    for item in items:  # each can be used, and all together cannot
+        try:
+            done += zip([item], work([item]))
+        except Exception as e:
+            _stop(e)
+            odd.append((item, e))
+    return done, odd, []
+
+
+def _image_error(sample):  # Conversation -> what is wrong with one of its images, None where all can be read
+    try:
+        for image in sample.images:
+            read_image(image)
+    except ImageError as e:
+        return str(e)
+
+
+def _unanswered(sample, error):  # line of the predictions file for a question that could not be asked
+    of_image = _image_error(sample)
+    return dict(id=sample.id, error=of_image or _explain(error), reason='image' if of_image else 'question')
+
+
+def _undecoded(sample, reply, error):  # line of the predictions file for a reply that cannot be decoded
+    return dict(id=sample.id, reply=reply, masks=[], labels=[], scores=[], skipped=1, error=_explain(error))
+
 # %% ../nbs/08_evaluate.ipynb #4ac4689f
 class _CodeComparison:  # true codes against the codes of replies; the images of 16 samples are encoded at a time
-    def __init__(self, tokenizer, policy, data):
+    def __init__(self, tokenizer, policy, data, report):
         self.tokenizer, self.policy, self.match, self.waiting = tokenizer, policy, CodeMatch(), []
         self.known_codes = getattr(data, 'known_codes', None)  # where the data hold the true codes
+        self.report = report
 
     def add(self, sample, truth, prediction, group):
-        if any(rle_area(m) for m in truth['masks']):
-            self.waiting.append((sample, truth, self._reply_codes(prediction), group))
+        try:
+            if any(rle_area(m) for m in truth['masks']):
+                self.waiting.append((sample, truth, self._reply_codes(prediction), group))
+        except Exception as e:
+            self._leave_out(sample, e)
         if len(self.waiting) == 16:
-            self.flush()
+            self.flush(16)
 
-    def flush(self):
-        waiting, self.waiting = self.waiting, []
-        if not waiting:
-            return
+    def flush(self, least=1):  # samples that are still waiting below which they wait for more
+        while len(self.waiting) >= least:
+            done, odd, self.waiting = _without_odd(self.waiting, self._compare, self._compare)
+            for (sample, _, found, group), (codes, upper_bound) in done:
+                self.match.update(codes, found, upper_bound, sample.id, group)
+            for (sample, *_), error in odd:
+                self._leave_out(sample, error)
+
+    def _leave_out(self, sample, error):
+        _stop(error)
+        self.report.add('codes not compared', f'{sample.id}: {_explain(error)}')
+
+    def _compare(self, waiting):  # -> for each sample the codes of its true masks, and what they decode to
         masks = [np.stack([m for m in map(rle_to_mask, truth['masks']) if m.any()]) for _, truth, _, _ in waiting]
         embedding = self.tokenizer.embed_image([sample.images[0] for sample, *_ in waiting])
         codes = self.tokenizer.encode(embedding, masks)
@@ -466,9 +539,8 @@ class _CodeComparison:  # true codes against the codes of replies; the images of
             if (known := self.known_codes(sample, self.tokenizer)) is not None:
                 codes[i] = np.array([known[k] for k in truth['numbers']])
         decoded = self.tokenizer.decode(embedding, codes)
-        for (sample, _, found, group), true_codes, true, best in zip(waiting, codes, masks, decoded):
-            upper_bound = mask_iou_pairs(true.any(0)[None], best.any(0)[None])[0]
-            self.match.update(true_codes.tolist(), found, upper_bound, sample.id, group)
+        bounds = [mask_iou_pairs(true.any(0)[None], best.any(0)[None])[0] for true, best in zip(masks, decoded)]
+        return [(true_codes.tolist(), bound) for true_codes, bound in zip(codes, bounds)]
 
     def _reply_codes(self, prediction):  # -> list of (K,) codes; None where the reply is masks without words
         spans = self.tokenizer.vocab.parse(_answer(prediction['reply']), self.policy)
@@ -508,7 +580,9 @@ class Scorer:
         ]
         self.calibration = Calibration()
         compare = tokenizer is not None and codes is not False and task.metric not in _WITHOUT_CODES
-        self.codes = _CodeComparison(tokenizer, self.policy, data) if compare else None
+        self.codes = _CodeComparison(tokenizer, self.policy, data, self.report) if compare else None
+        if tokenizer is not None:
+            tokenizer.vocab.parse('', self.policy)  # raises WordsError for a policy that there is not
         self.skipped = {}  # id of a sample: groups of mask words that were not read
 
     @property
@@ -539,7 +613,11 @@ class Scorer:
         prompts = metric.requests(truth['text'], plain_caption(prediction['reply']))
         rows = [dict(id=f'{sample.id}/{k}', task=self.task.name, prompt=p) for k, p in enumerate(prompts)]
         self.requests += rows
-        answers = self.judge(rows)
+        try:
+            answers = self.judge(rows)
+        except Exception as e:
+            _stop(e)
+            return self.report.add('not judged yet', f'{sample.id}: the judge failed: {_explain(e)}')
         if None in answers:
             why = f'{sample.id}: {answers.count(None)} of {len(rows)} requests have no answer.'
             return self.report.add('not judged yet', why)
@@ -553,14 +631,20 @@ class Scorer:
         "Count one sample, or name what is wrong with it."
         try:
             truth = truth_of(sample, self.rest)
-        except (MaskError, ImageError) as e:
-            self.report.add('truth that cannot be read', f'{sample.id}: {e}')
-            return False
+        except Exception as e:
+            _stop(e)
+            return self._leave_out(sample, e)
         if row is None:
             self.report.add('no prediction', f'{sample.id} has no line.')
-        prediction = None if row is None else self._read(row, sample, truth)
+        elif row.get('error') and row.get('reason') == 'image':
+            return self._leave_out(sample, row['error'], row['error'])
+        try:
+            prediction = None if row is None else self._read(row, sample, truth)
+        except ImageError as e:  # which words need, and masks do not
+            return self._leave_out(sample, e)
         if prediction is None or not self._count(sample, truth, prediction):
-            return self.missing == 'zero' and self._count(sample, truth, _NO_PREDICTION)
+            may = self.missing == 'zero' and not any(map(_is_broken, truth['masks'] + truth['ignore']))
+            return may and self._count(sample, truth, _NO_PREDICTION)
         last = self.metric.rows[-1] if self.metric.rows else {}
         scores = prediction['scores']
         if 'IoU' in last and len(prediction['masks']) == 1 == len(scores):
@@ -568,8 +652,17 @@ class Scorer:
                 self.calibration.update(scores[0], min(1.0, last['IoU']), id=sample.id)
         return True
 
-    def _read(self, row, sample, truth):  # -> dict, see _NO_PREDICTION
+    def _leave_out(self, sample, error, of_image=None):  # a sample that says nothing about the model -> False
+        if of_image := of_image or _image_error(sample):
+            self.report.add('data: ImageError: sample skipped', f'{sample.id}: {of_image}')
+        else:
+            self.report.add('truth that cannot be read', f'{sample.id}: {_explain(error)}')
+        return False
+
+    def _read(self, row, sample, truth):  # -> dict, see _NO_PREDICTION; raises ImageError
         reply, masks = _get(row, 'reply'), _get(row, 'masks')
+        if row.get('error') and reply is None and masks is None:
+            return self.report.add('question that could not be asked', f'{sample.id}: {row["error"]}')
         texts = self.task.metric in _WITHOUT_MASKS
         if texts:
             masks = []
@@ -579,7 +672,11 @@ class Scorer:
         if masks is None or texts and not isinstance(reply, str):
             why = f'{sample.id}: the line has {", ".join(row)}.'
             return self.report.add('neither masks nor a reply', why)
-        return _check_prediction({**row, 'masks': masks}, sample, truth['size'], self.report)
+        prediction = _check_prediction({**row, 'masks': masks}, sample, truth['size'], self.report)
+        if prediction and row.get('error') and not masks and not texts:
+            self.report.add('reply that could not be decoded', f'{sample.id}: {row["error"]}')
+            prediction['failed'] = True
+        return prediction
 
     def _decode(self, sample, reply):  # words -> what they add to a line
         if self.tokenizer is None and '<|mt_' in reply:
@@ -588,18 +685,27 @@ class Scorer:
             )
         if self.tokenizer is None:
             return dict(masks=[])
-        return prediction(sample, reply, sample.images[0], self.tokenizer, self.policy, self.threshold)
+        try:
+            return prediction(sample, reply, sample.images[0], self.tokenizer, self.policy, self.threshold)
+        except ImageError:
+            raise
+        except Exception as e:
+            _stop(e)
+            return _undecoded(sample, reply, e)
 
     def _count(self, sample, truth, prediction):  # into every accumulator -> did it work?
         try:
             for metric, update in self.parts:
                 update(metric, sample, truth, prediction, self)
-        except MetricError as e:
-            broken = any(map(_is_broken, prediction['masks']))
-            self.report.add('broken RLE' if broken else 'not counted', str(e))
+        except Exception as e:
+            _stop(e)
+            if any(map(_is_broken, truth['masks'] + truth['ignore'])):
+                return self._leave_out(sample, e)
+            kind = 'broken RLE' if any(map(_is_broken, prediction['masks'])) else 'not counted'
+            self.report.add(kind, str(e) if isinstance(e, MetricError) else f'{sample.id}: {_explain(e)}')
             return False
         if prediction['skipped'] is not None and self.task.metric not in _WITHOUT_MASKS:
-            self.skipped[sample.id] = int(prediction['skipped'])
+            self.skipped[sample.id] = prediction['skipped']
         if self.codes:
             self.codes.add(sample, truth, prediction, self.group(sample))
         return True
@@ -781,6 +887,10 @@ def paired_difference(
 _DATA_NAMES = {'toy_task': 'twin'}  # names of data in the folders of releases up to 0.1, which go on
 
 
+def _is_answer(line):  # of a store -> bool: does it hold a reply, or only why there is none?
+    return 'error' not in line or 'reply' in line
+
+
 def _plain(value):  # for JSON
     return fingerprint(value, sampled=True) if hasattr(value, 'state_dict') else str(value)
 
@@ -811,11 +921,30 @@ class Predictions(Run):
         super().__init__(Path(out) / re.sub(r'[^A-Za-z0-9_.+-]+', '_', task.name) / self.fingerprint, head)
         self.metrics_path, self.rank = self.path / f'predictions_{rank}.jsonl', rank
 
-    def rows(self) -> dict:  # id: prediction, of all processes
+    def rows(
+        self,
+        report: Report | None = None,  # counts the lines that are left out
+    ) -> dict:  # id: prediction, of all processes; an answer goes before a line that says why there is none
         "Read what is there."
-        lines = [line for f in sorted(self.path.glob('predictions_*.jsonl')) for line in read_rows(f)]
-        lines = [line for line in lines if line.get('run') == self.fingerprint and 'id' in line]
-        return {line['id']: line for line in reversed(lines)}
+        found, report = {}, Report() if report is None else report
+        for file in sorted(self.path.glob('predictions_*.jsonl')):
+            broken = []
+            for line in read_rows(file, broken):
+                self._take(found, line, file.name, report)
+            for number in broken:
+                report.add('broken line, asked again', f'Line {number} of {file.name} is no JSON object.')
+        return found
+
+    def _take(self, found, line, name, report):  # one line of a file into the dict, or into the report
+        id = line.get('id')
+        if line.get('run') != self.fingerprint:
+            report.add('line of another run, left out', f'{name} has a line of the run {line.get("run")}.')
+        elif not isinstance(id, (str, int)):
+            report.add('line without an id', f'{name} has a line with the keys {", ".join(line)}.')
+        elif id not in found or _is_answer(line) > _is_answer(found[id]):
+            found[id] = line
+        elif _is_answer(line):
+            report.add('double id, the first one counts', f'{name} has a second prediction for {id}.')
 
     def add(
         self,
@@ -858,10 +987,14 @@ def reply_batch(
     keys = [image_key(sample.images[0]) for sample in batch]
     missing = [s.images[0] for s, k, r in zip(batch, keys, replies) if k not in seen and '<|mt_' in r]
     seen |= model.embed_images(missing) if missing else {}
-    return [
-        prediction(sample, reply, seen.get(key), model.tokenizer, policy or task.policy, threshold)
-        for sample, key, reply in zip(batch, keys, replies)
-    ]
+    rows = []
+    for sample, key, reply in zip(batch, keys, replies):
+        try:
+            rows.append(prediction(sample, reply, seen.get(key), model.tokenizer, policy or task.policy, threshold))
+        except Exception as e:
+            _stop(e)
+            rows.append(_undecoded(sample, reply, e))
+    return rows
 
 
 def predict(
@@ -873,26 +1006,43 @@ def predict(
     batch: int = 16,  # samples at a time
     rank: int = 0,  # number of this process
     world: int = 1,  # number of processes
-    **how,  # see reply_batch
-) -> int:  # samples that were answered now
-    "Answer the samples of a task that have no prediction yet."
+    policy: str | None = None,  # how replies are read, see MaskVocab.parse; None: as the task says
+    constrained: bool | None = None,  # see MaskVLM.generate; None: the model's own setting
+    threshold: float | None = None,  # logit above which a pixel is inside; None: the tokenizer's own
+    known_codes: 'Callable | None' = None,  # see reply_batch
+) -> int:  # samples that were asked now; raises EvaluateError
+    "Answer the samples of a task that have no answer yet."
+    if batch < 1:
+        raise EvaluateError(f'{batch} samples at a time were asked for: give a number of at least 1.')
+    model.tokenizer.vocab.parse('', policy or task.policy)  # a wrong setting is no fault of the samples
+    if not _gives_truth(model, task):
+        model.generate([], task.max_new_tokens, constrained, words=[])
+
+    def answer(part, task=task):
+        return reply_batch(model, task, part, policy, constrained, threshold, known_codes)
+
+    def ask_one(part):
+        answer(part, replace(task, max_new_tokens=1))
+
     with store.lock() as mine:
         if not mine:
             raise EvaluateError(f'Another process is writing predictions into {store.path.name}: wait for it.')
-        done, todo, count = set(store.rows()), [], 0
+        known, todo, count = store.rows(), [], 0
 
-        def flush():
-            for row in reply_batch(model, task, todo, **how) if todo else ():
-                store.add(row)
-            todo.clear()
+        def flush(least=1):  # a batch that loses an odd sample is filled up, so that the others are asked as without it
+            while len(todo) >= least:
+                done, odd, todo[:] = _without_odd(todo, answer, ask_one)
+                for row in [row for _, row in done] + [_unanswered(sample, error) for sample, error in odd]:
+                    if 'reply' in row or known.get(row['id'], {}).get('error') != row['error']:
+                        store.add(row)
 
         for i, sample in enumerate(data if isinstance(data, list) else samples(task, data, n)):
-            if i % world != rank or sample.id in done:
+            if i % world != rank or sample.id in known and _is_answer(known[sample.id]):
                 continue
             todo.append(sample)
             count += 1
             if len(todo) == batch:
-                flush()
+                flush(batch)
         flush()
     return count
 
@@ -990,7 +1140,7 @@ def _score_store(task, store, chosen, data, n, start, n_boot, seed, judge=None, 
     # predictions of our own, samples (ChatDataset or list) -> Score; writes requests and score.json beside them
     requests, answers = store.path / 'requests.jsonl', store.path / 'answers.jsonl'
     scorer = Scorer(task, data, judge=judge or (answers if answers.exists() else None), **how)
-    rows, total = store.rows(), 0
+    rows, total = store.rows(scorer.report), 0
     before = Report() if isinstance(chosen, list) else Report().merge(data.report)
     for sample in chosen if isinstance(chosen, list) else samples(task, chosen, n):
         scorer.add(sample, rows.get(sample.id))
@@ -999,7 +1149,7 @@ def _score_store(task, store, chosen, data, n, start, n_boot, seed, judge=None, 
         write_rows(requests, scorer.requests)
     _add_left_out(scorer.report, data, before)
     found = Score(task, scorer, total, start, n_boot, seed)
-    (store.path / 'score.json').write_text(json.dumps(found.to_dict(), indent=1, default=str))
+    atomic_write(store.path / 'score.json', json.dumps(found.to_dict(), indent=1, default=str) + '\n')
     return found
 
 
@@ -1058,7 +1208,8 @@ def _saved_runs(
     folder, kind
 ):  # kind: published, ours, toy -> list of dict of Evaluation.save; other files are left out
     found = [read_json(f) for f in sorted(folder.glob(f'{kind}_*.json'))]
-    return [r for r in found if isinstance(r, dict) and isinstance(r.get('tasks'), dict)]
+    parts = dict(tasks=dict, environment=dict, model=str, command=str)
+    return [r for r in found if isinstance(r, dict) and all(isinstance(r.get(k), t) for k, t in parts.items())]
 
 
 def _figure(at, run):  # "task/figure" or "task/figure/group", a saved evaluation -> its entry or None
@@ -1161,14 +1312,12 @@ def paper_table(
 ) -> table:  # raises EvaluateError
     "Show a table of the paper beside what was run here; a dash where nothing was."
     folder = Path(folder or data_file().parent / 'results')
-    try:
-        known = json.loads((folder / 'paper.json').read_text())
-        tables = known['tables']
-    except OSError as e:
+    if not (folder / 'paper.json').is_file():
         raise EvaluateError(
-            f"The paper's figures, paper.json, are not in {folder.name} ({e.strerror}): "
-            'they are part of a checkout, in results/.'
-        ) from e
+            f"The paper's figures, paper.json, are not in {folder.name}: they are part of a checkout, in results/."
+        )
+    known = read_json(folder / 'paper.json', 'tables', error=EvaluateError)
+    tables = known['tables']
     if name not in tables:
         raise EvaluateError(f'There is no table {name!r} in paper.json: choose one of {", ".join(tables)}.')
     if toy:
@@ -1184,20 +1333,28 @@ def write_questions(
     folder: 'str | Path',  # made if missing
     n: int | None = None,  # samples at most
     root: str = '',  # folder that the task's files are below
+    report: Report | None = None,  # counts the samples that are left out
 ) -> int:  # number of questions
     "Write the questions of a task for a model that lives elsewhere: JSON lines, PNG, and masks in them as RLE."
-    folder, lines = Path(folder), []
+    folder, lines, data = Path(folder), [], open_task(task, root)
+    report, before = Report() if report is None else report, Report().merge(data.report)
     folder.mkdir(parents=True, exist_ok=True)
-    for i, sample in enumerate(samples(task, open_task(task, root), n)):
-        question, names = ask(task, sample), []
-        for j, image in enumerate(question.images):
-            names.append(str(image) if isinstance(image, (str, Path)) else f'{i}_{j}.png')
-            if not isinstance(image, (str, Path)):
-                Image.fromarray(read_image(image)).save(folder / names[-1])
-        masks = [mask_to_rle(mask_array(question, k)) for k in range(len(question))]
-        line = dict(id=question.id, messages=question.messages, images=names, masks=masks, mask_of=question.of)
-        lines.append(json.dumps(line, ensure_ascii=False))
-    (folder / 'questions.jsonl').write_text('\n'.join(lines) + '\n')
+    for i, sample in enumerate(samples(task, data, n)):
+        try:
+            images = [read_image(image) for image in sample.images]
+            question = ask(task, sample)
+            masks = [mask_to_rle(mask_array(question, k)) for k in range(len(question))]
+        except Exception as e:
+            _stop(e)
+            report.add(f'{type(e).__name__}: sample skipped', f'{sample.id}: {_explain(e)}')
+            continue
+        names = [str(k) if isinstance(k, (str, Path)) else f'{i}_{j}.png' for j, k in enumerate(question.images)]
+        for name, given, image in zip(names, question.images, images):
+            if not isinstance(given, (str, Path)):
+                Image.fromarray(image).save(folder / name)
+        lines.append(dict(id=question.id, messages=question.messages, images=names, masks=masks, mask_of=question.of))
+    write_rows(folder / 'questions.jsonl', lines)
+    _add_left_out(report, data, before)
     return len(lines)
 
 # %% ../nbs/08_evaluate.ipynb #fc1d3691
@@ -1276,7 +1433,7 @@ def _score_file(a, task):  # arguments, Task -> Score
     if a.requests:
         write_rows(a.requests, found.scorer.requests)
     if a.out:
-        Path(a.out).write_text(json.dumps(found.to_dict(), indent=1, default=str) + '\n')
+        atomic_write(a.out, json.dumps(found.to_dict(), indent=1, default=str) + '\n')
     return found
 
 
@@ -1296,14 +1453,24 @@ def _evaluate_model(a, tasks, argv):  # arguments, list of Task, what was typed 
     return list(found.scores.values())
 
 
+def _print_report(task, report):
+    for kind, count in report.items():
+        print(f'{task.name}: {kind}: {count}. {report.examples.get(kind, "")}')
+
+
 def _run(a, argv):  # arguments, what was typed -> list of Score; None: questions were written
     tasks = _chosen_tasks(a)
+    if min(a.n, a.seed, a.gpus) < 0:
+        raise EvaluateError(f'--n {a.n} --seed {a.seed} --gpus {a.gpus}: give numbers of at least 0.')
+    if a.threshold is not None and not math.isfinite(a.threshold):
+        raise EvaluateError(f'The threshold {a.threshold} is not finite: every pixel would be outside, or inside.')
     if any(t.drawn for t in tasks) and not a.n:
         a.n = 200  # scenes have no end of their own
     if a.questions:
         for task in tasks:
-            folder = Path(a.questions) / task.name.replace(':', '_')
-            print(f'{write_questions(task, folder, a.n or None, a.root)} questions of {task.name}')
+            folder, report = Path(a.questions) / task.name.replace(':', '_'), Report()
+            print(f'{write_questions(task, folder, a.n or None, a.root, report)} questions of {task.name}')
+            _print_report(task, report)
         return None
     if a.predictions and len(tasks) > 1:
         raise EvaluateError('A file of predictions belongs to one task: name one.')
@@ -1314,27 +1481,34 @@ def _run(a, argv):  # arguments, what was typed -> list of Score; None: question
     return [_score_file(a, tasks[0])] if a.predictions else _evaluate_model(a, tasks, argv)
 
 
-def main(
-    argv: list | None = None,  # of str; None: those of this process
-) -> int:  # exit code: 0, 1 where nothing could be counted, 2 for an error
-    "Evaluate from the command line."
-    argv = sys.argv[1:] if argv is None else list(argv)
-    a = _arguments(argv)
+def _print_scores(a, argv):  # arguments, what was typed -> exit code
     if not a.task:
         print(*[f'{t.name:16} {t.metric:15} {" ".join(t.splits)}' for t in all_tasks().values()], sep='\n')
         return 0
     try:
         scores = _run(a, argv)
-        if scores is None:
-            return 0
-        print(table([r for s in scores for r in s.rows()])._repr_markdown_())
-        for s in scores:
-            for kind, count in s.report.items():
-                print(f'{s.task.name}: {kind}: {count}. {s.report.examples.get(kind, "")}')
-    except (ValueError, OSError) as e:
-        print(f'samtok-eval: {e}', file=sys.stderr)
-        return 2
+    except ValueError as e:
+        ours = type(e).__module__.split('.')[0] == 'samtok'
+        raise e if ours else EvaluateError(_explain(e)) from e
+    if scores is None:
+        return 0
+    print(table([r for s in scores for r in s.rows()])._repr_markdown_())
+    for s in scores:
+        _print_report(s.task, s.report)
     return int(any(not s.n for s in scores) and 'RANK' not in os.environ)
+
+
+def main(
+    argv: list | None = None,  # of str; None: those of this process
+) -> int:  # exit code: 0, 1 where nothing could be counted, 2 for an error, 130 after Ctrl-C, 141 for a closed pipe
+    "Evaluate from the command line."
+    argv = sys.argv[1:] if argv is None else list(argv)
+    a = _arguments(argv)
+    try:
+        with one_line('samtok-eval'):
+            return _print_scores(a, argv)
+    except SystemExit as e:
+        return e.code
 
 
 if __name__ == '__main__' and '__file__' in globals():

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VOC_NAMES', 'CITY_NAMES', 'REGISTRY', 'TOOLS', 'GENERATED', 'CocoInstances', 'Lvis', 'EntitySeg', 'PixelWeb',
-           'CocoPanoptic', 'Coconut', 'Sa1b', 'Labelme', 'ReasonSeg', 'IdMaps', 'AdeChallenge', 'Voc', 'Cityscapes',
-           'CityscapesPolygons', 'Ade20k', 'YoloSeg', 'SaV', 'VideoRles', 'Mevis', 'Revos', 'VideoPngs', 'RefYtvos',
-           'Davis', 'open_dataset']
+           'CocoPanoptic', 'Coconut', 'Sa1b', 'Labelme', 'ReasonSeg', 'IdMaps', 'AdeChallenge', 'voc_palette', 'Voc',
+           'Cityscapes', 'CityscapesPolygons', 'Ade20k', 'YoloSeg', 'SaV', 'VideoRles', 'Mevis', 'Revos', 'VideoPngs',
+           'RefYtvos', 'Davis', 'open_dataset']
 
 # %% ../nbs/00f_formats.ipynb #44477fbb
 import base64
@@ -342,7 +342,11 @@ def _shape_mask(shape, size):
     "A labelme shape -> (H,W) bool; raises MaskError and ImageError."
     kind = shape.get('shape_type') or 'polygon'
     points = _points(shape)
-    if kind in ('polygon', 'rotation', 'quadrilateral') or kind == 'rectangle' and len(points) == 4:
+    if (
+        kind in ('polygon', 'rotation', 'quadrilateral', 'oriented_rectangle')
+        or kind == 'rectangle'
+        and len(points) == 4
+    ):
         return polygons_to_mask([points.ravel().tolist()], size)
     if kind == 'rectangle' and len(points) == 2:
         (x0, y0), (x1, y1) = points
@@ -354,13 +358,22 @@ def _shape_mask(shape, size):
         return _pasted(shape, points[0], size)
     if kind in ('rectangle', 'circle', 'mask'):
         raise MaskError(f'The shape {shape.get("label")!r} is a {kind} with {len(points)} points.')
-    raise MaskError(f'The shape {shape.get("label")!r} is a {kind}, which has no area.')
+    why = 'has no area' if kind in ('point', 'points', 'line', 'linestrip') else 'is not read'
+    raise MaskError(f'The shape {shape.get("label")!r} is a {kind}, which {why}.')
+
+
+def _from_base64(text):
+    "Bytes of a base64 text, also of a data URI and in the letters of URLs; raises TypeError, ValueError."
+    if isinstance(text, str):
+        text = text[text.index(',') + 1 :] if text.startswith('data:') else text
+        text = text.replace('-', '+').replace('_', '/')
+    return base64.b64decode(text)
 
 
 def _pasted(shape, corner, size):
     "A mask that is stored as a small image with its corner -> (H,W) bool."
     try:
-        piece = read_ids(base64.b64decode(shape['mask'])) > 0
+        piece = read_ids(_from_base64(shape['mask'])) > 0
     except (KeyError, TypeError, ValueError) as e:
         raise MaskError(f'The shape {shape.get("label")!r} has a mask that cannot be read: {e}.') from e
     mask = np.zeros(size, bool)
@@ -436,7 +449,7 @@ class Labelme(MaskDataset):
             if shape.get('label') == '__ignore__':
                 void.append(shape)
             else:
-                objects[i if group is None else repr((shape.get('label'), group))].append(shape)
+                objects[i if group in (None, '') else repr((shape.get('label'), id_key(group) or group))].append(shape)
         regions = []
         for parts in objects.values():
             label = _label_of(self, parts[0].get('label'), place)
@@ -464,7 +477,7 @@ class Labelme(MaskDataset):
     def _image(self, path, data):
         if data.get('imageData'):
             try:
-                content = base64.b64decode(data['imageData'])
+                content = _from_base64(data['imageData'])
                 read_image(content)
                 return content
             except (TypeError, ValueError) as e:
@@ -536,7 +549,7 @@ class ReasonSeg(Labelme):
         texts = (texts,) if isinstance(texts, str) else tuple(texts) if isinstance(texts, list) else ()
         if not texts or not all(isinstance(text, str) for text in texts):
             raise DataError('Its text is no list of questions.')
-        return {'texts': texts, 'is_sentence': bool(data.get('is_sentence'))}
+        return {'texts': texts, 'is_sentence': _is_flag(data.get('is_sentence'))}
 
     def _beside(self, path, data):
         return find_image(os.path.dirname(path), os.path.splitext(os.path.basename(path))[0], self.report)
@@ -596,7 +609,7 @@ class IdMaps(MaskDataset):
         ids = read_ids(path)
         if 255 not in self.ignore and is_smoothed(ids):
             self.report.add('smoothed edge: cut at half', f'{self.name}, sample {key} is 0 and 255 with a smooth edge.')
-            ids = np.where(ids > 127, 255, 0)
+            ids = np.where(ids > ids.max() // 2, 255, 0)
         regions = [dict(mask=mask, **self.region(i, key)) for i, mask in _id_regions(ids, self.ignore)]
         return self.build(self._image(key), regions, key, ids.shape)
 
@@ -637,8 +650,34 @@ VOC_NAMES = (
 ).split()
 
 
+def voc_palette(
+    number: int,  # of a class or an object, in [0,256)
+) -> tuple:  # (R,G,B) in [0,256)
+    "Look a number up in VOC's palette."
+    channels = [0, 0, 0]
+    for bit in range(8):
+        for c in range(3):
+            channels[c] |= (number >> (3 * bit + c) & 1) << (7 - bit)
+    return tuple(channels)
+
+
+_VOC_PALETTE = {int(np.dot(voc_palette(k), [1, 256, 65536])): k for k in range(256)}  # as ids of a map in colours
+
+
+def _voc_numbers(path):
+    "A map of VOC as numbers, also where it was saved in the colours of its palette; raises ImageError."
+    ids = read_ids(path)
+    found = np.unique(ids).tolist()
+    if {*found} <= {*range(len(VOC_NAMES)), 255} or not {*found} <= {*_VOC_PALETTE}:
+        return ids
+    return np.array([_VOC_PALETTE[i] for i in found])[np.searchsorted(found, ids)]
+
+
 class Voc(IdMaps):
-    "Read Pascal VOC: JPEGImages, SegmentationObject and SegmentationClass of one root; 0 and 255 are no regions."
+    """Read Pascal VOC: JPEGImages, SegmentationObject and SegmentationClass of one root; 0 and 255 are no regions.
+
+    Maps that were saved in the colours of VOC's palette are read as well.
+    """
 
     name = 'voc'
     ignore = (0, 255)
@@ -664,10 +703,12 @@ class Voc(IdMaps):
     ) -> MaskSample:  # raises ImageError and MaskError
         "Read one image and its two maps."
         key = Path(path).stem
-        objects = read_ids(path)
-        classes = read_ids(os.path.join(self.classes, key + '.png'))
+        objects = _voc_numbers(path)
+        classes = _voc_numbers(os.path.join(self.classes, key + '.png'))
         if objects.shape != classes.shape:
             raise MaskError(f'The two maps of {key} have the shapes {objects.shape} and {classes.shape}.')
+        if (~np.isin(classes, self.ignore) & np.isin(objects, self.ignore)).any():
+            self.report.add('class without object: pixels left out', f'{self.name}, sample {key}.')
         regions = [
             dict(mask=mask, **self.region(int(np.bincount(classes[mask()]).argmax()), key))
             for _, mask in _id_regions(objects, self.ignore)

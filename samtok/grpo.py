@@ -20,11 +20,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LogitsProcessorList, PreTrainedTokenizerBase, PrinterCallback
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, PrinterCallback, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
 from .benchmarks import Task, ask, is_heldout, open_task, samples
-from .chat import THINK, Conversation, check_messages, fill
+from .chat import THINK, Conversation, check_messages, fill, render_chat, to_messages
 from .data import Report, read_image
 from .evaluate import Evaluation, paired_difference
 from .grammar import mask_pattern
@@ -119,17 +119,21 @@ def read_prompts(
     heldout: float = 0.0,  # share of the records that is left out, for evaluation
     report: Report | None = None,  # counts the records that cannot be asked
     image_processor: Callable | None = None,  # of the model, to try each image; None: images are only read
+    processor: ProcessorMixin
+    | None = None,  # of the model, whose chat template has to write each prompt; None: untried
 ):  # datasets.Dataset: prompt (messages), image, answer (str), sample_id, kind
     "Read prompts from tokenised shards, each set as often as its weight says; raises RunError where there is none."
     from datasets import concatenate_datasets, load_dataset
 
     report, parts = Report() if report is None else report, []
+    if processor:  # a template that does not end, or refuses every question, ends the run before it has started
+        _render_question(processor, 'What is this?')
     for s in shards:
         records = load_dataset('parquet', data_files=str(Path(s['path']) / '*.parquet'), split='train')
         if heldout:
             records = records.select([i for i, name in enumerate(records['id']) if not is_heldout(name, heldout)])
         prompts = records.map(
-            lambda record: _tried_prompt(record, think, image_processor), remove_columns=records.column_names
+            lambda record: _tried_prompt(record, think, image_processor, processor), remove_columns=records.column_names
         )
         for problem in filter(None, prompts['problem']):
             reason, _, example = problem.partition(': ')
@@ -146,7 +150,12 @@ def read_prompts(
     return prompts.select([mixed[i] for i in range(len(mixed))])
 
 
-def _prompt(record, think, image_processor):
+def _render_question(processor, question):
+    "Try the chat template, which TRL renders without a limit of time; raises ChatError, TemplateTimeout."
+    render_chat(processor, to_messages([dict(role='user', content='<image:0>' + question)])[0], True)
+
+
+def _prompt(record, think, image_processor, processor):
     "Question, image and answer of a record; raises whatever is wrong with it."
     messages = json.loads(record['messages'])
     check_messages(messages, len(record['images']))
@@ -156,8 +165,11 @@ def _prompt(record, think, image_processor):
     image = Image.fromarray(read_image(record['images'][0]))
     if image_processor:
         image_processor(images=[image])
+    question = THINK.format(question=question) if think else question
+    if processor:
+        _render_question(processor, question)
     return dict(
-        prompt=[dict(role='user', content=THINK.format(question=question) if think else question)],
+        prompt=[dict(role='user', content=question)],
         image=image,
         answer=answer,
         sample_id=record['id'],
@@ -166,10 +178,10 @@ def _prompt(record, think, image_processor):
     )
 
 
-def _tried_prompt(record, think, image_processor):
+def _tried_prompt(record, think, image_processor, processor):
     "As _prompt; where a record cannot be asked, its `problem` says why."
     try:
-        return _prompt(record, think, image_processor)
+        return _prompt(record, think, image_processor, processor)
     except (NameError, ImportError, MemoryError):
         raise  # mistakes in the program
     except Exception as e:  # a processor refuses images in every way
@@ -298,6 +310,7 @@ def grpo_config(
         max_grad_norm=params['clip'],
         steps_per_generation=params['rollout'] or None,
         logging_steps=params['log_every'],
+        logging_nan_inf_filter=False,  # else a loss that is not finite is logged as 0
         save_steps=params['checkpoint_every'],
         save_total_limit=2,  # one to go back to where the newest is broken
         seed=params['seed'],
@@ -338,6 +351,13 @@ class RewardLog(RunLog):
     ):
         super().__init__(run, on_log)
         self.terms = terms
+        self.rewards = []  # SafeReward of the trainer, whose failures are counted
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        "Go on with the failures of a resumed run, too."
+        super().on_train_begin(args, state, control, **kwargs)
+        for reward in self.rewards[:1]:
+            reward.failed = int(self.run.last('failed'))
 
     def row(
         self,
@@ -350,6 +370,8 @@ class RewardLog(RunLog):
         for term in self.terms:
             mean = logs.get(f'rewards/{term}/mean')  # None where no reply of the step has the term
             found[term] = None if mean is None else float(mean)
+        if self.rewards:
+            found['failed'] = sum(reward.failed for reward in self.rewards)
         return found
 
 
@@ -423,7 +445,8 @@ def _train(run, on_log):
     vlm = load_policy(params)
     shards = open_shards(run, vlm.tokenizer)
     report = Report()
-    prompts = read_prompts(shards, params['think'], params['heldout'], report, vlm.processor.image_processor)
+    processor = vlm.processor
+    prompts = read_prompts(shards, params['think'], params['heldout'], report, processor.image_processor, processor)
     tasks = grpo_tasks(params, shards, vlm.tokenizer)
     terms = [r.__name__ for r in mask_rewards(params, vlm.tokenizer)[0]]
     log = RewardLog(run, terms, on_log)
@@ -432,6 +455,7 @@ def _train(run, on_log):
         raise RunError(
             f'{n} processes run, {processes(params)} were asked for: start with torchrun or through run_grpo().'
         )
+    log.rewards = [r.reward for r in trainer.reward_funcs]
     memory = (
         f"The GPU's memory is full with {params['batch']} replies of up to {params['max_new_tokens']} tokens "
         f'at a time: lower batch (and raise accumulate {params["accumulate"]} as much) or max_new_tokens, '
@@ -441,7 +465,7 @@ def _train(run, on_log):
     if not run.main:
         return None
     vlm.model = trained
-    return finish(run, vlm, tasks, [r.reward for r in trainer.reward_funcs], time.time() - log.started, report)
+    return finish(run, vlm, tasks, log.rewards, time.time() - log.started, report)
 
 # %% ../nbs/06_grpo.ipynb #a6629dec
 def heldout_prompts(
@@ -546,7 +570,7 @@ def finish(
     "Save the policy, compare it with its start, look for exploits, write the result."
     params = run.params
     vlm.save_pretrained(run.path / 'vlm')
-    seen = [r['reward'] for r in run.rows() if 'reward' in r]
+    seen = [r['reward'] for r in run.rows() if isinstance(r.get('reward'), (int, float))]  # null: it was not finite
     quarter = max(1, len(seen) // 4)
     metrics = dict(
         reward_first_quarter=float(np.mean(seen[:quarter])) if seen else None,

@@ -27,6 +27,8 @@ def check_mask(
     "Check that `mask` is one binary mask and return it as bool."
     if isinstance(mask, (str, Path)):
         raise MaskError(f'The {name} is the name of a file ({mask}): read it first, samtok.cli.read_masks(path, size).')
+    if mask is None:
+        raise MaskError(f'The {name} is missing: the annotation has none, as one of a box or of keypoints only.')
     if isinstance(mask, dict):
         raise MaskError(
             f'The {name} is a dict; if it is a run-length code, decode it first: segmentation_to_mask(rle, size).'

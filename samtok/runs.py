@@ -870,7 +870,10 @@ class Run:
     def result(self) -> dict | None:
         "What `save_result` wrote, None before."
         delete = 'delete this file, and the run goes on from its last checkpoint'
-        return self._read(self.result_path, delete) if self.finished else None
+        found = self._read(self.result_path, delete) if self.finished else None
+        if found is not None and not isinstance(found.get('metrics'), dict):
+            raise RunError(f'The run in {self.name} is damaged: result.json has no metrics. To go on, {delete}.')
+        return found
 
     def skip(self) -> bool:  # is there a result already?
         "Say so where a run is finished, since nothing will run."

@@ -7,7 +7,8 @@ __all__ = ['RECIPES', 'LEARN', 'more_params', 'load_params', 'processes', 'check
            'MixedRecords', 'training_records', 'vision_weights', 'build_model', 'lora_config', 'ready_adapters',
            'RunLog', 'StepBar', 'checkpointing', 'sft_config', 'sequence_tokens', 'make_trainer', 'evaluation_tasks',
            'measure', 'HeldoutEvaluation', 'check_weights', 'check_evaluation', 'check_params', 'full_memory',
-           'trained_model', 'train_and_merge', 'open_shards', 'train', 'run_report', 'finish', 'run_sft', 'main']
+           'trained_model', 'resume_step', 'train_and_merge', 'open_shards', 'train', 'run_report', 'finish', 'run_sft',
+           'main']
 
 # %% ../nbs/04_sft.ipynb #90db874a
 import json
@@ -25,13 +26,14 @@ from transformers import PrinterCallback, ProcessorMixin, Trainer, TrainerCallba
 
 from .batches import ChatCollator, left_out, row_positions
 from .benchmarks import Task, find_tasks, get_task, is_heldout, open_task
-from .checkpoints import find_pretrained
+from .checkpoints import check_saved, expected_tensors, find_pretrained
 from .data import Report
 from .evaluate import Evaluation, evaluate
 from .losses import StepGuard
 from samtok.runs import (
     Run,
     RunError,
+    atomic_write,
     check_gpus,
     data_file,
     find_file,
@@ -63,10 +65,10 @@ def more_params(
     "Read further parameters."
     try:
         found = json.loads(more or '{}')
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or {'scale', 'gpus'} & found.keys():
-        raise RunError(f'more is {more!r}: give a JSON object without scale and gpus, such as {{"warmup": 0.1}}.')
+        raise RunError(f'more is {more[:100]!r}: give a JSON object without scale and gpus, such as {{"warmup": 0.1}}.')
     return found
 
 
@@ -283,6 +285,10 @@ def ready_adapters(
     return model
 
 # %% ../nbs/04_sft.ipynb #3bf63da8
+def _run_fingerprint(run):  # Run -> 16 digits that its parameters, as the folder keeps them, decide on
+    return fingerprint(read_json(run.path / 'params.json'))
+
+
 class RunLog(TrainerCallback):
     "Write the trainer's log into the metrics of a run."
 
@@ -339,9 +345,16 @@ class RunLog(TrainerCallback):
             self.on_log_rows(self.run.rows())
 
     def on_save(self, args, state, control, **kwargs):
-        "Keep the counts with the checkpoint, so that a resumed run counts nothing twice."
-        if self.run.main and self.counts.is_dir():
-            shutil.copytree(self.counts, Path(args.output_dir) / f'checkpoint-{state.global_step}' / 'left_out')
+        "Write beside the checkpoint whose it is, what its files are, and the counts, so that nothing counts twice."
+        if not self.run.main:
+            return
+        folder, found = Path(args.output_dir) / f'checkpoint-{state.global_step}', left_out(self.counts)
+        counts = [dict(reason=k, count=n, first=found.examples.get(k, '')) for k, n in found.items()]
+        shutil.rmtree(folder / 'left_out', ignore_errors=True)  # of a checkpoint of this step that was broken
+        atomic_write(folder / 'left_out' / 'counts.json', json.dumps(counts))
+        files = [f for f in folder.iterdir() if f.is_file() and not f.name.startswith(('rng_state', 'run.json'))]
+        about = dict(run=_run_fingerprint(self.run), files={f.name: f.stat().st_size for f in files})
+        atomic_write(folder / 'run.json', json.dumps(about, indent=1))
 
     def row(
         self,
@@ -403,6 +416,7 @@ def sft_config(
         max_grad_norm=params['clip'],
         adam_beta2=params['beta2'],
         logging_steps=params['log_every'],
+        logging_nan_inf_filter=False,  # else a loss that is not finite is logged as 0
         save_steps=params['checkpoint_every'],
         save_total_limit=2,  # one to go back to where the newest is broken
         seed=params['seed'],
@@ -490,11 +504,13 @@ def measure(
     root: str = '',  # folder that the tasks' files are below
 ) -> Evaluation:  # with figures()
     "Measure a model in this process alone, also in the middle of its training."
-    training = vlm.model.training
+    modes = [(module, module.training) for module in vlm.model.modules()]
     vlm.model.eval()
-    found = evaluate(vlm, tasks, n, Path(path) / 'evaluation', root=root, rank=0, world=1)
-    vlm.model.train(training)
-    return found
+    try:
+        return evaluate(vlm, tasks, n, Path(path) / 'evaluation', root=root, rank=0, world=1)
+    finally:
+        for module, training in modes:  # each for itself: a frozen tower may stay in eval mode
+            module.training = training
 
 
 class HeldoutEvaluation(TrainerCallback):
@@ -597,6 +613,27 @@ def trained_model(
     return model.eval()
 
 
+def resume_step(
+    run: Run,  # its folder holds the checkpoints
+    model: torch.nn.Module,  # what is trained, before it is distributed
+) -> int | None:  # raises RunError where there are checkpoints and none is whole
+    "Find the newest checkpoint that a run can go on from: its own, with all its files and weights."
+    folder, own = run.path / 'checkpoints', _run_fingerprint(run)
+
+    def check(step):
+        here = folder / f'checkpoint-{step}'
+        about = read_json(here / 'run.json', 'run', 'files') if (here / 'run.json').exists() else {}
+        if about.get('run', own) != own:
+            raise RunError('it is of another run')
+        for name, size in about.get('files', {}).items():
+            if not (here / name).is_file() or (here / name).stat().st_size != size:
+                raise RunError(f'{name} is missing or has another size than when it was written')
+        if any(here.glob('*model*.safetensors')):  # FSDP and DeepSpeed save in parts of their own
+            check_saved(here, expected_tensors(model))
+
+    return last_checkpoint(folder, check=check)
+
+
 def train_and_merge(
     trainer: Trainer,  # TRL's trainer
     run: Run,  # its metrics after the last checkpoint are dropped
@@ -604,7 +641,7 @@ def train_and_merge(
 ):  # the trained model; None on ranks that do not write; raises RunError
     "Train from the last checkpoint of a run."
     folder = run.path / 'checkpoints'
-    step = last_checkpoint(folder)
+    step = resume_step(run, trainer.model)
     run.truncate(step or 0)
     start = folder / f'checkpoint-{step}' if step else None
     if run.main:  # the counts of that step

@@ -270,6 +270,8 @@ def write_shard(
         with pq.ParquetWriter(part, schema, use_dictionary=['dataset', 'task']) as writer:
             for i in range(0, len(rows), 64):
                 writer.write_table(pa.Table.from_pylist(rows[i : i + 64], schema))
+        with open(part, 'rb') as written:
+            os.fsync(written.fileno())  # a loss of power leaves it whole or absent
         if not path.exists():
             os.replace(part, path)
     except (OSError, pa.ArrowException) as e:
@@ -344,6 +346,19 @@ def _hash_files(paths):  # -> list of their hashes, in the same order
         return list(pool.map(_sha256, paths))
 
 
+def _read_report(folder):  # folder with a report.json -> dict; raises RunError where it is not what was written
+    advice = f'delete {folder.name}/report.json and tokenise again, the shards stay.'
+    try:
+        report = read_json(folder / 'report.json', 'plan')
+    except RunError as e:
+        raise RunError(f'The report of {folder.name} cannot be used. {e} To go on, {advice}') from e
+    files = report.get('files', {})  # older releases wrote none
+    whole = isinstance(report['plan'], dict) and isinstance(files, dict)
+    if not whole or not all(isinstance(f, dict) and {'size', 'sha256'} <= f.keys() for f in files.values()):
+        raise RunError(f'The report of {folder.name} is damaged: {advice}')
+    return report
+
+
 def _remember(folder, known):  # that the files of a folder are those of its report, as long as they stay untouched
     states = {name: [*_state(folder / name), about['sha256']] for name, about in known.items()}
     with suppress(RunError):  # a folder that cannot be written is hashed in every run
@@ -360,8 +375,8 @@ def verify_shards(
 ):  # raises RunError that names the file
     "Compare a finished folder with its report: which files, their sizes, and once their contents."
     folder = Path(folder)
-    report = read_json(folder / 'report.json') if (folder / 'report.json').exists() else {}
-    if not (known := report.get('files') if isinstance(report, dict) else None):
+    known = _read_report(folder).get('files') if (folder / 'report.json').exists() else None
+    if not known:
         return
     advice = f'delete {folder.name}/report.json and that file and tokenise again; the other shards stay.'
     there = {path.name: _state(path) for path in folder.glob('*.parquet')}
@@ -464,7 +479,7 @@ def tokenize_data(
     plan = Run(out, plan, main=rank == 0).params
     if (out / 'report.json').exists():
         verify_shards(out)
-        return read_json(out / 'report.json')
+        return _read_report(out)
     count = -(-records // shard)
     out.mkdir(parents=True, exist_ok=True)
     with lock(out / f'.rank-{rank}.lock') as mine:
@@ -505,7 +520,7 @@ def _written_by(folder):  # -> [(name of the file, fingerprint or None, vocabula
     import pyarrow.parquet as pq
 
     if (folder / 'report.json').exists():
-        found = {'report.json': read_json(folder / 'report.json')}
+        found = {'report.json': _read_report(folder)}
     else:
         found = {}
         for path in sorted(folder.glob('*.parquet')):
@@ -553,7 +568,12 @@ def data_fingerprint(
 
 # %% ../nbs/03d_shards.ipynb #58e29cef
 def _spec(data, args):  # --data and --args -> dict, or list of dicts, for open_mixture; raises DataError
-    if not isinstance(args, dict) or 'name' in args:
+    if isinstance(args, dict) and 'name' in args:
+        raise DataError(
+            f'--args names a data set ({args["name"]!r}), and --data {data} needs it as its argument: '
+            'write \'{"dataset": {"name": ...}}\' with --data instances, or name a format of conversations with --data.'
+        )
+    if not isinstance(args, dict):
         raise DataError(
             f'--args is {args!r}: give the arguments of the data set as a JSON object in quotes, '
             'for example \'{"root": "mine"}\'.'

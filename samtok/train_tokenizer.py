@@ -30,7 +30,7 @@ from samtok.checkpoints import (
     read_checkpoint,
     sam2_state,
 )
-from .data import MaskDataset, MaskSample, Mixture
+from .data import MaskDataset, MaskSample, Mixture, leaf_datasets
 from .formats import GENERATED, open_dataset
 from .losses import StepGuard, candidate_loss, logit_iou, mask_terms
 from .masks import mask_iou_pairs
@@ -414,11 +414,13 @@ class Trainer:
         self,
         params: dict,  # of load_params
         run: Run,  # where metrics, checkpoints and result go; its newest whole checkpoint is resumed
+        data: MaskDataset | None = None,  # training data, whose counts go on after a resume; None: they do not
     ):
         from accelerate import Accelerator
 
         self.params = params
         self.run = run
+        self.parts = [] if data is None else leaf_datasets(data)  # of the data, each with its report
         cuda = torch.cuda.is_available() and params['gpus'] > 0
         self.accelerator = Accelerator(cpu=not cuda, mixed_precision='bf16' if cuda and params['bf16'] else 'no')
         ranks, wanted = self.accelerator.num_processes, max(1, params['gpus'])
@@ -457,6 +459,9 @@ class Trainer:
             self.step, self.taken, self.saved = state['step'], state['taken'], [last]
             if 'guard' in state:
                 self.guard.load_state_dict(state['guard'])
+            for part, counts in zip(self.parts, state.get('reports', [])):
+                part.report.clear()  # what was counted when it was opened, was counted before
+                part.report.update(counts)
         if self.accelerator.is_main_process:
             self.run.truncate(self.step)
 
@@ -511,7 +516,7 @@ class Trainer:
     def save(self) -> None:  # raises CheckpointError where a weight is not finite
         "Write this rank's checkpoint; when all ranks have written theirs, delete all but this and the one before."
         path = self._checkpoint_path(self.step)
-        more = dict(guard=self.guard.state_dict())
+        more = dict(guard=self.guard.state_dict(), reports=[dict(part.report) for part in self.parts])
         save_checkpoint(path, self.step, self.model, self.optimizer, self.rng, self.taken, **more)
         self.accelerator.wait_for_everyone()
         self.saved = [*self.saved, self.step][-2:]
@@ -558,14 +563,15 @@ class Trainer:
     def finish(
         self,
         seconds: float,  # duration of the run
-        report: dict | None = None,  # reason -> count, of the training data since the start or the last resume
+        report: dict | None = None,  # reason -> count, of the training data
     ) -> dict:  # the run's result
         "Save the tokenizer, evaluate it on held-out data, and write result.json."
         params = self.params
         self.model.eval().save_pretrained(self.run.path / 'tokenizer')  # read back before there is a result
         found = evaluate_tokenizer(self.model, heldout_data(params))
         metrics = summarise(found, params['codebook_size'])
-        metrics['masks_seen'] = sum(record['masks'] for record in self.run.rows())
+        seen = [record.get('masks') for record in self.run.rows()]
+        metrics['masks_seen'] = sum(count for count in seen if isinstance(count, (int, float)))
         metrics['skipped_steps'] = self.guard.skipped
         if left_out := {k: v for k, v in (report or {}).items() if k not in ('ok', 'masks')}:
             metrics['left_out'] = left_out
@@ -592,7 +598,7 @@ def _train_steps(params, run, on_log):  # dict, held Run, Callable or None -> re
     data = training_data(params)
     described = params['data'] if params['data'] in GENERATED else _listed(params['data'])
     run.keep(training_data=fingerprint(described, data.fingerprint()))
-    trainer = Trainer(params, run)
+    trainer = Trainer(params, run, data)
     started = time.time() - run.last('seconds')  # of the steps that a resumed run does not repeat
     stream = data.stream(
         seed=params['seed'],

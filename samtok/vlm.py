@@ -7,7 +7,10 @@ __all__ = ['MODELS', 'matrices', 'add_mask_words', 'load_vlm', 'Instance', 'Inst
            'MaskVLM']
 
 # %% ../nbs/03b_vlm.ipynb #07305074
+import json
 import re
+import subprocess
+import sys
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +42,7 @@ from samtok.checkpoints import (
     find_pretrained,
     hub_problem,
     not_finite,
+    packed_tensors,
     tensor_shapes,
 )
 from .data import read_image
@@ -119,6 +123,8 @@ _BOUNDS = dict.fromkeys(_LAYERS, (1, 1000)) | {  # of a config.json at any level
     'patch_size': (1, 1024),
     'spatial_merge_size': (1, 64),
     'temporal_patch_size': (1, 64),
+    'window_size': (1, 16384),
+    'projector_pooling_ratio': (1, 64),
     'num_channels': (1, 64),
     'in_channels': (1, 64),
     'num_position_embeddings': (1, 10**7),
@@ -135,6 +141,7 @@ _PIXELS = {  # of the processors' files: lowest, highest
     'merge_size': (1, 64),
     'temporal_patch_size': (1, 64),
     'tile_size': (1, 16384),
+    'pooling_ratio': (1, 64),
     'max_num_tiles': (1, 1000),
     'image_std': (1e-6, 1e6),
     'rescale_factor': (1e-9, 1e6),
@@ -160,10 +167,17 @@ def _levels(config, name):  # nested dicts of a JSON file -> yields (name for a 
             yield from _levels(value, f'{name}, {key}')
 
 
+def _check_lengths(level, name):  # dict of a config, its name; raises VLMError for a list that no config needs
+    long = [k for k, v in level.items() if isinstance(v, list) and len(v) > 10_000]
+    if long:
+        raise VLMError(f'{name}: {long[0]} has {len(level[long[0]])} entries, possible is 10000. The file is damaged.')
+
+
 def _check_files(folder):  # of a model: the numbers and names in its small files; raises VLMError
     raw = read_json(folder / 'config.json', error=VLMError)
     for name, level in _levels(raw, f'{folder.name}/config.json'):
         check_bounds(level, _BOUNDS, name, VLMError)
+        _check_lengths(level, name)
         for key in ('attn_implementation', '_attn_implementation', 'experts_implementation'):
             if '/' in str(level.get(key, '')):
                 raise VLMError(f'{name}: {key} names code of others ({level[key]!r}), which is not run. Remove it.')
@@ -174,6 +188,7 @@ def _check_files(folder):  # of a model: the numbers and names in its small file
         if (folder / file).is_file():
             for name, level in _levels(read_json(folder / file, error=VLMError), f'{folder.name}/{file}'):
                 check_bounds(level, _PIXELS, name, VLMError)
+                _check_lengths(level, name)
     return raw
 
 
@@ -238,6 +253,20 @@ def _check_loaded(info, name):  # what from_pretrained or load_adapter reports, 
         )
 
 
+def _check_types(folder, model):  # Path, loaded model; raises VLMError for numbers that are no weights without a scale
+    if getattr(model.config, 'quantization_config', None):
+        return
+    own = {k.rpartition('.')[2] for k, v in model.state_dict().items() if not v.is_floating_point()}
+    packed = packed_tensors(folder, VLMError)
+    packed = {k: v for k, v in packed.items() if k.rpartition('.')[2] not in own and not _HARMLESS.search(k)}
+    if packed:
+        first, kind = next(iter(packed.items()))
+        raise VLMError(
+            f'{len(packed)} weights in {folder.name} are stored as integers or float8 (first: {first}, {kind}), and '
+            'its config has no quantization_config that says how to read them: copy or download the whole folder.'
+        )
+
+
 def _check_values(model, name):  # raises VLMError for NaN or infinity among the weights
     broken = {k: not_finite(v.detach()) for k, v in model.named_parameters()}
     broken = {k: count for k, count in broken.items() if count}
@@ -279,6 +308,17 @@ def _check_words(model, tokenizer, name):  # does each token have its row? raise
         )
 
 
+def _check_image_token(model, processor, name):  # do model and processor mean the same token? raises VLMError
+    its, token = getattr(model.config, 'image_token_id', None), getattr(processor, 'image_token', None)
+    if isinstance(its, int) and isinstance(token, str):
+        known = processor.tokenizer.get_vocab().get(token)
+        if known != its:
+            raise VLMError(
+                f'The model in {name} reads images where the token {its} stands, and its processor writes {token} as '
+                f'{known}: one of them is of another model. Copy the processor that was saved with the weights.'
+            )
+
+
 def _load_model(folder, dtype, kwargs):  # Path -> model, every weight from the files; raises VLMError
     if parts := sorted(folder.glob('shard-*-model-*.safetensors')):
         raise VLMError(
@@ -299,6 +339,7 @@ def _load_model(folder, dtype, kwargs):  # Path -> model, every weight from the 
         **kwargs,
     )
     _check_loaded(info, folder.name)
+    _check_types(folder, model)
     tied = matrices(model)[2]
     if config.tie_word_embeddings and not tied:
         warnings.warn(
@@ -312,6 +353,53 @@ def _load_model(folder, dtype, kwargs):  # Path -> model, every weight from the 
     return model
 
 
+_SECONDS = 10.0  # for the patterns of an adapter
+_MATCH = """import json, re, sys
+patterns, names = json.load(sys.stdin)
+for p in patterns:
+    for form in (p, rf'(.*\\.)?({p})$', rf'.*\\.{p}\\.(\\d+)\\.'):
+        for name in names:
+            re.fullmatch(form, name), re.match(form, name)
+"""  # as peft compares the names of layers with those in an adapter's config
+
+
+def _check_patterns(config, names, name):  # dict of an adapter, names of the model's layers; raises VLMError
+    patterns = [config[k] for k in ('target_modules', 'exclude_modules') if isinstance(config.get(k), str)]
+    for key in ('rank_pattern', 'alpha_pattern', 'layers_pattern'):
+        value = config.get(key) or []
+        patterns += [value] if isinstance(value, str) else [str(v) for v in value]
+    if not patterns:
+        return
+    try:  # no thread can be stopped in the middle of a match
+        command = [sys.executable, '-I', '-c', _MATCH]
+        subprocess.run(
+            command, input=json.dumps([patterns, names]), timeout=_SECONDS, check=True, capture_output=True, text=True
+        )
+    except subprocess.TimeoutExpired as e:
+        raise VLMError(f'{name}: the patterns that name its layers do not end ({str(patterns)[:80]}).') from e
+    except subprocess.CalledProcessError as e:
+        raise VLMError(f'{name}: {str(patterns)[:80]} is no regular expression.') from e
+
+
+def _check_adapter(folder, model):  # Path, base model; raises VLMError for a config that would take all time or memory
+    name, shapes = f'{folder.name}/adapter_config.json', tensor_shapes(folder, VLMError)
+    config = read_json(folder / 'adapter_config.json', error=VLMError)
+    _check_lengths(config, name)
+    ranks = dict(r=(1, max([1, *(n for shape in shapes.values() for n in shape)])))  # a rank is a side of its matrices
+    check_bounds(config, ranks | dict(lora_alpha=(-1e6, 1e6), lora_dropout=(0, 1)), name, VLMError)
+    for key, bounds in (('rank_pattern', ranks['r']), ('alpha_pattern', (-1e6, 1e6))):
+        values = config.get(key) or {}
+        if not isinstance(values, dict):
+            raise VLMError(f'{name}: {key} is no object with names and values.')
+        for pattern, value in values.items():
+            check_bounds({key: value}, {key: bounds}, f'{name}, {pattern[:80]}', VLMError)
+    _check_patterns(config, [k for k, _ in model.named_modules()], name)
+    if packed := packed_tensors(folder, VLMError):
+        raise VLMError(
+            f'{folder.name}: {next(iter(packed))} is stored as {next(iter(packed.values()))}, not as a float.'
+        )
+
+
 def _load_adapter(folder, dtype, kwargs):  # Path -> model with a peft adapter; raises VLMError
     base = read_json(folder / 'adapter_config.json', 'base_model_name_or_path', error=VLMError)
     base = base['base_model_name_or_path']
@@ -323,7 +411,7 @@ def _load_adapter(folder, dtype, kwargs):  # Path -> model with a peft adapter; 
     if any((folder / f).is_file() for f in ('tokenizer_config.json', 'tokenizer.json')):
         processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     _check_words(model, processor.tokenizer, folder.name)
-    tensor_shapes(folder, VLMError)
+    _check_adapter(folder, model)
     _check_loaded(model.load_adapter(str(folder)).to_dict(), folder.name)
     return model, processor
 
@@ -355,6 +443,7 @@ def load_vlm(
             model = _load_model(folder, dtype, rest)
             processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False, **hub)
             _check_words(model, processor.tokenizer, folder.name)
+        _check_image_token(model, processor, folder.name)
         _check_values(model, folder.name)
         if isinstance(name, str):
             model.name_or_path = model.config._name_or_path = name  # not the folder of the cache
@@ -578,7 +667,9 @@ class MaskVLM:
             self.model.save_pretrained(folder)
             self.processor.save_pretrained(folder)
             self.tokenizer.save_pretrained(Path(folder) / 'mask_tokenizer')
-        except (OSError, SafetensorError) as e:
+        except Exception as e:
+            if not isinstance(e, (OSError, SafetensorError)) and 'os error' not in str(e):  # as tokenizers says it
+                raise
             raise CheckpointError(f'The model could not be written to {folder}: {e}. Save it elsewhere.') from e
         check_saved(folder, expected_tensors(self.model))
 

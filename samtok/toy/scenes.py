@@ -21,7 +21,7 @@ import numpy as np
 
 from ..chat import PROMPTS, ChatDataset, ChatError, Conversation, answer_masks, answer_triplets, reading_order
 from ..masks import masks_to_boxes
-from ..runs import RunError, atomic_write, check_device, find_file, parse_args, pool_map, progress
+from ..runs import RunError, atomic_write, check_device, find_file, one_line, parse_args, pool_map, progress
 from ..shards import open_conversations, tokenizer_fingerprint
 from .shapeworld import COLORS, INVERSE, LETTERS, SHAPES, SIZES, TEXTURES, ShapeWorld, render
 from ..words import MaskVocab
@@ -534,9 +534,21 @@ def toy_corpus(
     return texts + values * 200
 
 # %% ../../nbs/toy/01_scenes.ipynb #438acddc
+def _read_arrays(path):  # Path of an .npz file -> dict of its arrays; raises RunError where it is cut off
+    try:
+        with np.load(path) as file:
+            return {k: file[k] for k in file.files}
+    except FileNotFoundError:
+        raise
+    except Exception as e:  # zip and NumPy raise every kind on broken bytes
+        raise RunError(
+            f'{path.name} is no whole file of codes ({type(e).__name__}): delete it, and it is made again.'
+        ) from e
+
+
 def _same_codes(path, expected):  # Path, dict of fingerprints -> path; raises RunError where the file has others
-    with np.load(path) as file:
-        differ = [k for k, v in expected.items() if k not in file or str(file[k]) != v]
+    arrays = _read_arrays(path)
+    differ = [k for k, v in expected.items() if k not in arrays or str(arrays[k]) != v]
     if differ:
         raise RunError(
             f'{path.name} holds codes of another tokenizer or other scenes ({", ".join(differ)} differ): '
@@ -550,8 +562,8 @@ def _save_arrays(path, **arrays):
 
 
 def _read_part(path):  # -> codes (M,K) uint16, number of objects of each scene
-    with np.load(path) as file:
-        return file['codes'], file['objects']
+    arrays = _read_arrays(path)
+    return arrays['codes'], arrays['objects']
 
 
 def _encode_scenes(world, tokenizer, numbers, batch, chunk, workers):
@@ -640,9 +652,11 @@ def code_table(
 ) -> CodeTable:  # raises RunError
     "Read the codes of ShapeWorld scenes."
     path = Path(path)
-    with np.load(path) as file:
-        table = CodeTable(file['codes'], file['starts'], vocab)
-        made_by = str(file['fingerprint']) if 'fingerprint' in file else None
+    arrays = _read_arrays(path)
+    if not {'codes', 'starts'} <= set(arrays):
+        raise RunError(f'{path.name} holds no codes of scenes: make it with python -m samtok.toy.scenes.')
+    table = CodeTable(arrays['codes'], arrays['starts'], vocab)
+    made_by = str(arrays['fingerprint']) if 'fingerprint' in arrays else None
     if table.codes.shape[1] != vocab.depth or table.codes.max(initial=0) >= vocab.codebook_size:
         raise RunError(
             f'{path.name} holds codes of another mask tokenizer '
@@ -668,8 +682,13 @@ def _write_codes(options):  # dict of options -> Path, or None while other proce
     device = check_device(options['device'])
     if device == 'cuda':
         device = f'cuda:{int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()}'
+    world = open_conversations('shapeworld', **options['args']).world
+    if not (type(world.n) is type(world.size) is int and world.n > 0 and 16 <= world.size <= 4096):
+        raise RunError(f'{world.n} scenes of size {world.size} were asked for: give at least 1, of 16 to 4096 pixels.')
+    if options['workers'] < 0:
+        raise RunError(f'{options["workers"]} workers were asked for: give 0 for this process alone, or a number.')
     return scene_codes(
-        open_conversations('shapeworld', **options['args']).world,
+        world,
         MaskTokenizer.from_pretrained(options['tokenizer'], device=device),
         options['out'],
         workers=options['workers'],
@@ -697,15 +716,13 @@ def main(
         description='Encode the masks of all objects of ShapeWorld scenes, once.',
     )
     finished = options['out'].endswith('.npz') and Path(options['out']).exists()
-    try:
+    with one_line('samtok.toy.scenes'):
         path = _write_codes(options)
-    except (ValueError, OSError) as e:
-        print(f'samtok.toy.scenes: {e}', file=sys.stderr)
-        raise SystemExit(2) from e
-    if path and finished:
-        print(f'samtok.toy.scenes: {path.name} was finished before, and nothing was encoded again.', file=sys.stderr)
-    if path:
-        print(json.dumps(dict(file=path.name), indent=1))
+        if path and finished:
+            about = f'{path.name} was finished before, and nothing was encoded again.'
+            print(f'samtok.toy.scenes: {about}', file=sys.stderr)
+        if path:
+            print(json.dumps(dict(file=path.name), indent=1))
 
 
 if __name__ == '__main__' and '__file__' in globals():

@@ -9,6 +9,7 @@ __all__ = ['load_toy_params', 'check_toy_params', 'SceneRecords', 'box_words', '
 
 # %% ../../nbs/toy/04_toy_sft.ipynb #74920095
 import json
+import math
 import os
 import re
 import time
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 from transformers import ProcessorMixin, TrainerCallback
 
-from ..chat import PROMPTS, to_messages
+from ..chat import PROMPTS, render_chat, to_messages
 from ..checkpoints import find_pretrained
 from ..data import read_image
 from ..evaluate import evaluate
@@ -29,7 +30,6 @@ from samtok.runs import (
     RunError,
     data_file,
     find_file,
-    last_checkpoint,
     launch,
     load_scale,
     mean_ci,
@@ -47,6 +47,7 @@ from samtok.sft import (
     full_memory,
     make_trainer,
     processes,
+    resume_step,
     run_report,
     train_and_merge,
     vision_weights,
@@ -69,16 +70,21 @@ from ..vlm import MaskVLM, VLMError, add_mask_words, load_vlm, write_replies
 from ..words import MaskVocab
 
 # %% ../../nbs/toy/04_toy_sft.ipynb #a8533f82
+def _is_weight(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
 def _expression_weights(text):  # JSON text of a dict kind -> weight, or empty -> dict, or None; raises RunError
     try:
         found = json.loads(text or 'null')
-    except ValueError:
+    except (ValueError, RecursionError):
         found = text
     if found is None:
         return None
-    if not (isinstance(found, dict) and found and all(isinstance(v, (int, float)) and v > 0 for v in found.values())):
+    if not (isinstance(found, dict) and found and all(_is_weight(v) for v in found.values())):
         raise RunError(
-            f'expression_weights is {text}: give weights above zero as JSON, such as {{"order": 0.3, "place": 0.2}}.'
+            f'expression_weights is {text[:100]}: '
+            'give weights above zero as JSON, such as {"order": 0.3, "place": 0.2}.'
         )
     if {'no_target', 'nothing'} & found.keys():
         raise RunError(
@@ -288,7 +294,7 @@ def evaluate_boxes(
         for scene, text, _, _ in part:
             question = dict(role='user', content='<image:0>\n' + PROMPTS['refer'].format(phrase=text))
             messages = to_messages([question])[0]
-            prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            prompt = render_chat(processor, messages, add_generation_prompt=True)
             prompts.append((prompt, [Image.fromarray(render(scene))]))
         replies = write_replies(model, processor, prompts, 96)
         for (scene, _, ids, _), reply in zip(part, replies):
@@ -343,7 +349,7 @@ def finish_toy(
     "Save the model, measure it on held-out scenes, write the result."
     for part in vlm if isinstance(vlm, tuple) else [vlm]:
         part.save_pretrained(run.path / 'vlm')
-    rows = run.rows()
+    rows = [r for r in run.rows() if 'loss' in r]
     metrics = dict(run_loss=rows[-1]['loss'] if rows else None, **run_report(run))
     if run.params['eval_n']:
         metrics |= heldout_metrics(vlm, run.params['eval_n'], run.path / 'evaluation')
@@ -430,7 +436,7 @@ def _train_toy(run, on_log):
             f'{n} processes run, {processes(params)} were asked for: start with torchrun or through run_toy_sft().'
         )
     inner = trainer.accelerator.unwrap_model(trainer.model)
-    if params['vision_pretrain_steps'] and not last_checkpoint(run.path / 'checkpoints'):
+    if params['vision_pretrain_steps'] and not resume_step(run, inner):
         pretrain_stage(params, inner, processor, vocab, run)
     if params['cache_images']:
         if params['workers']:

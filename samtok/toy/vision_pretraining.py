@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import time
 import types
@@ -683,8 +684,9 @@ def _pretrain_run(run, params):  # held Run, dict -> result; None on ranks that 
     processor.save_pretrained(folder)
     check_saved(folder, expected_tensors(model))
     metrics = {k: mean_ci(v) for k, v in read_cells(model.float(), processor, params['eval_n']).items()}
-    changed = ' '.join(f'--{k} {v}' for k, v in params.items() if v != VISION_PRETRAINING[k])
-    command = f'python -m samtok.toy.vision_pretraining {changed}'
+    changed = {k: v for k, v in params.items() if v != VISION_PRETRAINING[k]}
+    texts = [f'--{k}={json.dumps(v) if isinstance(v, (list, dict)) else v}' for k, v in changed.items()]
+    command = shlex.join(['python', '-m', 'samtok.toy.vision_pretraining', *texts])
     run.save_result(metrics, n=params['eval_n'], seconds=round(time.time() - started, 1), command=command)
     for name in ('vision_pretraining.pt', 'vision_pretraining_before.pt'):
         (run.path / name).unlink(missing_ok=True)
