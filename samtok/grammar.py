@@ -81,28 +81,34 @@ def word_states(
 _NEVER = 32767  # the price of a forbidden token
 
 
-def _set_forbidden(out, scores, changes, value):
-    # (N,V), changed in place; where its values come from; of Grammar.changes; what forbidden tokens get -> out
+def _set_forbidden(scores, changes, value):  # (N,V), changed in place; of Grammar.changes; what forbidden tokens get
     for rows, tokens, keep in changes:
         cells = rows[:, None], tokens
         if keep:
             kept = scores[cells]
-            out.index_fill_(0, rows, value)
-            out[cells] = kept
+            scores.index_fill_(0, rows, value)
+            scores[cells] = kept
         else:
-            out[cells] = value
-    return out
+            scores[cells] = value
+    return scores
 
 
 def _forbidden(scores, changes, value):  # the same in a new tensor (...,V)
     flat, closed = scores.reshape(-1, scores.shape[-1]), set()
-    if flat.device.type == 'cpu':  # where memory is slow: a row that is filled need not be copied before
+    if flat.device.type == 'cpu':
         closed.update(row for rows, _, keep in changes if keep for row in rows.tolist())
-    out = torch.empty_like(flat) if closed else flat.clone()
-    if closed:
-        for row in sorted(set(range(len(flat))) - closed):
-            out[row] = flat[row]
-    return _set_forbidden(out, flat, changes, value).view(scores.shape)
+    if not closed:
+        return _set_forbidden(flat.clone(), changes, value).view(scores.shape)
+    out = torch.empty_like(flat)  # on a CPU memory is slow: each row is written once, filled or copied
+    for row in range(len(flat)):
+        if row in closed:
+            out[row].fill_(value)
+        else:
+            out[row].copy_(flat[row])
+    for rows, tokens, keep in changes:
+        cells = rows[:, None], tokens
+        out[cells] = flat[cells] if keep else value
+    return out.view(scores.shape)
 
 
 class _Forbid(torch.autograd.Function):  # the same with gradients, which forbidden tokens do not have
@@ -496,7 +502,7 @@ class GrammarRows:
         for grammar, found in alike.items():
             at, states, left = torch.tensor(found, device=logits.device).T
             changes = [(at[rows], tokens, keep) for rows, tokens, keep in grammar.changes(states, left, size)]
-            _set_forbidden(logits, logits, changes, float('-inf'))
+            _set_forbidden(logits, changes, float('-inf'))
         return logits
 
 # %% ../nbs/03a_grammar.ipynb #edac4424
