@@ -30,6 +30,7 @@ from samtok.files import (
     IMAGE_SUFFIXES,
     DataError,
     ImageError,
+    count_guessed,
     find_image,
     read_data_json,
     read_image,
@@ -236,6 +237,15 @@ class AnnotationTool(MaskDataset):
             self.report.merge(self.notes)
         return self.items[i]
 
+    def given(
+        self,
+        shapes: Iterable,  # of one sample
+    ) -> list:  # of them
+        "List the shapes of a sample before its image is looked for: if it is skipped, they are counted with it."
+        shapes = list(shapes)
+        self.report.pending = len(shapes)
+        return shapes
+
     def sample(
         self,
         image: str | Path,  # file of the image
@@ -245,6 +255,7 @@ class AnnotationTool(MaskDataset):
         **meta,  # kept in the sample's meta
     ) -> MaskSample:  # raises ImageError and MaskError
         "Make a sample of an image and its shapes; those that become no mask are counted."
+        shapes = self.given(shapes)
         if size is None:
             image = read_image(image)
             size = image.shape[:2]
@@ -255,8 +266,6 @@ class AnnotationTool(MaskDataset):
                 regions.append(region)
         if self.join_groups:
             regions = self._join(regions, id)
-        if not regions:
-            self.report.add('no region: image without masks', f'{self.name}, sample {id} has no region.')
         return self.build(image, regions, id, size, **meta)
 
     def _region(self, shape, size, place):
@@ -307,23 +316,24 @@ def _read_bytes(path):
 _CODEC = re.compile(rb'encoding *= *["\']((?:windows|iso|cp|gb|big5|euc|shift|koi)[\w-]*)', re.I)
 
 
-def _decode_xml(data):
+def _decode_xml(data, guessed):
     "Text of an XML file without its first line, which may name an encoding the parser does not know, or a wrong one."
     named, text = _CODEC.search(data[:200]), None
     if named:
         with suppress(LookupError, UnicodeError):
             text = data.decode(named[1].decode())
-    return re.sub(r'^\s*<\?xml.*?\?>', '', decode_text(data) if text is None else text, flags=re.S)
+    return re.sub(r'^\s*<\?xml.*?\?>', '', decode_text(data, guessed) if text is None else text, flags=re.S)
 
 
 def read_xml(
     path: str | Path,  # file
+    report: Report | None = None,  # counts a file whose encoding was guessed
 ) -> ET.Element:  # the outermost element; raises DataError
     "Read an XML file that defines no entities."
     name = os.path.basename(path)
-    data = _read_bytes(path)
+    data, guessed = _read_bytes(path), []
     problem = None
-    for read in (lambda: data, lambda: _decode_xml(data)):
+    for read in (lambda: data, lambda: _decode_xml(data, guessed)):
         content = read()
         plain = content if isinstance(content, bytes) else content.encode()
         plain = plain.replace(b'\0', b'').upper()  # also UTF-16
@@ -332,7 +342,9 @@ def read_xml(
                 f'The file {name} defines XML entities (<!DOCTYPE ...>), which no export needs: it is not read.'
             )
         try:
-            return ET.fromstring(content)
+            root = ET.fromstring(content)
+            count_guessed(report, path, guessed)
+            return root
         except (ET.ParseError, ValueError, LookupError, RecursionError) as e:
             problem = problem or e
     raise DataError(f'The file {name} is not XML: {problem}.') from problem
@@ -399,7 +411,7 @@ class Cvat(AnnotationTool):
     ):
         super().__init__(images, boxes, join_groups, max_masks)
         file = os.path.basename(xml)
-        annotations = read_xml(xml)
+        annotations = read_xml(xml, self.notes)
         if annotations.tag != 'annotations':
             raise DataError(f'The file {file} is <{annotations.tag}>; export "CVAT for images 1.1".')
         self.items = annotations.findall('image')
@@ -434,6 +446,7 @@ class Cvat(AnnotationTool):
     ) -> MaskSample:  # raises DataError, ImageError and MaskError
         "Read one image with its shapes."
         element = self.item(i)
+        self.given(element)
         name = self._name(element)
         size = _size(element.get('height'), element.get('width'))
         return self.sample(self.find(name), element, name, size)
@@ -517,7 +530,7 @@ class LabelStudio(AnnotationTool):
         max_masks: int | None = None,  # at most so many masks of an image at a time, see MaskDataset
     ):
         super().__init__(images, boxes, False, max_masks)
-        tasks = read_data_json(json)
+        tasks = read_data_json(json, report=self.notes)
         self.tasks = tasks if isinstance(tasks, list) else [tasks]
         self.key = key
         self.annotation = annotation
@@ -602,21 +615,24 @@ class LabelStudio(AnnotationTool):
                 f'Task {id} has no such annotation ({len(finished)} finished, {len(cancelled)} cancelled): '
                 'is the file the export "JSON", and was the task done?'
             )
+        results = _listed(finished[k].get('result'), 'results')
+        shapes = self.given(_studio_groups(results))
         name = self._image(task)
         if not isinstance(name, str):
             data = task.get('data')
             keys = ', '.join(map(str, data)) if isinstance(data, dict) else 'none'
             raise DataError(f'Task {id} does not name one image: choose with key= among its data ({keys}).')
-        results = _listed(finished[k].get('result'), 'results')
         sizes = [_size(r.get('original_height'), r.get('original_width')) for r in results if isinstance(r, dict)]
         size = next(filter(None, sizes), None)
         id = f'{id}/{finished[k].get("id", k)}' if self.annotation == 'all' else id
-        return self.sample(self.find(name), _studio_groups(results), id, size)
+        return self.sample(self.find(name), shapes, id, size)
 
 # %% ../nbs/00g_annotation_tools.ipynb #9a82a9cf
-def _read_text(path):
-    "Text of a file in any of the usual encodings; raises DataError."
-    return decode_text(_read_bytes(path))
+def _read_text(path, report=None):
+    "Text of a file in any of the usual encodings, of which a guessed one is counted; raises DataError."
+    text = decode_text(_read_bytes(path), guessed := [])
+    count_guessed(report, path, guessed)
+    return text
 
 
 def _via_csv(path, notes):
@@ -624,7 +640,7 @@ def _via_csv(path, notes):
     file = os.path.basename(path)
     csv.field_size_limit(1 << 28)  # a long polygon is one field
     try:
-        rows = list(csv.reader(io.StringIO(_read_text(path), newline='')))
+        rows = list(csv.reader(io.StringIO(_read_text(path, notes), newline='')))
     except csv.Error as e:
         raise DataError(f'The file {file} is not CSV: {e}.') from e
     header = [name.lstrip('#').strip() for name in (rows or [[]])[0]]
@@ -678,7 +694,8 @@ class Via(AnnotationTool):
         max_masks: int | None = None,  # at most so many masks of an image at a time, see MaskDataset
     ):
         super().__init__(images, boxes, False, max_masks)
-        data = _via_csv(file, self.notes) if str(file).lower().endswith('.csv') else read_data_json(file)
+        is_csv = str(file).lower().endswith('.csv')
+        data = _via_csv(file, self.notes) if is_csv else read_data_json(file, report=self.notes)
         data = data.get('_via_img_metadata', data) if isinstance(data, dict) else None
         entries = list(data.values()) if isinstance(data, dict) else []
         named = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get('filename'), str)]
@@ -712,7 +729,8 @@ class Via(AnnotationTool):
     ) -> MaskSample:  # raises DataError, ImageError and MaskError
         "Read one image with its regions."
         entry = self.item(i)
-        return self.sample(self.find(entry['filename']), _listed(entry.get('regions'), 'regions'), entry['filename'])
+        shapes = self.given(_listed(entry.get('regions'), 'regions'))
+        return self.sample(self.find(entry['filename']), shapes, entry['filename'])
 
 # %% ../nbs/00g_annotation_tools.ipynb #3ceffadf
 def _holed_polygon(points, size):
@@ -751,7 +769,8 @@ class Supervisely(AnnotationTool):
         max_masks: int | None = None,  # at most so many masks of an image at a time, see MaskDataset
     ):
         super().__init__(root, boxes, False, max_masks)
-        classes = _listed(read_data_json(os.path.join(root, 'meta.json'), 'classes')['classes'], 'classes')
+        meta = read_data_json(os.path.join(root, 'meta.json'), 'classes', report=self.notes)
+        classes = _listed(meta['classes'], 'classes')
         self.titles = {entry.get('id'): entry.get('title') for entry in classes if isinstance(entry, dict)}
         files = walk_files(root, '.json', self.notes)
         self.items = [path for path in files if os.path.basename(os.path.dirname(path)) == 'ann']
@@ -774,14 +793,15 @@ class Supervisely(AnnotationTool):
     ) -> MaskSample:  # raises DataError, ImageError and MaskError
         "Read one image with its objects."
         path = self.item(i)
-        data = read_data_json(path, 'objects')
+        data = read_data_json(path, 'objects', report=self.report)
+        shapes = self.given(_listed(data['objects'], 'objects'))
         stated = data.get('size') if isinstance(data.get('size'), dict) else {}
         folder = os.path.join(os.path.dirname(os.path.dirname(path)), 'img')
         name = os.path.basename(path)[: -len('.json')]
         id = Path(os.path.relpath(os.path.join(folder, name), self.folder)).as_posix()
         image = find_image(folder, name, self.report)
         size = _size(stated.get('height'), stated.get('width'))
-        return self.sample(image, _listed(data['objects'], 'objects'), id, size)
+        return self.sample(image, shapes, id, size)
 
 # %% ../nbs/00g_annotation_tools.ipynb #8d4d06ff
 def _datumaro_shape(entry):
@@ -821,7 +841,7 @@ class Datumaro(AnnotationTool):
         for path in files:
             own = Path(path).stem
             if subset in ('', own):
-                data = read_data_json(path, 'categories', 'items')
+                data = read_data_json(path, 'categories', 'items', report=self.notes)
                 known = _fields(_fields(data['categories'], 'categories').get('label') or {}, 'categories')
                 self.labels[own] = [_fields(e, 'label').get('name') for e in _listed(known.get('labels'), 'labels')]
                 self.items += [(own, entry) for entry in _listed(data['items'], 'items')]
@@ -859,8 +879,9 @@ class Datumaro(AnnotationTool):
     ) -> MaskSample:  # raises DataError, ImageError and MaskError
         "Read one item with its annotations."
         subset, entry = self.item(i)
-        image, size = self._image(subset, _fields(entry, 'item'))
-        shapes = [(subset, shape) for shape in _listed(entry.get('annotations'), 'annotations')]
+        listed = _listed(_fields(entry, 'item').get('annotations'), 'annotations')
+        shapes = self.given((subset, shape) for shape in listed)
+        image, size = self._image(subset, entry)
         return self.sample(image, shapes, f'{subset}/{entry["id"]}', size)
 
 # %% ../nbs/00g_annotation_tools.ipynb #e73431ae
@@ -901,11 +922,12 @@ class Labelbox(AnnotationTool):
     def _rows(self, path):
         "Data rows of the file; broken lines are counted."
         rows = []
-        for number, row in read_records(path, DataError):
+        for number, row in read_records(path, DataError, guessed := []):
             if isinstance(row, DataError):
                 self.notes.add('broken line: left out', f'{self.name}, line {number}: {row}')
             else:
                 rows.append(row)
+        count_guessed(self.notes, path, guessed)
         if not any(isinstance(row, dict) and 'data_row' in row for row in rows):
             raise DataError(f'The file {os.path.basename(path)} has no data_row: export from Labelbox as NDJSON (v2).')
         return rows
@@ -990,8 +1012,8 @@ class Labelbox(AnnotationTool):
             self._count_others(f'{self.name}, {id}', found, skipped)
         if k is None:
             raise DataError(f'{id} has no such label ({len(found)} done, {len(skipped)} skipped).')
+        objects = self.given(_listed((found[k].get('annotations') or {}).get('objects'), 'objects'))
         media = row.get('media_attributes') or {}
-        objects = _listed((found[k].get('annotations') or {}).get('objects'), 'objects')
         id = f'{id}/{found[k].get("id", k)}' if self.annotation == 'all' else id
         return self.sample(self.find(self._image(row)), objects, id, _size(media.get('height'), media.get('width')))
 
@@ -1005,7 +1027,7 @@ def read_labelmap(
 ) -> dict:  # {(r, g, b): name}; raises DataError
     "Read the label map of a VOC folder; a label without a colour has that of VOC's palette."
     colours = {}
-    lines = [line.strip() for line in _read_text(path).splitlines()]
+    lines = [line.strip() for line in _read_text(path, report).splitlines()]
     lines = [line for line in lines if line and not line.startswith('#')]
     for number, line in enumerate(lines):
         name, *fields = line.rsplit(':', 3)
@@ -1071,7 +1093,9 @@ class VocFolder(MaskDataset):
 
     def _listed(self, split):
         "Names of a split that have a map; others are counted."
-        lines = _read_text(os.path.join(self.root, 'ImageSets', 'Segmentation', f'{split}.txt')).splitlines()
+        lines = _read_text(
+            os.path.join(self.root, 'ImageSets', 'Segmentation', f'{split}.txt'), self.notes
+        ).splitlines()
         named = dict.fromkeys(line.strip().strip('"') for line in lines if line.strip())
         known = set(self.items)
         for name in named:
@@ -1091,10 +1115,7 @@ class VocFolder(MaskDataset):
         "Read one image and its maps."
         if key == self.items[0]:
             self.report.merge(self.notes)
-        classes, objects = (
-            _read_colours(self.maps[kind][key]) if key in self.maps[kind] else None
-            for kind in ('SegmentationClass', 'SegmentationObject')
-        )
+        objects, classes = (self._map(kind, key) for kind in ('SegmentationObject', 'SegmentationClass'))
         if classes is not None and objects is not None and classes.shape != objects.shape:
             raise MaskError(f'The two maps of {key} have the shapes {classes.shape} and {objects.shape}.')
         ids = classes if objects is None else objects
@@ -1106,9 +1127,16 @@ class VocFolder(MaskDataset):
         void = (0, _number(_VOID))
         if objects is not None and classes is not None and (~np.isin(classes, void) & np.isin(objects, void)).any():
             self.report.add('class without object: pixels left out', f'{self.name}, sample {key}.')
-        if not regions:
-            self.report.add('no region: image without masks', f'{self.name}, sample {key} has no region.')
+        self.report.pending = len(regions)
         return self.build(find_image(self.images, key, self.report), regions, key, ids.shape)
+
+    def _map(self, kind, key):
+        "A map of a sample, None where there is none; the regions of the first are noted."
+        if key not in self.maps[kind]:
+            return None
+        ids = _read_colours(self.maps[kind][key])
+        self.report.pending = self.report.pending or len(set(np.unique(ids).tolist()) - {0, _number(_VOID)})
+        return ids
 
     def _label(self, classes, mask, key):
         "Label of the class below a region; counted where there is none."
@@ -1130,11 +1158,12 @@ def _number(colour):
 # %% ../nbs/00g_annotation_tools.ipynb #05f3ce71
 def read_yolo_yaml(
     path: str | Path,  # data.yaml
+    report: Report | None = None,  # counts a file whose encoding was guessed
 ) -> dict:  # texts, lists and dicts of texts; "names": {number: name}; raises DataError
     "Read the description of a YOLO data set; numbers and words stay text."
     file = os.path.basename(path)
     try:
-        data = yaml.load(_read_text(path), Loader=yaml.BaseLoader)  # makes texts, lists and dicts only
+        data = yaml.load(_read_text(path, report), Loader=yaml.BaseLoader)  # makes texts, lists and dicts only
     except (yaml.YAMLError, RecursionError, ValueError) as e:
         raise DataError(f'The file {file} is not YAML: {" ".join(str(e).split())}.') from e
     names = data.get('names') if isinstance(data, dict) else None
@@ -1175,8 +1204,8 @@ class Yolo(MaskDataset):
         max_masks: int | None = None,  # at most so many masks of an image at a time, see MaskDataset
     ):
         super().__init__(max_masks)
-        data = read_yolo_yaml(yaml)
         self.notes = Report()  # what was counted when the file was opened
+        data = read_yolo_yaml(yaml, self.notes)
         self.names = data['names']
         self.file = os.path.basename(yaml)
         self.root = self._root(data, yaml, root)
@@ -1235,7 +1264,7 @@ class Yolo(MaskDataset):
         "Images of a folder, or of a text file that lists them."
         if os.path.isdir(path):
             return walk_files(path, IMAGE_SUFFIXES, self.notes)
-        lines = [line.strip() for line in _read_text(path).splitlines()]
+        lines = [line.strip() for line in _read_text(path, self.notes).splitlines()]
         shared = shared_paths(filter(None, lines))
         return [found for line in lines if line for found in self._found(line, os.path.dirname(path), shared)]
 

@@ -187,7 +187,7 @@ class ChatCollator:
         batch = self._batch(records) or self._replacement(records)
         if self.counts is not None and self.report != self._written:
             self._written = dict(self.report)
-            found = [dict(reason=k, count=n, first=self.report.examples.get(k, '')) for k, n in self.report.items()]
+            found = [dict(reason=reason, **self.report.entry(reason)) for reason in self.report]
             atomic_write(Path(self.counts) / self._file, json.dumps(found, indent=1))
         if not self.packing:
             return batch
@@ -205,7 +205,9 @@ class ChatCollator:
                 continue
             self._last = chats[:1]
             if self.max_length and batch['input_ids'].shape[1] > self.max_length:
-                self.report['conversations cut off'] += int(batch['attention_mask'][:, self.max_length :].any(1).sum())
+                for chat, n in zip(chats, batch['attention_mask'].sum(1).tolist()):
+                    why = f'{chat.name}: it has {n} tokens, of which max_length={self.max_length} stay.'
+                    self.report.add('conversations cut off', why, count=int(n > self.max_length))
                 batch = _cut(batch, self.max_length)
             return batch
 
@@ -277,8 +279,7 @@ def left_out(
     total = Report()
     for path in sorted(Path(folder).glob('*.json')):
         for found in read_json(path):
-            total[found['reason']] += found['count']
-            total.examples.setdefault(found['reason'], found['first'])
+            total.add_entry(**found)
     return total
 
 # %% ../nbs/03e_batches.ipynb #441067b9

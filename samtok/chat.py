@@ -168,7 +168,7 @@ def render_chat(
     processor: object,  # processor or tokenizer of transformers, with a chat template
     messages: list,  # as to_messages writes them
     add_generation_prompt: bool = False,  # end with the beginning of a reply
-    seconds: float = 5.0,  # that the template may take
+    seconds: float = 20.0,  # that the template may take
 ) -> str:  # raises ChatError where the template refuses the messages, TemplateTimeout where it does not end
     "Write a chat as the model's own template wants it, within a limit of time and size."
     found = {}

@@ -32,8 +32,17 @@ from samtok.chat import (
     reading_order,
     refer_chat,
 )
-from .data import MaskDataset, MaskSample, leaf_datasets, without_empty_masks
-from .files import DataError, Frame, find_image, image_frame, read_data_json, read_ids, shared_paths
+from .data import NO_REGIONS, MaskDataset, MaskSample, NoRegions, leaf_datasets, without_empty_masks
+from samtok.files import (
+    DataError,
+    Frame,
+    count_guessed,
+    find_image,
+    image_frame,
+    read_data_json,
+    read_ids,
+    shared_paths,
+)
 from .formats import open_dataset
 from .masks import MaskError
 from .runs import import_object, read_records
@@ -116,6 +125,13 @@ def _image_path(dataset, name):  # -> path; `dataset.image_names()` is asked whe
     return find_image(dataset.folder, name, dataset.report, shared)
 
 
+def _counted_records(dataset):  # entries of `dataset.file`; a guessed encoding is counted
+    guessed = []
+    for _, record in read_records(dataset.file, DataError, guessed):
+        count_guessed(dataset.report, dataset.file, guessed)
+        yield record
+
+
 def _entry(record, *names):  # a record of a file -> itself, if it is an object that has the names; raises what is wrong
     if isinstance(record, Exception):
         raise record
@@ -165,8 +181,8 @@ class Refer(ChatDataset):
     ):
         super().__init__()
         pickled = Path(refs).suffix.lower() in ('.p', '.pkl', '.pickle')
-        entries = read_plain_pickle(refs) if pickled else read_data_json(refs)
-        data, self.folder = read_data_json(instances, 'images', 'annotations'), images
+        entries = read_plain_pickle(refs) if pickled else read_data_json(refs, report=self.report)
+        data, self.folder = read_data_json(instances, 'images', 'annotations', report=self.report), images
         self.images = _by_id(data['images'], 'image', self.report)
         self.regions = _by_id(data['annotations'], 'annotation', self.report)
         self.sentences = self._sentences(self._of_split(entries, split, Path(refs).name))
@@ -213,8 +229,10 @@ class Refer(ChatDataset):
         if info is None:
             raise ChatError(f'ref {ref.get("ref_id")} is of image {ref["image_id"]}, which the instances do not have')
         phrase = _text(sentence['sent'], f'a sentence of ref {ref.get("ref_id")}').lower().strip()
+        ids = self._ids(ref)
+        self.report.pending = len(ids)
         path = _image_path(self, info.get('file_name'))
-        masks = self._masks(self._ids(ref), image_frame(path), info, ref)
+        masks = self._masks(ids, image_frame(path), info, ref)
         id = f'{ref.get("ref_id")}_{sentence.get("sent_id", i)}'
         return refer_chat(path, [phrase], [masks], id=id, dataset=self.name)
 
@@ -243,6 +261,7 @@ class Refer(ChatDataset):
             except MaskError as e:
                 self.report.add('MaskError: target left out', f'{place}: {e}')
         if ids and not masks:
+            self.report.pending = 0  # each is counted
             raise MaskError('none of its targets has a mask')
         return masks
 
@@ -266,7 +285,7 @@ class ReferLines(ChatDataset):
 
     def records(self):  # iterator of dict; of a broken line a DataError
         "List the entries of the file."
-        return (record for _, record in read_records(self.file, DataError))
+        return _counted_records(self)
 
     def image_names(self):  # iterator of str
         "List the names of all images."
@@ -278,6 +297,8 @@ class ReferLines(ChatDataset):
     ) -> Conversation:
         "Ask for the objects of an entry."
         entry = _entry(entry)
+        objects = entry.get('objects')
+        self.report.pending = len(objects) if isinstance(objects, list) else 1
         path = _image_path(self, entry.get('image') or entry.get('image_path'))
         if 'caption' in entry:
             return self._grounding(entry, path)
@@ -292,6 +313,7 @@ class ReferLines(ChatDataset):
             except (ChatError, MaskError) as e:
                 self.report.add(f'{type(e).__name__}: target left out', f'{place}: {e}')
         if not found:
+            self.report.pending = 0  # each is counted
             raise MaskError('none of its objects has a label and a mask')
         return refer_chat(path, *zip(*found), id=_name_of(entry, 'id'), dataset=self.name)
 
@@ -329,7 +351,7 @@ class Llava(ChatDataset):
 
     def records(self):  # iterator of dict; of a broken line a DataError
         "List the entries of the file."
-        return (record for _, record in read_records(self.file, DataError))
+        return _counted_records(self)
 
     def image_names(self):  # iterator of str
         "List the names of all images."
@@ -433,7 +455,7 @@ class Rounds(ChatDataset):
     ):
         super().__init__()
         self.folder = images
-        rounds = read_data_json(file)
+        rounds = read_data_json(file, report=self.report)
         if not isinstance(rounds, dict) or not all(isinstance(items, list) for items in rounds.values()):
             raise DataError(f'The file {Path(file).name} is of another format: {{round: [entry, ...]}} is expected.')
         self.items = [(r, i, item) for r, items in rounds.items() for i, item in enumerate(items)]
@@ -453,7 +475,9 @@ class Rounds(ChatDataset):
         "Read the history of an item, with its target as the answer."
         r, i, item = self.items[k]
         item, place = _entry(item, 'history'), f'{self.name}, round {r}, entry {i}'
-        path, targets = _image_path(self, item.get('image')), item.get('target_masks')
+        targets = item.get('target_masks')
+        self.report.pending = len(targets) if isinstance(targets, list) else 0
+        path = _image_path(self, item.get('image'))
         if not isinstance(targets, list) or not targets:
             raise ChatError('the entry has no target_masks')
         mask = fit_mask(targets[0], image_frame(path), self.report, place)
@@ -477,8 +501,8 @@ class GrandGcg(ChatDataset):
         images: str | Path,  # image folder
     ):
         super().__init__()
-        data, self.folder = read_data_json(masks, 'images', 'annotations'), images
-        self.captions = read_data_json(captions, 'annotations')['annotations']
+        data, self.folder = read_data_json(masks, 'images', 'annotations', report=self.report), images
+        self.captions = read_data_json(captions, 'annotations', report=self.report)['annotations']
         self.images, self.masks = _by_id(data['images'], 'image', self.report), defaultdict(list)
         described = {_key(c['image_id']) for c in self.captions if isinstance(c, dict) and 'image_id' in c}
         for a in data['annotations']:
@@ -504,6 +528,7 @@ class GrandGcg(ChatDataset):
         "Ask for a caption in which every phrase has its mask."
         entry = _entry(self.captions[i], 'image_id', 'caption', 'labels')
         key, labels = _key(entry['image_id']), entry['labels']
+        self.report.pending = len(self.masks.get(key, []))
         info, caption = self.images.get(key), _text(entry['caption'], 'the caption')
         if info is None:
             raise ChatError(f'image {key} of the caption is not in the file of masks')
@@ -592,7 +617,7 @@ class RegionCaptions(ChatDataset):
 
     def records(self):  # iterator of dict; of a broken line a DataError
         "List the entries of the file."
-        return (record for _, record in read_records(self.file, DataError))
+        return _counted_records(self)
 
     def image_names(self):  # iterator of str
         "List the names of all images."
@@ -604,6 +629,7 @@ class RegionCaptions(ChatDataset):
     ) -> Conversation:
         "Ask for the caption of a region."
         entry = _entry(entry, self.keys['image'], self.keys['mask'], self.keys['text'])
+        self.report.pending = 1
         path = _image_path(self, entry[self.keys['image']])
         place = f'{self.name}, entry {entry.get("id")}'
         mask = fit_mask(entry[self.keys['mask']], image_frame(path), self.report, place)
@@ -664,7 +690,10 @@ class InstanceChats(DatasetWrapper):
         record: object,  # of the inner data set
     ) -> Conversation:
         "Ask for the regions of each label, or for all regions."
+        before = self.report[NO_REGIONS]
         sample = self.inner_sample(record)
+        if self.report[NO_REGIONS] > before:
+            raise NoRegions
         if not len(sample):
             raise MaskError('no region has a pixel')
         if sample.labels is None:
@@ -683,6 +712,7 @@ class InstanceChats(DatasetWrapper):
             else:
                 self._count_rest(sample, 1)
         if not groups:
+            self.report.pending = 0  # each is counted
             raise ChatError('no region has a label to ask for')
         return refer_chat(
             sample.image,
@@ -740,7 +770,8 @@ class OpenPsg(ChatDataset):
         test: bool = False,  # the images of test_image_ids; False: the others
     ):
         super().__init__()
-        data = read_data_json(file, 'data', 'thing_classes', 'stuff_classes', 'predicate_classes')
+        names = ('thing_classes', 'stuff_classes', 'predicate_classes')
+        data = read_data_json(file, 'data', *names, report=self.report)
         self.names, self.predicates = data['thing_classes'] + data['stuff_classes'], data['predicate_classes']
         self.masks, self.folder = masks, images
         chosen = set(map(_key, data.get('test_image_ids') or []))
@@ -775,6 +806,7 @@ class OpenPsg(ChatDataset):
         ids = read_ids(find_image(self.masks, graph['pan_seg_file_name'], self.report), 'panoptic PNG')
         triplets = list(dict.fromkeys(map(tuple, graph['relations'])))
         used = sorted({k for a, b, _ in triplets for k in (a, b)})
+        self.report.pending = len(used)
         numbers = [*used, *(p for _, _, p in triplets), *(s['category_id'] for s in graph['annotations'])]
         if wrong := [k for k in numbers if isinstance(k, bool) or not isinstance(k, int) or k < 0]:
             raise ChatError(

@@ -18,8 +18,8 @@ from contextlib import closing, suppress
 from pathlib import Path
 from urllib.parse import quote
 
-from .files import DataError, read_data_json
-from .runs import decode_text, lock, progress
+from .files import DataError, guessed_encoding
+from .runs import decode_text, lock, progress, read_json
 
 # %% ../nbs/00ea_coco_index.ipynb #c6878373
 _DECODER = json.JSONDecoder()
@@ -31,7 +31,8 @@ _LARGEST = 2**28  # bytes of one entry
 class _Window:
     "Text of one byte a letter, of which a part is in memory."
 
-    def __init__(self, file, name):
+    def __init__(self, file, name, guessed):
+        self.guessed = guessed
         size = os.fstat(file.fileno()).st_size
         self.file, self.name = file, name
         self.steps = iter(progress(size // _WINDOW + 1, f'index of {name}'))
@@ -84,15 +85,18 @@ class _Window:
             size *= 2
         start, text = self.start + self.at, self.text[self.at : end]
         self.at = end
-        return (start, len(text)), value if text.isascii() else json.loads(decode_text(text.encode('latin-1')))
+        return (start, len(text)), value if text.isascii() else json.loads(
+            decode_text(text.encode('latin-1'), self.guessed)
+        )
 
 
 def scan_json(
     path: str | Path,  # JSON file that holds an object, in an encoding of which ASCII is a part
+    guessed: list | None = None,  # as in samtok.runs.decode_text
 ) -> Iterator[tuple]:  # (name, (start, length) in bytes, value): each entry of a list, and each other value whole
     "Read the members of an object one entry at a time; raises DataError."
     with open(path, 'rb') as file:
-        window = _Window(file, os.path.basename(path))
+        window = _Window(file, os.path.basename(path), guessed)
         window.take('{')
         ended = window.peek() == '}'
         if ended:
@@ -208,11 +212,13 @@ class CocoFile:
         path: str | Path,  # JSON file
         *keys: str,  # lists that the file must have, such as "images" and "annotations"
     ):  # raises DataError
-        data = read_data_json(path, *keys)
+        data = read_json(path, *keys, error=DataError, guessed=(guessed := []))
         for name in ('images', 'annotations', 'categories'):
             if not isinstance(data.get(name, []), list):
                 raise DataError(f'The file {os.path.basename(path)} is of another format: its {name} are no list.')
         self.problems = {}  # reason -> [count, first case]: what was wrong with the lists
+        for encoding in guessed:
+            _count(self.problems, *guessed_encoding(path, encoding))
         self._images = self._with_ids(data.get('images', []))
         self._annotations = [a for a in data.get('annotations', []) if self._is_annotation(a)]
         self._by_id = {}
@@ -295,7 +301,7 @@ class CocoFile:
         return self._regions.get(id_key(image_id), [])
 
 # %% ../nbs/00ea_coco_index.ipynb #7db6bf1b
-_VERSION = 2  # of the tables and their keys
+_VERSION = 3  # of the tables and their keys
 _TABLES = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
@@ -323,9 +329,9 @@ def _read_place(file, start, length):
 
 def _fill(db, path):
     "Scan a file into empty tables -> names of its lists, its categories, and what is wrong with the entries."
-    lists, categories, problems = [], [], {}
+    lists, categories, problems, guessed = [], [], {}, []
     images = annotations = 0
-    for name, place, entry in scan_json(path):
+    for name, place, entry in scan_json(path, guessed):
         if place is None:
             if name in lists:
                 raise DataError(f'The file {os.path.basename(path)} has the list {name!r} twice.')
@@ -350,6 +356,8 @@ def _fill(db, path):
             annotations += 1
         elif name == 'categories':
             categories.append(entry)
+    for encoding in guessed:
+        _count(problems, *guessed_encoding(path, encoding))
     return lists, categories, problems
 
 

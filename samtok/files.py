@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'WHITE', 'ImageError', 'DataError', 'short_path', 'read_image', 'Frame', 'read_framed',
            'image_frame', 'read_ids', 'is_smoothed', 'read_mask', 'walk_files', 'shared_paths', 'find_image',
-           'read_data_json']
+           'read_data_json', 'guessed_encoding', 'count_guessed']
 
 # %% ../nbs/00d_files.ipynb #7057202a
 import io
@@ -139,7 +139,9 @@ def _opened(source, read):
             return read(source)
         if not isinstance(source, (bytes, bytearray)):
             if not os.path.exists(source):
-                raise ImageError(f'{name} does not exist.') from FileNotFoundError(source)
+                folder = getattr(source, 'folder', '')  # where find_image looked
+                searched = f' It was looked for in the folder {short_path(folder)}.' if folder else ''
+                raise ImageError(f'{name} does not exist.{searched}') from FileNotFoundError(source)
             if not os.path.isfile(source):
                 raise ImageError(f'{name} is no regular file.')
         with Image.open(_file(source)) as opened:
@@ -366,6 +368,18 @@ def _is_folder(entry):
         return False
 
 # %% ../nbs/00d_files.ipynb #1a9944df
+class _Missing(str):
+    "Path of an image that was not found; `folder` is where it was looked for."
+
+    folder = ''
+
+
+def _missing(path, folder):
+    path = _Missing(path)
+    path.folder = os.fspath(folder)
+    return path
+
+
 def _addresses(name):
     "What of a name may be a path, the likeliest first; of a URL what follows its host, with and without its query."
     plain = name.replace('\\', '/').strip()
@@ -379,7 +393,7 @@ def _addresses(name):
             text for text in (asked[1].partition('&')[0], asked[1]) if _is_image_name(text) or 'local-files' in name
         ]
     found += [re.split('[?#]', plain)[0], plain] if url else [plain]
-    found += [unquote(text) for text in found]
+    found += [unquote(text).replace('\\', '/') for text in found]
     found += [text.replace('+', ' ') for text in found] if url or asked else []
     return list(dict.fromkeys(filter(None, found)))
 
@@ -414,7 +428,7 @@ def _stored_names(folder, changed):  # changed: time of the folder, so that the 
 
 def _uploaded(folder, name):
     "The files of a folder that may be what was uploaded to Label Studio under a name."
-    last = unquote(re.split(r'[/\\]', name)[-1])
+    last = re.split(r'[/\\]', unquote(name))[-1]
     try:
         names = _stored_names(os.fspath(folder), os.stat(folder).st_mtime_ns) if _UPLOAD.match(last) else {}
     except OSError:
@@ -460,7 +474,7 @@ def shared_paths(
     "List the ends of names that mean more than one image, for find_image."
     by_name = {}
     for name in dict.fromkeys(map(str, names)):
-        by_name.setdefault(re.split(r'[/\\]', name)[-1], []).append(name)
+        by_name.setdefault(re.split(r'[/\\]', unquote(name))[-1], []).append(name)
     ends = Counter(end for group in by_name.values() if len(group) > 1 for name in group for end in _spellings(name))
     return frozenset(end for end, count in ends.items() if count > 1)
 
@@ -507,12 +521,36 @@ def find_image(
             f'The image {short_path(exact)} does not exist, and {alike[0]} may be another one: '
             'several images of the file have this name in different folders.'
         )
-    return exact
+    return _missing(exact, folder)
 
 # %% ../nbs/00d_files.ipynb #9e4a77ad
 def read_data_json(
     path: str | Path,  # file of a data set
     *keys: str,  # names that the object must have; none: any JSON value will do
+    report: Counter | None = None,  # a samtok.data.Report, counts a file whose encoding was guessed
 ):  # dict, list, ...: the value; raises DataError
     "Read a JSON file of a data set: `samtok.runs.read_json` with DataError."
-    return read_json(path, *keys, error=DataError)
+    guessed = []
+    found = read_json(path, *keys, error=DataError, guessed=guessed)
+    count_guessed(report, path, guessed)
+    return found
+
+
+def guessed_encoding(
+    path: str | Path,  # of a text file
+    encoding: str,  # that decode_text took for want of better
+) -> tuple:  # of str: reason and sentence for a report
+    "Say that the encoding of a file was guessed."
+    name = short_path(path)
+    why = 'labels in another encoding, such as Shift-JIS or GBK, come out garbled. Save the file as UTF-8.'
+    return f'text not in UTF-8: read as {encoding}', f'{name} is not UTF-8 and was read as {encoding}: {why}'
+
+
+def count_guessed(
+    report: Counter | None,  # a samtok.data.Report; None: nothing is counted
+    path: str | Path,  # of a text file
+    guessed: list,  # of decode_text: names of encodings
+) -> None:
+    "Count a file whose encoding was guessed, once."
+    for encoding in guessed if report is not None else []:
+        report.add(*guessed_encoding(path, encoding), once=True)

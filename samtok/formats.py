@@ -25,6 +25,7 @@ from .data import MaskDataset, MaskFolder, MaskSample
 from samtok.files import (
     IMAGE_SUFFIXES,
     DataError,
+    count_guessed,
     find_image,
     image_frame,
     is_smoothed,
@@ -137,6 +138,7 @@ class CocoInstances(MaskDataset):
                 label = _category(self, annotation, place).get('name')
                 kept = {k: annotation[k] for k in self.region_keys if k in annotation}
                 regions.append(dict(mask=annotation.get('segmentation'), label=label, **kept))
+        self.report.pending = len(regions)
         size = _stated_size(entry.get('height'), entry.get('width'))
         kept = {k: tuple(entry[k]) if isinstance(entry[k], list) else entry[k] for k in self.image_keys if k in entry}
         image = find_image(self.folder, self.file_name(entry), self.report, self.shared, self.outside)
@@ -256,9 +258,11 @@ class CocoPanoptic(MaskDataset):
         annotation = self.coco.annotation_at(i)
         key, file = annotation['image_id'], annotation['file_name']
         place = f'{self.name}, sample {key}'
+        segments = list(_dicts(self, annotation['segments_info'], place, 'segment'))
+        self.report.pending = len(segments)
         ids = read_ids(find_image(self.masks, file, self.report, outside=self.outside))
         regions, known = [], {0}
-        for segment in _dicts(self, annotation['segments_info'], place, 'segment'):
+        for segment in segments:
             number = id_key(segment.get('id'))
             if number in known or not isinstance(number, int):
                 reason = 'same id' if number in known else 'no id'
@@ -269,6 +273,7 @@ class CocoPanoptic(MaskDataset):
                 regions.append(self._region(segment, lambda number=number: ids == number, place))
         for number in sorted(set(np.unique(ids).tolist()) - known):
             self.report.add('no segment: region skipped', f'{place}: the PNG has {number}, which is no segment.')
+        self.report.pending = len(regions)
         named = (self.coco.image(key) or {}).get('file_name') or os.path.splitext(file)[0]
         image = find_image(self.folder, named, self.report, self.shared, self.outside)
         return self.build(image, regions, key, ids.shape)
@@ -317,16 +322,20 @@ class Sa1b(MaskDataset):
         path: str,  # of a JSON file
     ) -> MaskSample:  # raises DataError, ImageError and MaskError
         "Read one image with its annotations."
-        data = read_data_json(path, 'image', 'annotations')
+        data = read_data_json(path, 'image', 'annotations', report=self.report)
         entry = data['image']
         regions = []
         for annotation in _dicts(self, data['annotations'], f'{self.name}, {os.path.basename(path)}'):
             kept = {k: annotation[k] for k in ('id', 'predicted_iou', 'stability_score') if k in annotation}
             regions.append(dict(mask=annotation.get('segmentation'), **kept))
+        self.report.pending = len(regions)
         image = find_image(os.path.dirname(path), entry['file_name'], self.report, outside=self.outside)
         return self.build(image, regions, entry['image_id'], _stated_size(entry.get('height'), entry.get('width')))
 
 # %% ../nbs/00f_formats.ipynb #28c90422
+_BOXES = ('rectangle', 'rotation', 'oriented_rectangle')  # shapes of labelme that are boxes, perhaps turned
+
+
 def _points(shape):
     "Points of a labelme shape -> (K,2) float; raises MaskError."
     try:
@@ -410,10 +419,12 @@ class Labelme(MaskDataset):
         root: str | Path,  # folder, perhaps of folders
         max_masks: int | None = None,  # at most so many masks of an image at a time, see MaskDataset
         outside: bool = False,  # may imagePath lead out of root?
+        boxes: bool = True,  # fill boxes; False: leave them out; both are counted
     ):
         super().__init__(max_masks)
         self.root = _check_folder(root)
         self.outside = outside
+        self.boxes = boxes
 
     def records(self):  # iterator of str, paths of the JSON files
         "List the files of annotations."
@@ -424,15 +435,17 @@ class Labelme(MaskDataset):
         path: str,  # of a JSON file
     ) -> MaskSample:  # raises DataError, ImageError and MaskError
         "Read one image with its shapes."
-        data = read_data_json(path, *self.keys)
+        data = read_data_json(path, *self.keys, report=self.report)
+        key = os.path.relpath(path, self.root)[:-5]
+        place = f'{self.name}, sample {key}'
+        shapes = list(_dicts(self, data['shapes'], place, 'shape'))
+        self.report.pending = sum(not self._is_void(shape) for shape in shapes)
         image = self._image(path, data)
         frame = image_frame(image)
         size = _stated_size(data.get('imageHeight'), data.get('imageWidth')) or frame.size
         frame.check(size)
-        key = os.path.relpath(path, self.root)[:-5]
-        place = f'{self.name}, sample {key}'
-        shapes = list(_dicts(self, data['shapes'], place, 'shape'))
         regions, void = self.regions(shapes, size, place)
+        self.report.pending = len(regions)
         more = {} if void is None else {'void': frame.fit(void, size)[0]}
         return self.build(image, regions, key, size, **more, **self.extra(data))
 
@@ -446,9 +459,9 @@ class Labelme(MaskDataset):
         objects, void = defaultdict(list), []
         for i, shape in enumerate(shapes):
             group = shape.get('group_id')
-            if shape.get('label') == '__ignore__':
+            if self._is_void(shape):
                 void.append(shape)
-            else:
+            elif not self._is_left_out(shape, f'{place}, shape {i}'):
                 objects[i if group in (None, '') else repr((shape.get('label'), id_key(group) or group))].append(shape)
         regions = []
         for parts in objects.values():
@@ -466,6 +479,19 @@ class Labelme(MaskDataset):
     ) -> dict:  # what else goes into meta
         "Keep what the file says about the image."
         return {'flags': data['flags']} if data.get('flags') else {}
+
+    def _is_void(self, shape):
+        return shape.get('label') == '__ignore__'
+
+    def _is_left_out(self, shape, place):
+        "Count a box, as readers of other tools do -> is it left out?"
+        if shape.get('shape_type') not in _BOXES:
+            return False
+        what = 'is a box, whose mask is the whole box; boxes=False leaves it out.'
+        if not self.boxes:
+            what = 'is a box; boxes=True fills it.'
+        self.report.add('box: filled' if self.boxes else 'box: left out', f'{place} {what}')
+        return not self.boxes
 
     def _joined(self, shapes, size, place):
         problems = []
@@ -519,6 +545,7 @@ class ReasonSeg(Labelme):
         place: str,  # what a report calls the sample
     ) -> tuple:  # list of at most one region; (H,W) bool or None: pixels that do not count
         "Paint the shapes, the large ones first."
+        self.report.pending = 0  # they become one target: a broken one is counted here
         drawn, lost = [], 0  # (is it the target?, mask)
         for shape in shapes:
             label = str(shape.get('label')).lower()
@@ -611,6 +638,7 @@ class IdMaps(MaskDataset):
             self.report.add('smoothed edge: cut at half', f'{self.name}, sample {key} is 0 and 255 with a smooth edge.')
             ids = np.where(ids > ids.max() // 2, 255, 0)
         regions = [dict(mask=mask, **self.region(i, key)) for i, mask in _id_regions(ids, self.ignore)]
+        self.report.pending = len(regions)
         return self.build(self._image(key), regions, key, ids.shape)
 
     def image_name(
@@ -704,6 +732,7 @@ class Voc(IdMaps):
         "Read one image and its two maps."
         key = Path(path).stem
         objects = _voc_numbers(path)
+        self.report.pending = len(set(np.unique(objects).tolist()) - {*self.ignore})
         classes = _voc_numbers(os.path.join(self.classes, key + '.png'))
         if objects.shape != classes.shape:
             raise MaskError(f'The two maps of {key} have the shapes {objects.shape} and {classes.shape}.')
@@ -769,14 +798,15 @@ class CityscapesPolygons(Cityscapes):
         path: str,  # of a JSON file
     ) -> MaskSample:  # raises DataError, ImageError and MaskError
         "Read one image and paint its polygons."
-        data = read_data_json(path, 'imgHeight', 'imgWidth', 'objects')
+        data = read_data_json(path, 'imgHeight', 'imgWidth', 'objects', report=self.report)
         key = self._key(path)
         place = f'{self.name}, sample {key}'
+        objects = list(_dicts(self, data['objects'], place, 'object'))
+        self.report.pending = sum(shape.get('label') not in CITY_NAMES[:7] for shape in objects)
         image = self._image(key)
         frame = image_frame(image)
         size = _stated_size(data['imgHeight'], data['imgWidth']) or frame.size
         frame.check(size)
-        objects = list(_dicts(self, data['objects'], place, 'object'))
         painted = np.zeros(size, np.int32)  # 0, or the number of the object from 1
         drawn = [i for i, shape in enumerate(objects, 1) if self._paint(shape, i, painted, f'{place}, object {i}')]
         seen, regions = set(np.unique(painted).tolist()), []
@@ -858,7 +888,7 @@ class Ade20k(MaskDataset):
         path: str,  # of a JSON file
     ) -> MaskSample:  # raises DataError, ImageError and MaskError
         "Read one image with its objects and parts."
-        data = read_data_json(path, 'annotation')['annotation']
+        data = read_data_json(path, 'annotation', report=self.report)['annotation']
         folder = os.path.dirname(path)
         key = os.path.relpath(path, self.root)[:-5]
         place = f'{self.name}, sample {key}'
@@ -877,6 +907,7 @@ class Ade20k(MaskDataset):
             regions.append(
                 dict(mask=lambda entry=entry, level=level: self._mask(entry, folder, maps, level), label=label, **kept)
             )
+        self.report.pending = len(regions)
         image = find_image(folder, data['filename'], self.report, outside=self.outside)
         height, width, *_ = [*data.get('imsize', ()), None, None]
         return self.build(image, regions, key, _stated_size(height, width))
@@ -941,9 +972,10 @@ class YoloSeg(MaskDataset):
         "Read one image and its lines."
         key = self._key(path)
         file = Path(self.texts, key + '.txt')
-        lines = decode_text(file.read_bytes()).splitlines() if file.is_file() else []
-        if not file.is_file():
-            self.report.add('no text file: image without regions', f'{self.name}: {key} has no text file.')
+        lines = decode_text(file.read_bytes(), guessed := []).splitlines() if file.is_file() else []
+        if lines:
+            count_guessed(self.report, file, guessed)
+        self.report.pending = sum(bool(line.strip()) for line in lines)
         size = image_frame(path).size
         regions = []
         for number, line in enumerate(lines, 1):
@@ -951,7 +983,8 @@ class YoloSeg(MaskDataset):
                 values, place = line.split(), f'{self.name}, {key}.txt, line {number}'
                 label = self._label(values[0], place)
                 regions.append(dict(mask=lambda values=values: self._mask(values, size), label=label, file=file.name))
-        return self.build(path, regions, key)
+        without = 'has no region' if file.is_file() else 'has no text file'
+        return self.build(path, regions, key, without=without)
 
     def _key(self, path):
         return os.path.splitext(os.path.relpath(path, self.images))[0]
@@ -1053,6 +1086,7 @@ class SaV(MaskDataset):
             self.report.add('ids do not fit: masks kept', why)
         named = zip_longest(ids[: len(rles)], rles)
         regions = [dict(mask=rle, id=j if id is None else id) for j, (id, rle) in enumerate(named) if _is_visible(rle)]
+        self.report.pending = len(regions)
         name = os.path.splitext(self.frame_name.format(frame))[0]
         return self.build(_find_frame(self, data['video_id'], name), regions, key)
 
@@ -1079,13 +1113,13 @@ class VideoRles(MaskDataset):
         super().__init__(max_masks)
         self.frames = _check_folder(frames)
         self.every = every
-        self.rles = read_data_json(masks)
+        self.rles = read_data_json(masks, report=self.report)
         if not isinstance(self.rles, dict) or every < 1:
             raise DataError(
                 f'The file {os.path.basename(masks)} holds no masks by their ids, or every={every} is below 1.'
             )
         self.videos, self.texts = {}, {}  # name of a video -> its frames, its (expression, ids of its objects)
-        for video, entry in read_data_json(expressions, 'videos')['videos'].items():
+        for video, entry in read_data_json(expressions, 'videos', report=self.report)['videos'].items():
             self._add(video, entry)
         named = {id for texts in self.texts.values() for _, objects in texts for id in objects}
         for id in [id for id in self.rles if id not in named]:
@@ -1111,6 +1145,7 @@ class VideoRles(MaskDataset):
                 self.report.add('no mask: object skipped', f'{self.name}, sample {key}: object {id} has no entry.')
             elif _is_visible(rles[i]):
                 regions.append(dict(mask=rles[i], id=id))
+        self.report.pending = len(regions)
         return self.build(_find_frame(self, video, frame), regions, key, expressions=tuple(texts))
 
     def _add(self, video, entry):
@@ -1153,7 +1188,8 @@ class VideoPngs(IdMaps):
         max_masks: int | None = None,  # at most so many masks of an image at a time, see MaskDataset
     ):
         super().__init__(frames, masks, None, max_masks)
-        self.videos = read_data_json(expressions, 'videos')['videos'] if expressions else {}
+        found = read_data_json(expressions, 'videos', report=self.report) if expressions else {'videos': {}}
+        self.videos = found['videos']
 
     def load(
         self,

@@ -143,17 +143,21 @@ _MAGIC = {  # first bytes of files that are given where JSON is expected -> what
 }
 
 
-def _decode(data, encoding):
+def _decode(data, encoding, guessed=None):
     for name in (encoding, 'cp1252', 'latin-1'):
         with suppress(UnicodeDecodeError):
-            return data.decode(name)
+            text = data.decode(name)
+            if guessed is not None and name != encoding and name not in guessed:
+                guessed.append(name)
+            return text
 
 
 def decode_text(
     data: bytes,  # of a text file
+    guessed: list | None = None,  # gets "cp1252" or "latin-1" where the text is read as such for want of better
 ) -> str:  # without byte-order mark
     "Decode UTF-8, UTF-16 or UTF-32; what is none of them is Windows-1252, or else Latin-1."
-    return _decode(data.removeprefix(codecs.BOM_UTF8), json.detect_encoding(data).removesuffix('-sig'))
+    return _decode(data.removeprefix(codecs.BOM_UTF8), json.detect_encoding(data).removesuffix('-sig'), guessed)
 
 
 def _open(path, error):
@@ -185,6 +189,7 @@ def read_json(
     *keys: str,  # names that the object must have; none: any JSON value will do
     error: type = RunError,  # exception class that is raised, with a sentence
     once: bool = False,  # refuse an object that has a name twice, of which the last would count
+    guessed: list | None = None,  # as in decode_text
 ):  # dict, list, ...: the value
     "Read a JSON file in UTF-8, UTF-16 or UTF-32 with or without byte-order mark, else in Windows-1252 or Latin-1."
     name = os.path.basename(path)
@@ -192,7 +197,7 @@ def read_json(
     if not head:
         raise error(f'The file {name} is not JSON: it is empty.')
     with file:
-        text = decode_text(file.read())
+        text = decode_text(file.read(), guessed)
     try:
         found = json.loads(text, object_pairs_hook=_once if once else None)
     except (ValueError, RecursionError) as e:
@@ -206,15 +211,16 @@ def read_json(
 def read_json_lines(
     path: str | Path,  # a file with one JSON value a line; blank lines are skipped
     error: type = RunError,  # exception class: raised where the file cannot be opened, returned for a broken line
+    guessed: list | None = None,  # as in decode_text; of a line when it is read
 ) -> Iterator:  # of (number of the line from 1, its value, or an `error` whose text says what is wrong with it)
     "Read JSON lines one by one, in the encodings of `read_json`."
     file, head = _open(path, error)
     encoding = json.detect_encoding(head)
     file.seek(len(codecs.BOM_UTF8) if encoding == 'utf-8-sig' else 0)
-    return _json_lines(file, encoding.removesuffix('-sig'), os.path.basename(path), error)
+    return _json_lines(file, encoding.removesuffix('-sig'), os.path.basename(path), error, guessed)
 
 
-def _json_lines(file, encoding, name, error):
+def _json_lines(file, encoding, name, error, guessed):
     if encoding != 'utf-8':
         file = open(file.name, encoding=encoding, errors='replace', newline='\n')
     with file:
@@ -222,7 +228,7 @@ def _json_lines(file, encoding, name, error):
             if not line.strip():
                 continue
             try:
-                value = json.loads(_decode(line, 'utf-8') if isinstance(line, bytes) else line)
+                value = json.loads(_decode(line, 'utf-8', guessed) if isinstance(line, bytes) else line)
             except (ValueError, RecursionError) as e:
                 value = error(f'Line {number} of {name} is not JSON: {e}.')
             yield number, value
@@ -231,9 +237,10 @@ def _json_lines(file, encoding, name, error):
 def read_records(
     path: str | Path,  # a JSON list, JSON lines, or one JSON object
     error: type = RunError,  # as in read_json_lines; raised also for a file that is empty
+    guessed: list | None = None,  # as in read_json_lines
 ) -> Iterator:  # of (number of the entry or line from 1, its value or an `error`)
     "Read the records of a file by its content, whatever its name."
-    lines = read_json_lines(path, error)
+    lines = read_json_lines(path, error, guessed)
     first = list(islice(lines, 2))
     values = [value for _, value in first]
     if not values:
@@ -242,7 +249,7 @@ def read_records(
     spread = isinstance(values[0], error) and not isinstance(values[-1], (dict, list))
     opened = isinstance(values[0], error) and _starts_list(path, error)
     if listed or spread or opened:  # one value, perhaps over many lines
-        whole = values[0] if listed else read_json(path, error=error)
+        whole = values[0] if listed else read_json(path, error=error, guessed=guessed)
         return enumerate(whole if isinstance(whole, list) else [whole], 1)
     return chain(first, lines)
 

@@ -107,6 +107,15 @@ def check_sources(
         raise RunError(f'{file} holds no list of data sets: give a JSON list of {entry}.')
     for k, s in enumerate(sources):
         where = f'Entry {k} of {file}'
+        if (
+            isinstance(s, dict)
+            and not {'path', 'name'} & set(s)
+            and {'annotations', 'shapes', 'images', 'conversations', 'data_row'} & set(s)
+        ):
+            raise RunError(
+                f'{file} is a file of annotations or conversations, and a training reads shards: make them with '
+                'samtok-tokenize (--data instances for annotations), and give their folder.'
+            )
         if not isinstance(s, dict) or ('path' in s) == ('name' in s):
             raise RunError(f'{where} is {str(s)[:60]!r}: give {entry}.')
         if not isinstance(s.get('path', s.get('name')), str):
@@ -714,7 +723,7 @@ def run_report(
 ) -> dict:  # left_out: reason -> count and first case; skipped_steps: int
     "Say what a training left out, for its result."
     found = left_out(run.path / 'left_out').merge(report or Report())
-    counts = {reason: dict(count=found[reason], first=found.examples.get(reason, '')) for reason in sorted(found)}
+    counts = {reason: found.entry(reason) for reason in sorted(found)}
     return dict(left_out=counts, skipped_steps=int(run.last('skipped_steps')))
 
 

@@ -85,8 +85,15 @@ def _trainable(conversation, report):  # -> bool; what cannot be trained on is c
         check_messages(conversation.messages, len(conversation.images))
         return True
     except ChatError as e:
-        report.add('ChatError: conversation skipped', f'{conversation.dataset}, {conversation.id}: {e}')
+        _skip(conversation, 'ChatError', e, report)
         return False
+
+
+def _skip(conversation, kind, why, report):  # counts it, and its masks
+    place = f'{conversation.dataset}, {conversation.id}'
+    report.add(f'{kind}: conversation skipped', f'{place}: {why}')
+    lost = len(conversation.masks)
+    report.add('regions of skipped samples', f'{place}: regions of this sample: {lost}.', count=lost)
 
 
 def _check_images(conversation):  # opens the images without masks; raises ImageError
@@ -135,7 +142,7 @@ def tokenize_batch(
             halves = (batch[:half], batch[half:])
             return [row for part in halves for row in tokenize_batch(tokenizer, part, report, known_words)]
         kind = 'missing file' if FileNotFoundError in (type(e), type(e.__cause__)) else type(e).__name__
-        report.add(f'{kind}: conversation skipped', f'{batch[0].dataset}, {batch[0].id}: {e}')
+        _skip(batch[0], kind, e, report)
         return []
 
 # %% ../nbs/03d_shards.ipynb #4b1a13cd
@@ -230,10 +237,7 @@ def make_shard(
         rows += tokenize_batch(tokenizer, part, report, known_words)
     for leaf in leaf_datasets(dataset):
         report.merge(leaf.report)
-    left_out = {}
-    for reason, count in sorted(report.items()):
-        if reason not in ('ok', 'masks'):
-            left_out[reason] = dict(count=count, first=report.examples.get(reason, ''))
+    left_out = {reason: report.entry(reason) for reason in sorted(report) if reason not in ('ok', 'masks')}
     return rows, dict(
         records=len(block),
         rows=len(rows),
@@ -320,14 +324,14 @@ def _shard_path(out, s, count):
 
 def _sum_counts(metas):  # of read_meta -> one dict of the same counts
     total = dict(records=0, rows=0, masks=0, images=0)
-    datasets, left_out = Counter(), {}
+    datasets, left_out = Counter(), Report()
     for meta in metas:
         for k in total:
             total[k] += meta[k]
         datasets.update(meta['datasets'])
         for reason, v in meta['left_out'].items():
-            left_out.setdefault(reason, dict(count=0, first=v['first']))['count'] += v['count']
-    return dict(**total, datasets=dict(datasets), left_out=left_out)
+            left_out.add_entry(reason, **v)
+    return dict(**total, datasets=dict(datasets), left_out={reason: left_out.entry(reason) for reason in left_out})
 
 
 def _sha256(path):  # of a file -> 64 hexadecimal digits; raises RunError
@@ -440,7 +444,7 @@ _FEW = 8  # records of a first shard that may all be odd; more are a wrong path
 
 
 def _check_first(counts):  # of the first shard; raises DataError where it has no record and the path may be wrong
-    cases = {reason: v['first'] for reason, v in counts['left_out'].items()}
+    cases = {reason: v.get('first', '') for reason, v in counts['left_out'].items()}
     missing = any('missing file' in reason or 'does not exist' in first for reason, first in cases.items())
     if not counts['rows'] and (counts['records'] > _FEW or missing):
         raise DataError(
@@ -503,6 +507,12 @@ def shard_folders(
 ) -> list:  # of {"path", "weight"}; raises RunError
     "List the folders of tokenised shards that a run reads."
     folders = read_json(find_file(data)) if str(data).endswith('.json') else [dict(path=str(data))]
+    entries = folders if isinstance(folders, list) else [None]
+    if not all(isinstance(f, dict) and isinstance(f.get('path'), str) for f in entries):
+        raise RunError(
+            f'{Path(data).name} lists no folders of shards: samtok-tokenize makes shards of a file of annotations, '
+            'and their folder is given.'
+        )
     empty = [f['path'] for f in folders if not any(Path(f['path']).glob('*.parquet'))]
     if empty:
         more = f' and {len(empty) - 4} more' if len(empty) > 4 else ''
