@@ -39,7 +39,7 @@ from samtok.files import (
     short_path,
     walk_files,
 )
-from .formats import YoloSeg, voc_palette
+from .formats import YoloSeg, count_orphan, voc_palette
 from .masks import MaskError, decode_label_studio, polygons_to_mask, rle_to_mask
 from .runs import decode_text, read_records
 
@@ -1284,6 +1284,11 @@ class Yolo(MaskDataset):
         except ImageError as e:
             why = e
         self.notes.add('listed image: skipped', f'{self.name}: {why}')
+        place = os.path.abspath(os.path.join(self.root, plain))
+        if os.path.commonpath([self.root, place]) == self.root:
+            images, labels = _yolo_folders(place, self.root)
+            text = os.path.join(labels, os.path.splitext(os.path.relpath(place, images))[0] + '.txt')
+            count_orphan(self.notes, f'{self.name}: {line} is listed, and is not there', text)
         return []
 
     def _note_orphans(self, folder, paths):
@@ -1294,7 +1299,7 @@ class Yolo(MaskDataset):
         for path in walk_files(texts, '.txt') if os.path.isdir(texts) else []:
             key = os.path.splitext(os.path.relpath(path, texts))[0]
             if key not in {*known, 'classes'}:
-                self.notes.add('no image: text file skipped', f'{self.name}: {key}.txt has no image.')
+                count_orphan(self.notes, f'{self.name}: {key}.txt has no image', path)
 
     def _reader(self, path):
         "Folder of an image, for which there is a YoloSeg."

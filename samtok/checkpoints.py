@@ -376,6 +376,10 @@ def find_pretrained(
     if path.is_dir() and text:
         return path
     if text.startswith('toy/'):
+        inside = data_file('toy')
+        if not inside.joinpath(*path.parts[1:]).exists():
+            known = ', '.join(f'toy/{p.name}' for p in sorted(inside.iterdir()) if p.is_dir())
+            raise error(f'There are no weights {text} in the package; there are {known}.')
         return data_file(*path.parts)
     if path.exists() or text.count('/') != 1 or text[0] in './~':
         raise error(

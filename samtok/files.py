@@ -131,6 +131,12 @@ def _source_name(source):
     return f'The image {short_path(source)}'
 
 
+def _searched(path):
+    "Where find_image looked for a file that is not there."
+    folder = getattr(path, 'folder', '')
+    return f' It was looked for in the folder {short_path(folder)}.' if folder else ''
+
+
 def _opened(source, read):
     "read(PIL image) of whatever read_image takes but an array; raises ImageError with a sentence."
     name = _source_name(source)
@@ -139,9 +145,7 @@ def _opened(source, read):
             return read(source)
         if not isinstance(source, (bytes, bytearray)):
             if not os.path.exists(source):
-                folder = getattr(source, 'folder', '')  # where find_image looked
-                searched = f' It was looked for in the folder {short_path(folder)}.' if folder else ''
-                raise ImageError(f'{name} does not exist.{searched}') from FileNotFoundError(source)
+                raise ImageError(f'{name} does not exist.{_searched(source)}') from FileNotFoundError(source)
             if not os.path.isfile(source):
                 raise ImageError(f'{name} is no regular file.')
         with Image.open(_file(source)) as opened:
@@ -254,7 +258,7 @@ def read_ids(
         with Image.open(_file(source)) as opened:
             kind, mode, ids = opened.format, opened.mode, np.asarray(opened)
     except FileNotFoundError as e:
-        raise ImageError(f'{name} does not exist.') from e
+        raise ImageError(f'{name} does not exist.{_searched(source)}') from e
     except Exception as e:
         raise ImageError(f'{name} cannot be read: {_why(e)}.') from e
     if mode in ('RGBA', 'LA') and (ids[..., -1] < 255).any():

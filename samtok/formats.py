@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VOC_NAMES', 'CITY_NAMES', 'REGISTRY', 'TOOLS', 'GENERATED', 'CocoInstances', 'Lvis', 'EntitySeg', 'PixelWeb',
            'CocoPanoptic', 'Coconut', 'Sa1b', 'Labelme', 'ReasonSeg', 'IdMaps', 'AdeChallenge', 'voc_palette', 'Voc',
-           'Cityscapes', 'CityscapesPolygons', 'Ade20k', 'YoloSeg', 'SaV', 'VideoRles', 'Mevis', 'Revos', 'VideoPngs',
-           'RefYtvos', 'Davis', 'open_dataset']
+           'Cityscapes', 'CityscapesPolygons', 'Ade20k', 'YoloSeg', 'count_orphan', 'SaV', 'VideoRles', 'Mevis',
+           'Revos', 'VideoPngs', 'RefYtvos', 'Davis', 'open_dataset']
 
 # %% ../nbs/00f_formats.ipynb #44477fbb
 import base64
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from .coco_index import INDEX_MB, id_key, open_coco
-from .data import MaskDataset, MaskFolder, MaskSample
+from .data import SKIPPED_REGIONS, MaskDataset, MaskFolder, MaskSample, Report
 from samtok.files import (
     IMAGE_SUFFIXES,
     DataError,
@@ -963,7 +963,7 @@ class YoloSeg(MaskDataset):
         for path in walk_files(self.texts, '.txt', self.report):
             key = os.path.splitext(os.path.relpath(path, self.texts))[0]
             if key not in keys and key != 'classes':
-                self.report.add('no image: text file skipped', f'{self.name}: {key}.txt has no image.', once=True)
+                count_orphan(self.report, f'{self.name}: {key}.txt has no image', path)
 
     def load(
         self,
@@ -1009,6 +1009,18 @@ class YoloSeg(MaskDataset):
                 'height in [0, 1], not pixels.'
             )
         return polygons_to_mask([(points.reshape(-1, 2) * (size[1], size[0])).ravel().tolist()], size)
+
+
+def count_orphan(
+    report: Report,  # counts it once
+    why: str,  # beginning of a sentence
+    path: str | Path,  # of a text file of YOLO; it need not exist
+) -> None:
+    "Count a text file that belongs to no image, and its regions."
+    with suppress(OSError):
+        lines = sum(bool(line.strip()) for line in decode_text(Path(path).read_bytes()).splitlines())
+        report.add('no image: text file skipped', f'{why}.', once=True)
+        report.add(SKIPPED_REGIONS, f'{why}; regions: {lines}.', once=True, count=lines)
 
 
 def _class_number(text):

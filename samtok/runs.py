@@ -7,8 +7,8 @@ __all__ = ['ADDED', 'RENAMED', 'RunError', 'saving', 'atomic_write', 'decode_tex
            'read_records', 'fingerprint', 'lock', 'last_checkpoint', 'data_file', 'find_file', 'import_object',
            'resolve_scale', 'new_names', 'load_scale', 'check_names', 'check_device', 'check_gpus', 'seed_everything',
            'environment', 'read_rows', 'write_rows', 'escape_markdown', 'markdown_table', 'Run', 'bootstrap_replicates',
-           'quantile_interval', 'mean_ci', 'parse_args', 'papermill_option', 'run_command', 'leave_group', 'one_line',
-           'run_main', 'progress', 'pool_map', 'launch', 'watch']
+           'quantile_interval', 'mean_ci', 'parse_args', 'run_help', 'papermill_option', 'run_command', 'leave_group',
+           'one_line', 'run_main', 'progress', 'pool_map', 'launch', 'watch']
 
 # %% ../nbs/00c_runs.ipynb #66953e55
 import argparse
@@ -197,11 +197,13 @@ def read_json(
     if not head:
         raise error(f'The file {name} is not JSON: it is empty.')
     with file:
+        guessed = [] if guessed is None else guessed
         text = decode_text(file.read(), guessed)
     try:
         found = json.loads(text, object_pairs_hook=_once if once else None)
     except (ValueError, RecursionError) as e:
-        raise error(f'The file {name} is not JSON: {e}.') from e
+        hint = f' It is not UTF-8 and was read as {guessed[0]}: save it as UTF-8.' if guessed else ''
+        raise error(f'The file {name} is not JSON: {e}.{hint}') from e
     missing = [k for k in keys if not isinstance(found, dict) or k not in found]
     if missing:
         raise error(f'The file {name} has no {missing[0]!r}; it is of another format.')
@@ -395,34 +397,49 @@ def _checkpoint_fault(last, step, check):
     return None
 
 
+def _begun_checkpoints(folder, pattern):
+    "Steps of which there is the folder or the file that is written last, the newest first."
+    steps, parts = set(), {pattern: True, pattern.partition('/')[0]: '/' not in pattern}
+    for part, any_kind in parts.items():
+        name = re.compile('.*' + re.escape(part.format(step='STEP', rank=0)).replace('STEP', r'([0-9]+)'))
+        try:
+            found = [path for path in folder.glob(part.format(step='*', rank=0)) if any_kind or path.is_dir()]
+        except OSError as e:
+            raise RunError(f'The folder {folder.name} of the checkpoints cannot be read ({e.strerror}).') from e
+        steps |= {int(m[1]) for path in found if (m := name.fullmatch(path.as_posix()))}
+    return sorted(steps, reverse=True)
+
+
 def last_checkpoint(
     folder: str | Path,  # where the checkpoints lie
     pattern: str = 'checkpoint-{step}/trainer_state.json',  # the file that is written last, of each {step} and {rank}
     ranks: int = 1,  # number of processes that write one each
     check: Callable | None = None,  # function of a step that raises where its files cannot be used
 ) -> int | None:  # step of the newest whole checkpoint; None where none was written to its end; raises RunError
-    "Find the newest checkpoint that is whole; warns where a newer one is broken."
-    folder, broken = Path(folder), {}
-    name = re.compile('.*' + re.escape(pattern.format(step='STEP', rank=0)).replace('STEP', r'([0-9]+)'))
-    try:
-        found = list(folder.glob(pattern.format(step='*', rank=0)))
-    except OSError as e:
-        raise RunError(f'The folder {folder.name} of the checkpoints cannot be read ({e.strerror}).') from e
-    for step in sorted({int(m[1]) for file in found if (m := name.fullmatch(file.as_posix()))}, reverse=True):
+    "Find the newest checkpoint that is whole; warns where a newer one is broken, or was not written to its end."
+    folder, passed, broken = Path(folder), [], []
+    for step in _begun_checkpoints(folder, pattern):
         last = [folder / pattern.format(step=step, rank=rank) for rank in range(ranks)]
-        if not all(file.is_file() and file.stat().st_size for file in last):
-            continue  # killed while it was written
-        if why := _checkpoint_fault(last, step, check):
-            broken[step] = f'The checkpoint of step {step} in {"/".join(folder.parts[-2:])} is broken ({why})'
+        named = f'The checkpoint of step {step} in {"/".join(folder.parts[-2:])}'
+        missing = [file.name for file in last if not (file.is_file() and file.stat().st_size)]
+        if missing:
+            if (folder / pattern.partition('/')[0].format(step=step, rank=0)).exists():
+                passed.append(f'{named} was not written to its end ({missing[0]} is missing or empty)')
             continue
-        for sentence in broken.values():
+        if why := _checkpoint_fault(last, step, check):
+            broken.append(f'{named} is broken ({why})')
+            passed.append(broken[-1])
+            continue
+        for sentence in passed:
             warnings.warn(f'{sentence}: the run goes on from step {step}.', stacklevel=2)
         return step
     if broken:
         raise RunError(
-            f'{next(iter(broken.values()))}, and there is no other one that is whole: '
+            f'{broken[0]}, and there is no other one that is whole: '
             'restore it, or delete it to start the run from the beginning.'
         )
+    for sentence in passed:
+        warnings.warn(f'{sentence}: the run starts from the beginning.', stacklevel=2)
     return None
 
 # %% ../nbs/00c_runs.ipynb #91788657
@@ -1064,9 +1081,17 @@ def parse_args(
     for name, value in defaults.items():
         text = (help or {}).get(name, '')
         if value not in ('', None, {}):
-            text += f' (default: {value})'.replace('%', '%%')
-        parser.add_argument(f'--{name}', type=_typed(value), default=value, help=text)
+            text += f' (default: {value})'
+        parser.add_argument(f'--{name}', type=_typed(value), default=value, help=text.replace('%', '%%'))
     return vars(parser.parse_args(argv))
+
+
+def run_help(
+    name: str,  # of the run, for example "train_tokenizer"
+) -> dict:  # name of a parameter -> text
+    "Read what the parameters of a run mean, from data/params/help.json."
+    texts = read_json(data_file('params', 'help.json'))
+    return {**texts['all'], **texts.get(name, {})}
 
 
 def _yaml(value):
@@ -1168,7 +1193,7 @@ def run_main(
             parser.add_argument(f'--{option}', type=_typed(default), default=default)
         defaults = load(**vars(parser.parse_known_args(argv)[0]))
         out = f'runs/{name}_{defaults["scale"]}'
-        args = parse_args({**first, **defaults, 'out': out}, argv, prog=f'samtok.{name}')
+        args = parse_args({**first, **defaults, 'out': out}, argv, prog=f'samtok.{name}', help=run_help(name))
         params = {k: v if args[k] is None else _fitting(k, args[k], v) for k, v in defaults.items()}
         params['scale'] = defaults['scale']  # "auto" and old names are resolved
         if 'RANK' in os.environ:

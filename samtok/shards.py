@@ -25,7 +25,7 @@ from pathlib import Path
 from PIL import Image
 
 from .chat import ChatDataset, ChatError, Conversation, check_messages, fill, mask_words
-from .data import DataError, ImageError, Mixture, Report, leaf_datasets, read_image
+from .data import SKIPPED_REGIONS, DataError, ImageError, Mixture, Report, leaf_datasets, read_image
 from samtok.runs import (
     Run,
     RunError,
@@ -93,7 +93,7 @@ def _skip(conversation, kind, why, report):  # counts it, and its masks
     place = f'{conversation.dataset}, {conversation.id}'
     report.add(f'{kind}: conversation skipped', f'{place}: {why}')
     lost = len(conversation.masks)
-    report.add('regions of skipped samples', f'{place}: regions of this sample: {lost}.', count=lost)
+    report.add(SKIPPED_REGIONS, f'{place}: regions of this sample: {lost}.', count=lost)
 
 
 def _check_images(conversation):  # opens the images without masks; raises ImageError
