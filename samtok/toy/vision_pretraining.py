@@ -42,6 +42,7 @@ from samtok.runs import (
     parse_args,
     pool_map,
     progress,
+    run_help,
     seed_everything,
     watch,
     write_rows,
@@ -699,7 +700,8 @@ def main(
     "Pretrain a vision tower from the command line; the options are those of VISION_PRETRAINING, and --out."
     prog = 'samtok.toy.vision_pretraining'
     with one_line(prog) if argv is None else nullcontext():
-        args = parse_args({**VISION_PRETRAINING, 'out': 'runs/vision_pretraining'}, argv, prog=prog)
+        options = {**VISION_PRETRAINING, 'out': 'runs/vision_pretraining'}
+        args = parse_args(options, argv, prog=prog, help=run_help('vision_pretraining'))
         path = args.pop('out')
         if 'RANK' in os.environ or args['gpus'] < 2:
             run_vision_pretraining(path, args)
