@@ -35,7 +35,7 @@ from samtok.chat import (
 )
 from .chat_formats import DatasetWrapper, fit_mask, open_chat
 from .coco_index import id_key
-from .data import MaskDataset
+from .data import NO_REGIONS, MaskDataset, NoRegions
 from .files import DataError, find_image, image_frame, read_image, shared_paths
 from .formats import ReasonSeg, open_dataset
 from .masks import MaskError, mask_to_rle
@@ -136,7 +136,10 @@ class MaskSet(DatasetWrapper):
         record: object,  # of the data set
     ) -> Conversation:
         "Load an image whose answer is all its masks."
+        before = self.report[NO_REGIONS]
         sample = self.inner_sample(record)
+        if self.report[NO_REGIONS] > before:
+            raise NoRegions  # it is counted, and not asked
         messages = [
             dict(role='user', content='<image:0>'),
             dict(role='assistant', content=''.join(f'<mask:{k}>' for k in range(len(sample)))),
