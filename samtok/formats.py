@@ -409,7 +409,10 @@ def _union(shapes, size, problems=None):
 
 # %% ../nbs/00f_formats.ipynb #8881a8cc
 class Labelme(MaskDataset):
-    "Read labelme: one JSON for each image, the image inside or beside it; `__ignore__` is kept as meta['void']."
+    """Read labelme: one JSON for each image, the image inside or beside it; `__ignore__` is kept as meta['void'].
+
+    A box is filled and counted, as by the readers of other tools.
+    """
 
     name = 'labelme'
     keys = ('shapes',)  # what a file must have
