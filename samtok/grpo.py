@@ -79,7 +79,6 @@ from samtok.sft import (
 )
 from .tokenizer import MaskTokenizer
 from .vlm import MaskVLM, matrices
-from .words import MaskVocab
 
 # %% ../nbs/06_grpo.ipynb #fc3b04bd
 def load_params(
@@ -340,7 +339,7 @@ def reply_scores(
     groups.append((free.nonzero()[:, 0], targets[:0], False))
     return _ReplyScores.apply(hidden, weight, bias, targets, groups, temperature)
 
-# %% ../nbs/06_grpo.ipynb #fff5db3d
+# %% ../nbs/06_grpo.ipynb #9199f0b6
 _SCALED = (  # models that change the scores behind the head, which reply_scores does not
     'final_logit_softcapping',
     'logit_scale',
@@ -619,7 +618,7 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)  # the log goes into metrics.jsonl
     return trainer
 
-# %% ../nbs/06_grpo.ipynb #eb2e0831
+# %% ../nbs/06_grpo.ipynb #ccb9c36a
 RESERVE = 3e9  # bytes of CUDA's context and of gaps between tensors, assumed
 
 
@@ -633,14 +632,14 @@ def zero_stage(
     return int(about.get('zero_optimization', {}).get('stage', 0))
 
 
-def _trained_numbers(params, model):  # -> how many numbers are trained
+def _trained_numbers(params, model, mask_words):  # -> how many numbers are trained
     if params['learn'] == 'full':
         frozen = vision_weights(model, merger=True) if params['freeze_vision'] else []
         return sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in frozen)
     embedding, head, tied = matrices(model)
     rows = sum(m.weight.numel() for m in ([embedding] if tied else [embedding, head]))
     if params['learn'] != 'lora_full_rows':
-        rows = rows * len(MaskVocab()) // len(embedding.weight)
+        rows = rows * mask_words // len(embedding.weight)
     layers = [
         m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not re.search('visual|vision', n)
     ]
@@ -653,10 +652,11 @@ def grpo_memory(
     model: torch.nn.Module,  # the policy before training; on the device "meta" it needs no memory
     prompt_tokens: int = 1024,  # tokens of the longest prompt, its image included
     n: int = 1,  # GPUs
+    mask_words: int = 514,  # of the tokenizer; where only embedding rows are trained, these are
 ) -> dict:  # part -> bytes on each GPU; "peak": at the worst moment
     "Calculate the memory of a run: weights, reference, gradients, optimizer, activations, log-probabilities, cache."
     text, stage = model.config.get_text_config(), zero_stage(params)
-    numbers, trained = sum(p.numel() for p in model.parameters()), _trained_numbers(params, model)
+    numbers, trained = sum(p.numel() for p in model.parameters()), _trained_numbers(params, model, mask_words)
     wide = params['dtype'] == 'float32'
     own = 4 if wide and not (params['deepspeed'] and params['bf16']) else 2  # bytes of a weight
     part = 2 if params['bf16'] or not wide else 4  # bytes of a number within a layer
@@ -744,7 +744,7 @@ def _print_memory(params, vlm, prompts, tried=16):  # the longest of some prompt
         lengths.append(len(vlm.processor(text=[text], images=[p['image']])['input_ids'][0]))
     gpu = torch.cuda.get_device_properties(0).total_memory if params['gpus'] and params['device'] != 'cpu' else None
     n = processes(params)
-    print(memory_sentence(grpo_memory(params, vlm.model, max(lengths), n), n, gpu))
+    print(memory_sentence(grpo_memory(params, vlm.model, max(lengths), n, len(vlm.ids)), n, gpu))
 
 
 def _train(run, on_log):
