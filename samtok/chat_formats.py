@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['CHAT_FORMATS', 'read_plain_pickle', 'fit_mask', 'Refer', 'ReferLines', 'Llava', 'llava_messages', 'Rounds',
-           'GrandGcg', 'mark_phrases', 'RegionCaptions', 'DatasetWrapper', 'InstanceChats', 'OpenPsg', 'open_chat']
+           'GrandGcg', 'mark_phrases', 'RegionCaptions', 'DatasetWrapper', 'InstanceChats', 'OpenPsg', 'SamtokPrompts',
+           'open_chat']
 
 # %% ../nbs/03c_chat_formats.ipynb #2c49e713
 import heapq
 import inspect
 import io
+import json
 import os
 import pickle
 import re
 import warnings
 from collections import Counter, defaultdict
 from copy import copy
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +47,7 @@ from samtok.files import (
     shared_paths,
 )
 from .formats import open_dataset
-from .masks import MaskError
+from .masks import MaskError, mask_iou_pairs
 from .runs import import_object, read_records
 
 # %% ../nbs/03c_chat_formats.ipynb #e4936977
@@ -823,6 +826,127 @@ class OpenPsg(ChatDataset):
         masks = [fit_mask(ids == graph['segments_info'][k]['id'], frame, self.report, place) for k in used]
         return Conversation(messages, [path], masks, id=str(graph['image_id']), dataset=self.name, task='psg')
 
+# %% ../nbs/03c_chat_formats.ipynb #dee4b60a
+_GROUP = re.compile(r'<\|mt_start\|>.*?<\|mt_end\|>')  # of mask words, of whatever codebooks
+
+
+@lru_cache(2)
+def _record_group(path, group):  # -> pyarrow.Table: some records of a parquet file
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path).read_row_group(group)
+
+
+class SamtokPrompts(ChatDataset):
+    """Prompts of reinforcement learning as SAMTok_Training_Data has them: parquet files.
+
+    Columns images ([{bytes, path}]), problem, answer (a text with mask words), masks (an RLE for each group of words)
+    and source.
+    """
+
+    name = 'samtok_rl'
+
+    def __init__(
+        self,
+        file: str | Path,  # *.parquet
+        images: str | Path = '',  # folder of the images whose bytes the file does not have
+        keep: str = 'words',  # of the answers: 'words', as they are written, or 'masks', to be written again
+        tokenizer: object = None,  # MaskTokenizer that wrote the words, or its name: compares words with masks
+        min_iou: float = 0.0,  # answers in which words and mask agree less are left out; needs a tokenizer
+        source: str = '',  # only records of it, such as "gres" or "ver"; empty: all
+    ):
+        import pyarrow.parquet as pq
+
+        super().__init__()
+        if keep not in ('words', 'masks'):
+            raise ChatError(f"keep is {keep!r}; use 'words' (as they are written) or 'masks' (to be written again).")
+        if min_iou and tokenizer is None:
+            raise ChatError('min_iou compares words with masks; give the tokenizer that wrote the words.')
+        self.file, self.folder, self.keep, self.min_iou, self.source = str(file), images, keep, min_iou, source
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = import_object('samtok.tokenizer:MaskTokenizer').from_pretrained(tokenizer)
+        self.tokenizer = tokenizer
+        try:
+            about = pq.ParquetFile(file)
+        except (OSError, ValueError) as e:
+            raise DataError(f'The file {Path(file).name} cannot be read as parquet ({e}).') from e
+        if missing := {'images', 'problem', 'answer', 'masks', *(['source'] if source else [])} - set(
+            about.schema_arrow.names
+        ):
+            has = ', '.join(about.schema_arrow.names)
+            raise DataError(f'{Path(file).name} has no column {min(missing)}; it has {has}.')
+        self.sizes = [about.metadata.row_group(k).num_rows for k in range(about.num_row_groups)]
+
+    def image_names(self):  # iterator of str
+        "List the names of all images."
+        import pyarrow.parquet as pq
+
+        for batch in pq.ParquetFile(self.file).iter_batches(columns=['images.list.element.path']):
+            yield from (entry['path'] for entries in batch['images'].to_pylist() for entry in entries or ())
+
+    def records(self):  # iterator of (row group, place in it)
+        "List the records by their places."
+        import pyarrow.parquet as pq
+
+        file = pq.ParquetFile(self.file)
+        for group, size in enumerate(self.sizes):
+            column = file.read_row_group(group, ['source'])['source'].to_pylist() if self.source else [''] * size
+            yield from ((group, at) for at in range(size) if column[at] == self.source)
+
+    def load(
+        self,
+        record: tuple,  # row group, place in it
+    ) -> Conversation:  # raises ChatError, MaskError
+        "Read a question with its answer."
+        group, at = record
+        row = _record_group(self.file, group).slice(at, 1).to_pylist()[0]
+        number = sum(self.sizes[:group]) + at
+        image, place = self._image(row), f'{self.name}, record {number}'
+        turns = [dict(role=r, content=_only(row[k], k)) for r, k in (('user', 'problem'), ('assistant', 'answer'))]
+        messages, stored = llava_messages(turns, 1), row['masks'] or []
+        groups = _GROUP.findall(messages[1]['content'])
+        if len(groups) != len(stored):
+            raise ChatError(f'its answer has {len(groups)} groups of mask words, and there are {len(stored)} masks')
+        masks = []
+        if self.keep == 'masks' or self.tokenizer is not None:
+            stored = [json.loads(m) if isinstance(m, str) else m for m in stored]
+            masks = [fit_mask(m, image_frame(image), self.report, place) for m in stored]
+        if self.tokenizer is not None and groups:
+            self._compare(image, groups, masks, place)
+        if self.keep == 'masks':
+            count = iter(range(len(groups)))
+            messages[1]['content'] = _GROUP.sub(lambda _: f'<mask:{next(count)}>', messages[1]['content'])
+        about = dict(id=f'{Path(self.file).stem}_{number}', dataset=self.name, task=row.get('source') or '')
+        return Conversation(messages, [image], masks if self.keep == 'masks' else [], **about)
+
+    def _image(self, row):  # -> bytes, or a path
+        images = row['images'] or []
+        if len(images) != 1:
+            raise ChatError(f'it has {len(images)} images; one is expected')
+        if images[0].get('bytes'):
+            return images[0]['bytes']
+        if not self.folder:
+            raise ChatError('the file has no bytes of its image; give the folder of the images')
+        return _image_path(self, images[0].get('path'))
+
+    def _compare(self, image, groups, masks, place):  # counts how well words and masks agree; raises what is wrong
+        decoded = self.tokenizer.decode_words(image, ''.join(groups))
+        if len(decoded) != len(masks):
+            raise ChatError('its answer has mask words that the tokenizer does not know')
+        agree = mask_iou_pairs(decoded, np.stack(masks))
+        for k, iou in enumerate(agree):
+            level = 'at least .75' if iou >= 0.75 else '.5 to .75' if iou >= 0.5 else 'below .5'
+            self.report.add(f'IoU of words and mask {level}', f'{place}, mask {k}: {iou:.3f}.')
+        if min(agree) < self.min_iou:
+            raise MaskError(f'words and mask agree with an IoU of {min(agree):.3f}, below {self.min_iou}')
+
+
+def _only(value, what):  # a text, or a list with one text -> the text; raises ChatError
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if not isinstance(value, str) or not value.strip():
+        raise ChatError(f'its {what} is {str(value)[:60]!r}; give a text')
+    return value
+
 # %% ../nbs/03c_chat_formats.ipynb #fa7596e8
 CHAT_FORMATS = dict(  # name -> class, or "module:object" of what makes a ChatDataset
     refer=Refer,
@@ -833,6 +957,7 @@ CHAT_FORMATS = dict(  # name -> class, or "module:object" of what makes a ChatDa
     region_captions=RegionCaptions,
     instances=InstanceChats,
     psg=OpenPsg,
+    samtok_rl=SamtokPrompts,
     shapeworld='samtok.toy.scenes:open_scenes',
 )
 

@@ -968,7 +968,7 @@ def reply_batch(
     task: Task,  # says how it is asked
     batch: list,  # of Conversation
     policy: str | None = None,  # how replies are read, see MaskVocab.parse; None: as the task says
-    constrained: bool | None = None,  # see MaskVLM.generate; None: the model's own setting
+    constrained: bool | str | None = None,  # see MaskVLM.generate; None: the model's own setting
     threshold: float | None = None,  # logit above which a pixel is inside; None: the tokenizer's own
     known_codes: 'Callable | None' = None,  # (sample, tokenizer) -> (K,) codes of its masks, or None: encode them
 ) -> list:  # of dict, the lines of the predictions file
@@ -1007,7 +1007,7 @@ def predict(
     rank: int = 0,  # number of this process
     world: int = 1,  # number of processes
     policy: str | None = None,  # how replies are read, see MaskVocab.parse; None: as the task says
-    constrained: bool | None = None,  # see MaskVLM.generate; None: the model's own setting
+    constrained: bool | str | None = None,  # see MaskVLM.generate; None: the model's own setting
     threshold: float | None = None,  # logit above which a pixel is inside; None: the tokenizer's own
     known_codes: 'Callable | None' = None,  # see reply_batch
 ) -> int:  # samples that were asked now; raises EvaluateError
@@ -1161,7 +1161,7 @@ def evaluate(
     tokenizer: 'str | MaskTokenizer' = '',  # see open_model
     root: str = '',  # folder that the tasks' files are below
     policy: str | None = None,  # how replies are read, see MaskVocab.parse; None: as each task says
-    constrained: bool | None = None,  # only well-formed words; None: the model's own setting
+    constrained: bool | str | None = None,  # see MaskVLM.generate; None: the model's own setting
     threshold: float | None = None,  # logit above which a pixel is inside; None: the tokenizer's own
     device: str = 'cpu',  # "cpu" or "cuda"
     batch: int = 32,  # samples at a time
@@ -1370,7 +1370,8 @@ _OPTIONS = dict(
     save='JSON file for the figures of all tasks, with command and environment',
     policy='how broken replies are read: strict, flat, published_gres, published_gcg or published_single '
     '(default: as the task says)',
-    constrained='true or false: only well-formed words (default: as the task says)',
+    constrained='true: only well-formed words; answer: only answers of the published form; or false '
+    '(default: as the task says)',
     threshold="logit above which a pixel is inside (default: the tokenizer's)",
     convention='of the metric, where the task has several',
     similarity='of phrases: "words" or a text encoder',
@@ -1385,9 +1386,9 @@ _OPTIONS = dict(
 
 
 def _yes_or_no(text):
-    if text.lower() not in ('true', 'false'):
-        raise argparse.ArgumentTypeError('give true or false')
-    return text.lower() == 'true'
+    if text.lower() not in ('true', 'false', 'answer'):
+        raise argparse.ArgumentTypeError('give true, answer or false')
+    return 'answer' if text.lower() == 'answer' else text.lower() == 'true'
 
 
 def _arguments(argv):  # list of str, None: of this process -> argparse.Namespace
