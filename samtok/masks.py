@@ -202,9 +202,26 @@ def rle_to_mask(
     rle: dict,  # {"size": [H,W], "counts": str, bytes or list of int}
     size: tuple[int, int] | None = None,  # (H,W) that the mask must have
 ) -> np.ndarray:  # (H,W) bool; raises MaskError for wrong sums, negative runs, broken letters, another size
-    "Rebuild the mask from its run lengths."
+    "Rebuild the mask from its run lengths; only the box around the region is decoded."
     h, w, counts = _read_rle(rle, size)
-    return np.ascontiguousarray(np.repeat(np.arange(counts.size) % 2 > 0, counts).reshape(w, h).T)
+    mask = np.zeros((h, w), bool)
+    left, columns = _decode_columns(counts, h)
+    rows = np.flatnonzero(columns.any(0))
+    if rows.size:
+        top, bottom = rows[0], rows[-1] + 1
+        mask[top:bottom, left : left + len(columns)] = columns[:, top:bottom].T
+    return mask
+
+
+def _decode_columns(counts, h):  # run lengths, height -> first column with a pixel, (columns, h) bool up to the last
+    ends = np.cumsum(counts)
+    inside = np.flatnonzero(counts[1::2]) * 2 + 1  # runs of the region; those of length 0 mark nothing
+    if not inside.size:
+        return 0, np.zeros((0, h), bool)
+    left = int(ends[inside[0] - 1]) // h
+    right = -(-int(ends[inside[-1]]) // h)
+    lengths = np.diff(np.clip(ends, left * h, right * h), prepend=left * h)
+    return left, np.repeat(np.arange(counts.size) % 2 > 0, lengths).reshape(-1, h)
 
 # %% ../nbs/00_masks.ipynb #adb733c4
 def coco_rle(
