@@ -119,7 +119,7 @@ def _from_pil(image, side=0):
     elif image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in image.info:
         rgb = _from_array(np.asarray(image.convert('RGBA')))
     else:
-        rgb = np.array(image.convert('RGB'))
+        rgb = np.array(image if image.mode == 'RGB' else image.convert('RGB'))
     if turn is not None:
         rgb = np.array(Image.fromarray(rgb).transpose(turn))
     return rgb, turn

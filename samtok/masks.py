@@ -288,12 +288,14 @@ def masks_to_boxes(
 
 
 def _boxes(masks):  # (N,H,W) bool, checked
-    sides = []
-    for used in (masks.any(1), masks.any(2)):  # columns (N,W), then rows (N,H)
-        if not used.any(1).all():
-            raise MaskError(f'Mask {int(np.argmin(used.any(1)))} is empty and has no box; drop empty masks first.')
-        sides += [used.argmax(1), used.shape[1] - used[:, ::-1].argmax(1)]
-    return np.stack(sides, 1)[:, [0, 2, 1, 3]].astype(float)
+    boxes = np.zeros((len(masks), 4))
+    for i, mask in enumerate(masks):
+        rows = np.flatnonzero(mask.any(1))
+        if not rows.size:
+            raise MaskError(f'Mask {i} is empty and has no box; drop empty masks first.')
+        columns = np.flatnonzero(mask[rows[0] : rows[-1] + 1].any(0))
+        boxes[i] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return boxes
 
 # %% ../nbs/00_masks.ipynb #02e45f8d
 def xywh_to_xyxy(

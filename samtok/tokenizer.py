@@ -244,17 +244,25 @@ def prepare_image(
 def shrink_masks(
     masks: np.ndarray,  # (N,H,W) bool
     side: int,  # R, of the squares
+    boxes: np.ndarray | None = None,  # (N,4) xyxy pixels, which hold all pixels of a mask; None: they are found here
 ) -> torch.Tensor:  # (N,R,R) float32 in [0,1], bilinear with antialiasing
-    "Resize masks to squares; what is computed of a mask are the rows that it touches, the others stay 0."
-    masks = np.asarray(masks)
-    rows = masks.any(2)
-    narrow = torch.zeros(len(masks), 1, masks.shape[1], side)  # resized across, as the first pass of `interpolate` does
-    for i in np.flatnonzero(rows.any(1)):
-        top, bottom = int(rows[i].argmax()), rows.shape[1] - int(rows[i, ::-1].argmax())
-        touched = torch.from_numpy(masks[i, top:bottom].astype(np.float32))[None, None]
-        across = F.interpolate(touched, (bottom - top, side), mode='bilinear', antialias=True)
-        narrow[i, :, top:bottom] = across[0]
-    return F.interpolate(narrow, (side, side), mode='bilinear', antialias=True)[:, 0]
+    "Resize masks to squares, first across and then down, each only where the mask is: elsewhere all is 0."
+    out = torch.zeros(len(masks), side, side)
+    narrow = torch.zeros(1, 1, masks.shape[1], side)  # a mask that was resized across
+    for i, (mask, square) in enumerate(zip(np.asarray(masks), out)):
+        rows = np.flatnonzero(mask.any(1)) if boxes is None else boxes[i, 1::2].astype(int) - (0, 1)
+        if not rows.size:
+            continue
+        for top in range(rows[0], rows[-1] + 1, 128):  # rows that fit into a processor's cache
+            part = torch.from_numpy(mask[top : min(top + 128, rows[-1] + 1)].astype(np.float32))[None, None]
+            across = F.interpolate(part, (part.shape[2], side), mode='bilinear', antialias=True)
+            narrow[:, :, top : top + part.shape[2]] = across
+        columns = narrow[0, 0].any(0).nonzero()[:, 0]
+        left, right = int(columns[0]), int(columns[-1]) + 1
+        down = F.interpolate(narrow[..., left:right], (side, right - left), mode='bilinear', antialias=True)
+        square[:, left:right] = down[0, 0]
+        narrow[:, :, rows[0] : rows[-1] + 1] = 0
+    return out
 
 
 def mask_prompts(
@@ -262,10 +270,11 @@ def mask_prompts(
     boxes: np.ndarray,  # (N,4) xyxy pixels, max exclusive
     size: int,  # S, side of the model's square
     grid: int,  # side of the feature map
+    tight: bool = False,  # do the boxes hold all pixels of their masks? Then they need not be found again
 ) -> tuple:  # (N,1,4*grid,4*grid) float32 in [0,1], and (N,2,2) float32 corners (x,y) in the square
     "Make SAM's dense and sparse prompts from masks and boxes."
     h, w = masks.shape[1:]
-    dense = shrink_masks(masks, 4 * grid)[:, None]
+    dense = shrink_masks(masks, 4 * grid, boxes if tight else None)[:, None]
     scale = torch.tensor([size / w, size / h] * 2)
     corners = (torch.as_tensor(np.asarray(boxes, np.float64)) - torch.tensor([0, 0, 1, 1])) * scale
     return dense, corners.float().reshape(-1, 2, 2)
