@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['backbone_args', 'TokenizerConfig', 'MaskEncoder', 'prepare_image', 'shrink_masks', 'mask_prompts', 'TokenizerOutput',
-           'TokenizerNetwork', 'ImageEmbedding', 'MaskTokenizer']
+           'TokenizerNetwork', 'ImageEmbedding', 'ImagePrompts', 'image_prompts', 'MaskTokenizer']
 
 # %% ../nbs/02_tokenizer.ipynb #1bc2c06e
 import inspect
@@ -457,6 +457,27 @@ def _check_codes(codes, num_codes):  # -> (N,K) int64, -1 where later codes are 
         )
     return np.pad(codes.astype(np.int64), ((0, 0), (0, num_codes - codes.shape[1])), constant_values=-1)
 
+
+@dataclass
+class ImagePrompts:
+    "An image and its masks as the network takes them."
+
+    pixels: torch.Tensor  # (3,S,S) float32, of prepare_image
+    dense: torch.Tensor  # (N,1,4*grid,4*grid) float32, of mask_prompts
+    corners: torch.Tensor  # (N,2,2) float32, of mask_prompts
+    size: tuple  # (H,W) of the image
+
+
+def image_prompts(
+    image: np.ndarray,  # (H,W,3) uint8 RGB
+    masks: np.ndarray,  # (N,H,W) bool
+    config: TokenizerConfig,  # of the tokenizer that will encode them
+) -> ImagePrompts:  # raises MaskError
+    "Make an image and its masks ready for `MaskTokenizer.encode_prompts`; needs no network."
+    masks, boxes = _check_regions(masks, None, image.shape[:2])
+    dense, corners = mask_prompts(masks, boxes, config.image_size, config.grid, tight=True)
+    return ImagePrompts(prepare_image(image, config.image_size), dense, corners, image.shape[:2])
+
 # %% ../nbs/02_tokenizer.ipynb #02185c0f
 def _load_folder(cls, folder):  # class, Path -> model; raises CheckpointError
     for file in ('config.json', 'model.safetensors'):
@@ -546,12 +567,15 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
             for regions, tight in checked
             for i in range(0, len(regions), chunk)
         ]
-        latents = torch.zeros(0, self.config.num_mask_tokens, self.config.latent_dim)
-        if prompts:
-            dense, corners = (torch.cat(part).to(self.device) for part in zip(*prompts))
-            chunks = embedding.chunks(counts, chunk)
-            latents = torch.cat([self.mask_latents(f, dense[p], corners[p]).float() for p, f, _ in chunks])
+        latents = self._prompt_latents(embedding, counts, prompts, chunk)
         return latents if embedding.single else list(latents.split(counts))
+
+    def _prompt_latents(self, embedding, counts, prompts, chunk):  # list of (dense, corners) -> (N,T,D) float32
+        if not prompts:
+            return torch.zeros(0, self.config.num_mask_tokens, self.config.latent_dim)
+        dense, corners = (torch.cat(part).to(self.device, non_blocking=True) for part in zip(*prompts))
+        chunks = embedding.chunks(counts, chunk)
+        return torch.cat([self.mask_latents(f, dense[p], corners[p]).float() for p, f, _ in chunks])
 
     @torch.no_grad()
     def encode(
@@ -563,12 +587,29 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
     ) -> np.ndarray:  # (N,K) int64 in [0,codebook_size), or a list of them; raises MaskError (LatentError), ImageError
         "Encode masks of an image into codes, (N,K) int64; changes nothing, in training mode neither."
         latents = self.mask_embeddings(image, masks, boxes, chunk)
+        codes = self._codes(latents if isinstance(latents, list) else [latents])
+        return codes if isinstance(latents, list) else codes[0]
+
+    def _codes(self, latents):  # list of (N,T,D) -> list of (N,K) int64; raises LatentError
         codes = []
-        for z in latents if isinstance(latents, list) else [latents]:
+        for z in latents:
             found = self.quantizer.lookup(z).reshape(len(z), self.config.num_codes)
             _check_latents(found)
             codes.append(found.cpu().numpy())
-        return codes if isinstance(latents, list) else codes[0]
+        return codes
+
+    @torch.no_grad()
+    def encode_prompts(
+        self,
+        prompts: list,  # of ImagePrompts, at least one
+        chunk: int = 16,  # masks at a time; bounds memory, does not change the result
+    ) -> list:  # for each image (N,K) int64 in [0,codebook_size): what `encode` gives; raises LatentError
+        "Encode images and masks that were made ready elsewhere, in a worker that reads files."
+        pixels = torch.stack([one.pixels for one in prompts]).to(self.device, non_blocking=True)
+        embedding = ImageEmbedding(*self.image_features(pixels), [one.size for one in prompts])
+        counts = [len(one.dense) for one in prompts]
+        latents = self._prompt_latents(embedding, counts, [(one.dense, one.corners) for one in prompts], chunk)
+        return self._codes(latents.split(counts))
 
     def encode_words(
         self,
