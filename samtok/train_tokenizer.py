@@ -219,7 +219,7 @@ def make_batch(
         parts.append(_image_part(sample, config, truth_size, keep))
     return _join_parts(parts)
 
-# %% ../nbs/02a_train_tokenizer.ipynb #5880dc89
+# %% ../nbs/02a_train_tokenizer.ipynb #44f62c8e
 def _read_part(dataset, config, draw, truth_size, item):  # (place, (epoch, record)) -> tensors, () without masks,
     place, (epoch, record) = item  # None where the record cannot be read; and what was counted
     most, seeds, side = draw
