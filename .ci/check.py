@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS, LIB, FLOORS = ROOT / 'nbs', ROOT / 'samtok', json.loads((ROOT / '.ci/floors.json').read_text())
 RUN_NOTEBOOKS = (  # these have one cell tagged `parameters`
     r'(02a_|02b_|04_|06_|08_|09_|toy/04_|toy/06_|tutorials/quickstart|tutorials/your_own_data'
-    r'|paper/tokenizer_ablation|paper/tokenizer_cost)'
+    r'|paper/tokenizer_ablation|paper/tokenizer_cost|paper/scale)'
 )
 PAGES = r'(toy/06_)'  # numbered notebooks without a module: pages
 MODULES = {'toy/04_toy_sft': 'toy.train', 'toy/05_toy_tasks': 'toy.tasks'}  # where the name of the file says another

@@ -1010,6 +1010,7 @@ def predict(
     constrained: bool | str | None = None,  # see MaskVLM.generate; None: the model's own setting
     threshold: float | None = None,  # logit above which a pixel is inside; None: the tokenizer's own
     known_codes: 'Callable | None' = None,  # see reply_batch
+    workers: int = 0,  # processes that read ahead; 0: none
 ) -> int:  # samples that were asked now; raises EvaluateError
     "Answer the samples of a task that have no answer yet."
     if batch < 1:
@@ -1036,7 +1037,7 @@ def predict(
                     if 'reply' in row or known.get(row['id'], {}).get('error') != row['error']:
                         store.add(row)
 
-        for i, sample in enumerate(data if isinstance(data, list) else samples(task, data, n)):
+        for i, sample in enumerate(data if isinstance(data, list) else samples(task, data, n, workers)):
             if i % world != rank or sample.id in known and _is_answer(known[sample.id]):
                 continue
             todo.append(sample)
@@ -1174,6 +1175,7 @@ def evaluate(
     codes: bool = True,  # compare the codes of replies with the true ones as well
     rank: int | None = None,  # number of this process; None: as torchrun says
     world: int | None = None,  # processes that share the samples; only where it is 1, figures are computed
+    workers: int = 0,  # processes of each of these that read ahead; 0: none; the batches are the same
 ) -> Evaluation:
     "Ask a model the questions of some benchmarks, and count; what was answered before is not asked again."
     tasks = find_tasks(tasks)
@@ -1183,6 +1185,7 @@ def evaluate(
     world = int(os.environ.get('WORLD_SIZE', 1)) if world is None else world
     given = dict(model=model, task=','.join(t.name for t in tasks), samples=n or 0)  # torchrun has an option --n
     given |= dict(out=str(out), tokenizer=tokenizer, root=root, device=device, batch=batch, **reading)
+    given |= dict(workers=workers)
     model, scores = open_model(model, tokenizer, device), {}
     if isinstance(model, UpperBound):  # descriptions have no upper bound
         opened = [(task, data) for task, data in opened if task.metric not in _WITHOUT_MASKS]
@@ -1195,9 +1198,9 @@ def evaluate(
     counting |= dict(tokenizer=model.tokenizer, policy=policy or None)
     for (task, data), store in progress(list(zip(opened, stores)), 'tasks'):
         start = time.perf_counter()
-        chosen = list(samples(task, data, n)) if n and n <= 1000 else data  # drawn or read once
+        chosen = list(samples(task, data, n, workers)) if n and n <= 1000 else data  # drawn or read once
         known = getattr(data, 'known_codes', None)
-        predict(model, task, store, chosen, n, batch, rank, world, known_codes=known, **reading)
+        predict(model, task, store, chosen, n, batch, rank, world, known_codes=known, workers=workers, **reading)
         if world == 1:
             alike = similarity if task.metric in ('gcg', 'instances') else None
             scores[task.name] = _score_store(task, store, chosen, data, n, start, **counting, similarity=alike)
@@ -1382,6 +1385,7 @@ _OPTIONS = dict(
     gpus='processes, one for each GPU; 0 or 1: this one',
     batch='samples in one pass (default 32)',
     seed='of the bootstrap (default 0)',
+    workers='processes that read ahead; 0: none (default)',
 )
 
 
@@ -1407,6 +1411,7 @@ def _arguments(argv):  # list of str, None: of this process -> argparse.Namespac
         gpus=dict(type=int, default=0),
         batch=dict(type=int, default=32),
         seed=dict(type=int, default=0),
+        workers=dict(type=int, default=0),
     )
     for name, text in _OPTIONS.items():
         p.add_argument(f'--{name}', *(['--samples'] if name == 'n' else []), help=text, **settings.get(name, {}))
@@ -1447,7 +1452,7 @@ def _chosen_tasks(a):  # arguments -> list of Task
 def _evaluate_model(a, tasks, argv):  # arguments, list of Task, what was typed -> list of Score
     start = time.perf_counter()
     same = ('tokenizer', 'root', 'policy', 'constrained', 'threshold', 'device', 'batch', 'gpus')
-    same += ('seed', 'judge', 'missing', 'similarity')
+    same += ('seed', 'judge', 'missing', 'similarity', 'workers')
     found = evaluate(a.model, tasks, a.n or None, a.out or 'runs/evaluate', **{k: getattr(a, k) for k in same})
     if a.save and found.scores:
         found.save(a.save, a.model, shlex.join(['samtok-eval', *argv]), time.perf_counter() - start)
@@ -1461,8 +1466,9 @@ def _print_report(task, report):
 
 def _run(a, argv):  # arguments, what was typed -> list of Score; None: questions were written
     tasks = _chosen_tasks(a)
-    if min(a.n, a.seed, a.gpus) < 0:
-        raise EvaluateError(f'--n {a.n} --seed {a.seed} --gpus {a.gpus}: give numbers of at least 0.')
+    if min(a.n, a.seed, a.gpus, a.workers) < 0:
+        numbers = f'--n {a.n} --seed {a.seed} --gpus {a.gpus} --workers {a.workers}'
+        raise EvaluateError(f'{numbers}: give numbers of at least 0.')
     if a.threshold is not None and not math.isfinite(a.threshold):
         raise EvaluateError(f'The threshold {a.threshold} is not finite: every pixel would be outside, or inside.')
     if any(t.drawn for t in tasks) and not a.n:

@@ -15,7 +15,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -104,9 +104,11 @@ def _turn_of(image):
         return None  # a broken EXIF block turns nothing
 
 
-def _from_pil(image):
+def _from_pil(image, side=0):
     "A PIL image -> (H,W,3) uint8, and how it was turned (PIL's Transpose or None)."
     turn = _turn_of(image)
+    if side:
+        image.draft(None, (side, side))  # a JPEG is decoded at 1/1, 1/2, 1/4 or 1/8, both sides at least so long
     image.load()
     if 0 in image.size:
         raise ImageError(f'The image is {image.size[1]}x{image.size[0]}; both sides must be at least 1.')
@@ -117,7 +119,7 @@ def _from_pil(image):
     elif image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in image.info:
         rgb = _from_array(np.asarray(image.convert('RGBA')))
     else:
-        rgb = np.array(image.convert('RGB'))
+        rgb = np.array(image if image.mode == 'RGB' else image.convert('RGB'))
     if turn is not None:
         rgb = np.array(Image.fromarray(rgb).transpose(turn))
     return rgb, turn
@@ -158,10 +160,10 @@ def _opened(source, read):
         raise ImageError(f'{name} cannot be read: {_why(e)}.') from e  # decoders raise every kind on broken bytes
 
 
-def _read(source):
+def _read(source, side=0):
     "Whatever read_image takes -> (H,W,3) uint8, and how it was turned (PIL's Transpose or None)."
     if isinstance(source, (str, os.PathLike, bytes, bytearray, Image.Image)):
-        return _opened(source, _from_pil)
+        return _opened(source, partial(_from_pil, side=side))
     return _from_array(source), None
 
 
@@ -225,10 +227,11 @@ class Frame:
 
 def read_framed(
     source: str | Path | bytes | Image.Image | np.ndarray,  # as in read_image
-) -> tuple:  # (H,W,3) uint8 RGB as displayed, its Frame; raises ImageError
+    side: int = 0,  # a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size where both sides keep so many pixels; 0: no
+) -> tuple:  # (H,W,3) uint8 RGB as displayed, its Frame (of the full size); raises ImageError
     "Read an image together with its frame."
-    image, turn = _read(source)
-    return image, Frame(image.shape[:2], turn)
+    image, turn = _read(source, side)
+    return image, image_frame(source) if side else Frame(image.shape[:2], turn)
 
 
 def _frame_of(image):

@@ -202,9 +202,26 @@ def rle_to_mask(
     rle: dict,  # {"size": [H,W], "counts": str, bytes or list of int}
     size: tuple[int, int] | None = None,  # (H,W) that the mask must have
 ) -> np.ndarray:  # (H,W) bool; raises MaskError for wrong sums, negative runs, broken letters, another size
-    "Rebuild the mask from its run lengths."
+    "Rebuild the mask from its run lengths; only the box around the region is decoded."
     h, w, counts = _read_rle(rle, size)
-    return np.ascontiguousarray(np.repeat(np.arange(counts.size) % 2 > 0, counts).reshape(w, h).T)
+    mask = np.zeros((h, w), bool)
+    left, columns = _decode_columns(counts, h)
+    rows = np.flatnonzero(columns.any(0))
+    if rows.size:
+        top, bottom = rows[0], rows[-1] + 1
+        mask[top:bottom, left : left + len(columns)] = columns[:, top:bottom].T
+    return mask
+
+
+def _decode_columns(counts, h):  # run lengths, height -> first column with a pixel, (columns, h) bool up to the last
+    ends = np.cumsum(counts)
+    inside = np.flatnonzero(counts[1::2]) * 2 + 1  # runs of the region; those of length 0 mark nothing
+    if not inside.size:
+        return 0, np.zeros((0, h), bool)
+    left = int(ends[inside[0] - 1]) // h
+    right = -(-int(ends[inside[-1]]) // h)
+    lengths = np.diff(np.clip(ends, left * h, right * h), prepend=left * h)
+    return left, np.repeat(np.arange(counts.size) % 2 > 0, lengths).reshape(-1, h)
 
 # %% ../nbs/00_masks.ipynb #adb733c4
 def coco_rle(
@@ -271,12 +288,14 @@ def masks_to_boxes(
 
 
 def _boxes(masks):  # (N,H,W) bool, checked
-    sides = []
-    for used in (masks.any(1), masks.any(2)):  # columns (N,W), then rows (N,H)
-        if not used.any(1).all():
-            raise MaskError(f'Mask {int(np.argmin(used.any(1)))} is empty and has no box; drop empty masks first.')
-        sides += [used.argmax(1), used.shape[1] - used[:, ::-1].argmax(1)]
-    return np.stack(sides, 1)[:, [0, 2, 1, 3]].astype(float)
+    boxes = np.zeros((len(masks), 4))
+    for i, mask in enumerate(masks):
+        rows = np.flatnonzero(mask.any(1))
+        if not rows.size:
+            raise MaskError(f'Mask {i} is empty and has no box; drop empty masks first.')
+        columns = np.flatnonzero(mask[rows[0] : rows[-1] + 1].any(0))
+        boxes[i] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return boxes
 
 # %% ../nbs/00_masks.ipynb #02e45f8d
 def xywh_to_xyxy(

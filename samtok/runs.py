@@ -489,8 +489,9 @@ def import_object(
     return found
 
 # %% ../nbs/00c_runs.ipynb #0ec2e76a
-ADDED = dict(max_bad_steps=10, rollout_batch=0)  # parameters that came after release 0.1 -> what runs without them did
+ADDED = dict(max_bad_steps=10, rollout_batch=0, exact_images=True)  # after release 0.1 -> what runs without them did
 WORDS = dict(constrained=('answer',))  # parameters that take these words, beside true and false
+_FREE = {'workers'}  # parameters that change the time of a run alone: it goes on with others
 RENAMED = dict(  # parameters of releases up to 0.1 -> their names today; they are accepted for one release
     nothing='no_target_ratio',
     share_nothing='no_target_ratio',
@@ -882,7 +883,7 @@ class Run:
             before = new_names(before)  # a folder of an older release
             new = {k for k, v in self.params.items() if k not in before and (not v or k.startswith('eval_'))}
             names = self.params.keys() - new  # parameters that did not exist then must be off, or only measure
-        differ = sorted(k for k in names if before.get(k) != self.params.get(k))
+        differ = sorted(k for k in names - _FREE if before.get(k) != self.params.get(k))
         if differ:
             raise RunError(
                 f'The folder {self.name} holds a run with other parameters ({", ".join(differ)} differ): '

@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['load_params', 'tokenizer_config', 'training_data', 'heldout_data', 'check_params', 'Batch', 'make_batch',
-           'build_tokenizer', 'step_loss', 'lr_at', 'evaluate_tokenizer', 'summarise', 'start_codebooks',
-           'save_checkpoint', 'read_training_state', 'load_checkpoint', 'Trainer', 'train', 'run_training',
-           'masks_per_second', 'main', 'same_metrics']
+           'TrainingBatches', 'training_batches', 'build_tokenizer', 'step_loss', 'lr_at', 'evaluate_tokenizer',
+           'summarise', 'start_codebooks', 'save_checkpoint', 'read_training_state', 'load_checkpoint', 'Trainer',
+           'train', 'run_training', 'masks_per_second', 'main', 'same_metrics']
 
 # %% ../nbs/02a_train_tokenizer.ipynb #d566fbe6
 import itertools
 import json
 import math
 import os
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +34,20 @@ from samtok.checkpoints import (
     read_checkpoint,
     sam2_state,
 )
-from .data import MaskDataset, MaskSample, Mixture, leaf_datasets
+from samtok.data import (
+    Draw,
+    MaskDataset,
+    MaskSample,
+    Mixture,
+    add_counts,
+    leaf_datasets,
+    read_ahead,
+    read_record,
+    read_samples,
+)
 from .formats import GENERATED, open_dataset
 from .losses import StepGuard, candidate_loss, logit_iou, mask_terms
-from .masks import mask_iou_pairs
+from .masks import mask_iou_pairs, masks_to_boxes
 from .quantizer import code_usage
 from samtok.runs import (
     Run,
@@ -53,7 +67,14 @@ from samtok.runs import (
     seed_everything,
     watch,
 )
-from .tokenizer import MaskTokenizer, TokenizerConfig, TokenizerOutput, mask_prompts, prepare_image
+from samtok.tokenizer import (
+    MaskTokenizer,
+    TokenizerConfig,
+    TokenizerOutput,
+    mask_prompts,
+    prepare_image,
+    shrink_masks,
+)
 
 # %% ../nbs/02a_train_tokenizer.ipynb #4b7c7264
 def load_params(
@@ -123,6 +144,8 @@ def check_params(
     for name in _AT_LEAST_ONE:
         if params[name] < 1:
             raise RunError(f'{name} is {params[name]}: give a whole number of at least 1.')
+    if params['workers'] < 0:
+        raise RunError(f'workers is {params["workers"]}: give a number of processes that read, or 0 for none.')
     if not 0 <= params['continuous'] <= 1:
         raise RunError(f'continuous is {params["continuous"]}: give a share of the steps from 0 to 1.')
     try:
@@ -164,6 +187,24 @@ class Batch:
         return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
 
+def _image_part(sample, config, truth_size, keep=None):  # the masks `keep` of an image -> tensors of Batch but index
+    masks = sample.masks if keep is None else sample.masks[keep]
+    boxes = masks_to_boxes(masks)
+    if masks.shape[1:] == (truth_size, truth_size):
+        truth = torch.from_numpy(masks).float()
+    else:
+        truth = shrink_masks(masks, truth_size, boxes)
+    pixels = prepare_image(sample.image, config.image_size)[None]
+    return pixels, *mask_prompts(masks, boxes, config.image_size, config.grid, tight=True), truth
+
+
+def _join_parts(parts, pinned=False):  # list of results of _image_part -> Batch, perhaps in pinned memory
+    pixels, dense, corners, truth = (torch.cat(t) if len(t) > 1 else t[0] for t in zip(*parts))
+    index = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part[1]) for part in parts]))
+    tensors = pixels, dense, corners, index, truth
+    return Batch(*(tensor.pin_memory() if pinned else tensor for tensor in tensors))
+
+
 def make_batch(
     samples: list[MaskSample],  # each with at least one mask
     config: TokenizerConfig,  # of the tokenizer that will read the batch
@@ -173,17 +214,133 @@ def make_batch(
 ) -> Batch:
     "Stack samples into the tensors of a training step."
     parts = []
-    for i, sample in enumerate(samples):
-        order = np.arange(len(sample)) if rng is None else rng.permutation(len(sample))
-        keep = order[:masks_per_image]
-        masks = sample.masks[keep]
-        truth = torch.from_numpy(masks)[:, None].float()
-        if masks.shape[1:] != (truth_size, truth_size):
-            truth = F.interpolate(truth, (truth_size, truth_size), mode='bilinear', antialias=True)
-        pixels = prepare_image(sample.image, config.image_size)[None]
-        dense, corners = mask_prompts(masks, sample.boxes[keep], config.image_size, config.grid)
-        parts.append((pixels, dense, corners, torch.full((len(keep),), i), truth[:, 0]))
-    return Batch(*(torch.cat(tensors) for tensors in zip(*parts)))
+    for sample in samples:
+        keep = Draw(masks_per_image, rng).order(len(sample))[:masks_per_image]
+        parts.append(_image_part(sample, config, truth_size, keep))
+    return _join_parts(parts)
+
+# %% ../nbs/02a_train_tokenizer.ipynb #44f62c8e
+def _read_part(dataset, config, draw, truth_size, item):  # (place, (epoch, record)) -> tensors, () without masks,
+    place, (epoch, record) = item  # None where the record cannot be read; and what was counted
+    most, seeds, side = draw
+    wanted = Draw(most, np.random.default_rng([*seeds, place]), side)
+    sample, counts = read_record(dataset, record, epoch, wanted)
+    if sample is None:
+        return None, counts
+    return _image_part(sample, config, truth_size) if len(sample) else (), counts
+
+
+def _in_thread(items, ahead):  # iterator of items that a thread makes, at most so many ahead
+    made, stopped = queue.Queue(ahead), threading.Event()
+
+    def put(kind, value):
+        while not stopped.is_set():
+            with suppress(queue.Full):
+                return made.put((kind, value), timeout=0.1)
+
+    def work():
+        try:
+            for item in items:
+                put('item', item)
+                if stopped.is_set():
+                    return
+            put('end', None)
+        except Exception as e:
+            put('error', e)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (found := made.get())[0] == 'item':
+            yield found[1]
+        if found[0] == 'error':
+            raise found[1]
+    finally:
+        stopped.set()
+        thread.join()
+
+
+class TrainingBatches:
+    "Iterate over batches; `taken` records were drawn for those that were given, `lost` of them cannot be read."
+
+    def __init__(
+        self,
+        dataset: MaskDataset,  # whose report counts what was left out of the batches that were given
+        stream: Iterator,  # of its `stream`: the order of the records
+        read: Callable,  # (place, (epoch, record)) -> tensors of an image, and what was counted
+        images: int,  # of each batch
+        workers: int,  # processes that read ahead; 0: none
+        limit: int | None,  # batches in all; None: until the data end
+    ):
+        self.dataset, self.stream, self.images, self.limit = dataset, stream, images, limit
+        self.without = 0  # records in a row without masks
+        self.pinned = workers > 0 and torch.cuda.is_available()
+        items = zip(itertools.count(stream.taken), stream.order)
+        joined = self._join(read_ahead(items, read, workers))
+        self._records = _in_thread(joined, 2 * images) if workers else joined
+
+    @property
+    def taken(self) -> int:
+        "Count the records that were drawn: `skip` of the stream to go on with."
+        return self.stream.taken
+
+    @property
+    def lost(self) -> int:
+        "Count the records that could not be read."
+        return self.stream.lost
+
+    def _join(self, parts):  # yields for each record: number of its masks or None, counts, the batch that it completes
+        waiting = []
+        for part, counts in parts:
+            waiting += [part] if part else []
+            full = len(waiting) == self.images
+            yield part if part is None else len(part and part[1]), counts, full and _join_parts(waiting, self.pinned)
+            if full:
+                waiting = []
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.limit == 0:
+            self.close()
+            raise StopIteration
+        for masks, counts, batch in self._records:
+            add_counts(self.dataset, counts)
+            self.stream.count(masks is not None)
+            self.without = 0 if masks else self.without + (masks == 0)
+            if self.without == 10_000:
+                raise RunError('The last 10000 samples of the training data have no masks: is it the right data?')
+            if batch:
+                self.limit = None if self.limit is None else self.limit - 1
+                return batch
+        raise StopIteration
+
+    def close(self) -> None:
+        "End the workers; there is no further batch."
+        self._records.close()
+
+
+def training_batches(
+    dataset: MaskDataset,  # or a Mixture
+    config: TokenizerConfig,  # of the tokenizer that is trained
+    images: int = 16,  # of each batch
+    masks_per_image: int = 8,  # at most, drawn before they are decoded
+    truth_size: int = 512,  # R, side of the true masks
+    workers: int = 0,  # processes that read ahead; 0: none; the batches are the same
+    limit: int | None = None,  # batches in all; None: until the data end; what is left of them is no batch
+    seed: int = 0,  # of the order and of the draws
+    rank: int = 0,  # of this process
+    world: int = 1,  # number of processes
+    shuffle: int = 0,  # records held in the shuffle buffer; 0: the order of the files
+    skip: int = 0,  # records to leave out: `.taken` of the batches to be resumed
+    exact: bool = True,  # False: a large JPEG is decoded at a half or less of its size where that is enough
+) -> TrainingBatches:  # iterator of Batch with `taken`, `lost` and `close`
+    "Read what training steps eat."
+    stream = dataset.stream(seed, rank=rank, world=world, shuffle=shuffle, skip=skip)
+    draw = masks_per_image, (seed, rank), 0 if exact else config.image_size
+    read = partial(_read_part, dataset, config, draw, truth_size)
+    return TrainingBatches(dataset, stream, read, images, workers, limit)
 
 # %% ../nbs/02a_train_tokenizer.ipynb #90b1d95e
 def build_tokenizer(
@@ -253,10 +410,11 @@ def evaluate_tokenizer(
     dataset: MaskDataset,  # read once, in order; images without masks are left out
     n: int | None = None,  # number of images; None: all
     continuous: bool = True,  # also decode the vectors before quantization
+    workers: int = 0,  # processes that read ahead; 0: none
 ) -> dict[str, list]:  # of each mask: iou, iou_continuous in [0,1] (0 without codes), area in pixels, codes (K int)
     "Reconstruct the masks of a data set: IoU of each mask, with quantization and without."
     found = dict(iou=[], iou_continuous=[], area=[], codes=[])
-    for sample in itertools.islice(dataset.stream(), n):
+    for sample in itertools.islice(read_samples(dataset, workers), n):
         if not len(sample):
             continue
         embedding = tokenizer.embed_image(sample.image)
@@ -293,16 +451,23 @@ def summarise(
     return figures | dict(nonfinite=lost) if lost else figures
 
 # %% ../nbs/02a_train_tokenizer.ipynb #c40bc086
-def _take(stream, n):  # the next n samples that have masks
-    taken, without = [], 0
-    for sample in stream:
-        without = 0 if len(sample) else without + 1
-        if without == 10_000:
-            raise RunError('The last 10000 samples of the training data have no masks: is it the right data?')
-        taken += [sample] * bool(len(sample))
-        if len(taken) == n:
-            return taken
+def _next_batch(batches):  # raises RunError where the data ended
+    with suppress(StopIteration):
+        return next(batches)
     raise RunError('The training data ended in the middle of a run: use repeat=True in the mixture or more scenes.')
+
+
+def _run_batches(params, config, data, **how):  # of a run; seed, rank, world and others of training_batches
+    return training_batches(
+        data,
+        config,
+        images=params['images_per_step'],
+        masks_per_image=params['masks_per_image'],
+        truth_size=params['truth_size'],
+        workers=params['workers'],
+        exact=params['exact_images'],
+        **how,
+    )
 
 
 @torch.no_grad()
@@ -314,14 +479,12 @@ def start_codebooks(
     "Place the codebooks by k-means on the encoder's vectors of training images."
     seed = params['seed'] + 1000
     data = training_data({**params, 'seed': seed} if params['data'] in GENERATED else params)
-    stream = data.stream(seed=seed)
-    rng = np.random.default_rng(params['seed'])
     z = []
-    for _ in range(batches or params['start_batches']):
-        samples = _take(stream, params['images_per_step'])
-        batch = make_batch(samples, model.config, params['masks_per_image'], params['truth_size'], rng).to(model.device)
-        output = model(batch.pixels, batch.dense, batch.corners, batch.index, quantize=False)
-        z.append(output.latents.float().flatten(0, 1))
+    with closing(_run_batches(params, model.config, data, seed=seed)) as stream:
+        for _ in range(batches or params['start_batches']):
+            batch = _next_batch(stream).to(model.device)
+            output = model(batch.pixels, batch.dense, batch.corners, batch.index, quantize=False)
+            z.append(output.latents.float().flatten(0, 1))
     model.quantizer.init_kmeans(torch.cat(z))  # vectors that are not finite are left out
     return sum(len(v) for v in z)
 
@@ -334,7 +497,7 @@ def save_checkpoint(
     step: int,  # steps done
     model: torch.nn.Module,  # its weights are saved
     optimizer: torch.optim.Optimizer,  # its state is saved
-    rng: np.random.Generator,  # its state is saved, with those of torch
+    rng: np.random.Generator | None,  # its state is saved, with those of torch; None: the run has none of its own
     taken: int,  # number of samples drawn from the stream
     **more,  # plain values that are kept beside
 ) -> None:  # raises CheckpointError where a weight is not finite, or where the file is not what was written
@@ -345,7 +508,7 @@ def save_checkpoint(
         opt=optimizer.state_dict(),
         taken=taken,
         torch_rng=torch.get_rng_state(),
-        numpy_rng=json.dumps(rng.bit_generator.state),
+        numpy_rng=json.dumps(rng and rng.bit_generator.state),
         **more,
     )
     if torch.cuda.is_available():
@@ -394,14 +557,15 @@ def load_checkpoint(
     path: str | Path,  # what save_checkpoint wrote; raises CheckpointError when it is damaged or of another model
     model: torch.nn.Module,  # gets the weights
     optimizer: torch.optim.Optimizer,  # gets its state
-    rng: np.random.Generator,  # gets its state, as do those of torch
+    rng: np.random.Generator | None,  # gets its state, as do those of torch
 ) -> dict:  # step, taken, and the other plain values of save_checkpoint
     "Load a training checkpoint."
     state = read_training_state(path, model, optimizer)
     load_checked(model, state['model'], Path(path).name)
     optimizer.load_state_dict(state['opt'])
     torch.set_rng_state(state['torch_rng'])
-    rng.bit_generator.state = json.loads(state['numpy_rng'])
+    if rng is not None:
+        rng.bit_generator.state = json.loads(state['numpy_rng'])
     if 'cuda_rng' in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state['cuda_rng'])
     return {k: v for k, v in state.items() if k not in ('model', 'opt', 'torch_rng', 'numpy_rng', 'cuda_rng')}
@@ -430,7 +594,6 @@ class Trainer:
         seed_everything(params['seed'])
         self.model, self.report = build_tokenizer(params)
         self.optimizer = self._make_optimizer()
-        self.rng = np.random.default_rng([params['seed'], self.accelerator.process_index])
         self.step = 0  # optimizer steps done
         self.taken = 0  # samples drawn from the stream
         self.saved = []  # steps of the newest two checkpoints
@@ -455,7 +618,7 @@ class Trainer:
 
         last = last_checkpoint(self.run.path, _CHECKPOINT, self.accelerator.num_processes, check)
         if last is not None:
-            state = load_checkpoint(self._checkpoint_path(last), self.model, self.optimizer, self.rng)
+            state = load_checkpoint(self._checkpoint_path(last), self.model, self.optimizer, None)
             self.step, self.taken, self.saved = state['step'], state['taken'], [last]
             if 'guard' in state:
                 self.guard.load_state_dict(state['guard'])
@@ -468,9 +631,18 @@ class Trainer:
     def _checkpoint_path(self, step):
         return self.run.path / _CHECKPOINT.format(step=step, rank=self.accelerator.process_index)
 
+    def batches(
+        self,
+        data: MaskDataset,  # training data
+    ) -> TrainingBatches:  # of this process, from the first record on that was not taken yet
+        "Read the batches of the run."
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        how = dict(seed=self.params['seed'], rank=rank, world=world, shuffle=self.params['shuffle'], skip=self.taken)
+        return _run_batches(self.params, self.model.config, data, **how)
+
     def train_step(
         self,
-        stream: Iterator[MaskSample],  # of MaskDataset.stream, with its `taken`
+        batches: TrainingBatches,  # of `batches`
     ) -> dict[str, torch.Tensor]:  # scalars: those of step_loss, the number of masks, and of records left_out
         "Update weights and codebooks once; a batch whose loss or gradient is not finite is replaced and counted."
         for group in self.optimizer.param_groups:
@@ -478,20 +650,16 @@ class Trainer:
         first_quantized = int(self.params['continuous'] * self.params['steps'])
         if self.step == first_quantized:
             start_codebooks(self.model, self.params)
-        lost = getattr(stream, 'lost', 0)  # records that could not be read
-        while (terms := self._try_batch(stream, self.step >= first_quantized)) is None:
+        lost = batches.lost  # records that could not be read
+        while (terms := self._try_batch(batches, self.step >= first_quantized)) is None:
             pass
         self.step += 1
-        return terms | dict(
-            left_out=torch.tensor(float(getattr(stream, 'lost', 0) - lost), device=self.accelerator.device)
-        )
+        return terms | dict(left_out=torch.tensor(float(batches.lost - lost), device=self.accelerator.device))
 
-    def _try_batch(self, stream, quantize):  # -> dict of scalars; None where the batch was skipped
+    def _try_batch(self, batches, quantize):  # -> dict of scalars; None where the batch was skipped
         params, quantizer = self.params, self.model.quantizer
-        samples = _take(stream, params['images_per_step'])
-        batch = make_batch(samples, self.model.config, params['masks_per_image'], params['truth_size'], self.rng)
-        batch = batch.to(self.accelerator.device)
-        self.taken = stream.taken
+        batch = _next_batch(batches).to(self.accelerator.device)
+        self.taken = batches.taken
         codebooks = {k: v.clone() for k, v in quantizer.state_dict().items()}  # the forward pass moves them
         output = self.wrapped(batch.pixels, batch.dense, batch.corners, batch.index, quantize=quantize)
         loss, terms = step_loss(output, batch.truth, params)
@@ -517,7 +685,7 @@ class Trainer:
         "Write this rank's checkpoint; when all ranks have written theirs, delete all but this and the one before."
         path = self._checkpoint_path(self.step)
         more = dict(guard=self.guard.state_dict(), reports=[dict(part.report) for part in self.parts])
-        save_checkpoint(path, self.step, self.model, self.optimizer, self.rng, self.taken, **more)
+        save_checkpoint(path, self.step, self.model, self.optimizer, None, self.taken, **more)
         self.accelerator.wait_for_everyone()
         self.saved = [*self.saved, self.step][-2:]
         for old in self.run.path.glob(_CHECKPOINT.format(step='*', rank=self.accelerator.process_index)):
@@ -556,7 +724,7 @@ class Trainer:
         every = self.params['eval_every']
         if not every or self.step % every or self.step >= self.params['steps']:
             return {}
-        found = evaluate_tokenizer(self.model, heldout_data(self.params), 20)
+        found = evaluate_tokenizer(self.model, heldout_data(self.params), 20, workers=self.params['workers'])
         figures = dict(heldout_continuous=float(np.mean(found['iou_continuous'])))
         return figures | (dict(heldout_iou=float(np.mean(found['iou']))) if self.codes else {})
 
@@ -568,7 +736,7 @@ class Trainer:
         "Save the tokenizer, evaluate it on held-out data, and write result.json."
         params = self.params
         self.model.eval().save_pretrained(self.run.path / 'tokenizer')  # read back before there is a result
-        found = evaluate_tokenizer(self.model, heldout_data(params))
+        found = evaluate_tokenizer(self.model, heldout_data(params), workers=params['workers'])
         metrics = summarise(found, params['codebook_size'])
         seen = [record.get('masks') for record in self.run.rows()]
         metrics['masks_seen'] = sum(count for count in seen if isinstance(count, (int, float)))
@@ -600,24 +768,18 @@ def _train_steps(params, run, on_log):  # dict, held Run, Callable or None -> re
     run.keep(training_data=fingerprint(described, data.fingerprint()))
     trainer = Trainer(params, run, data)
     started = time.time() - run.last('seconds')  # of the steps that a resumed run does not repeat
-    stream = data.stream(
-        seed=params['seed'],
-        rank=trainer.accelerator.process_index,
-        world=trainer.accelerator.num_processes,
-        shuffle=params['shuffle'],
-        skip=trainer.taken,
-    )
     log_every, steps = params['log_every'], params['steps']
     checkpoint_every = -(-params['checkpoint_every'] // log_every) * log_every  # rounded up to a logged step
     window = []
     trainer.model.train()
-    for _ in progress(range(trainer.step, steps), 'train'):
-        window.append(trainer.train_step(stream))
-        if trainer.step % log_every == 0 or trainer.step == steps:
-            trainer.log(window, started, on_log)
-            window = []
-        if trainer.step % checkpoint_every == 0 and trainer.step < steps:
-            trainer.save()
+    with closing(trainer.batches(data)) as batches:
+        for _ in progress(range(trainer.step, steps), 'train'):
+            window.append(trainer.train_step(batches))
+            if trainer.step % log_every == 0 or trainer.step == steps:
+                trainer.log(window, started, on_log)
+                window = []
+            if trainer.step % checkpoint_every == 0 and trainer.step < steps:
+                trainer.save()
     return trainer.finish(time.time() - started, data.report) if trainer.accelerator.is_main_process else None
 
 # %% ../nbs/02a_train_tokenizer.ipynb #182369ed
@@ -662,7 +824,7 @@ def main(
     "Train from the command line; every parameter of the scale's file is an option."
     run_main('train_tokenizer', load_params, train, run_training, argv)
 
-# %% ../nbs/02a_train_tokenizer.ipynb #9ad0d9fc
+
 if __name__ == '__main__' and '__file__' in globals():
     main()
 

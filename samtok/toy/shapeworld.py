@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['SHAPES', 'LETTERS', 'COLORS', 'TEXTURES', 'SIZES', 'SIZE_SHARE', 'SPLITS', 'INVERSE', 'is_kept_back', 'shape_mask',
            'texture', 'SceneObject', 'Scene', 'render', 'scene_regions', 'scene_relations', 'scene_graph', 'draw_scene',
-           'scene_seed', 'ShapeWorld']
+           'scene_seed', 'ShapeWorld', 'write_sa1b']
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #7ccccfde
 import hashlib
+import json
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from ..data import MaskDataset, MaskSample
+from ..masks import mask_to_rle, polygons_to_mask
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #d4ba2acc
 _VERSION = 1  # part of every scene's seed: change it when the drawing changes
@@ -416,3 +419,43 @@ class ShapeWorld(MaskDataset):
                 graph=scene.graph(),
             ),
         )
+
+# %% ../../nbs/toy/00_shapeworld.ipynb #d02a056e
+def write_sa1b(
+    root: str | Path,  # folder, made if missing
+    n: int,  # number of images
+    size: tuple = (1500, 2250),  # (H,W) of each
+    masks: int = 100,  # of each image
+) -> None:
+    "Write files of SA-1B's shape: sa_x.jpg, and sa_x.json with the masks as COCO's run lengths."
+    (h, w), root = size, Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    for number in range(n):
+        rng = np.random.default_rng(number)
+        Image.fromarray(_grainy(rng, h, w)).save(root / f'sa_{number}.jpg', quality=92)
+        annotations = []
+        for k in range(masks):
+            rle = mask_to_rle(polygons_to_mask([_wavy_outline(rng, h, w)], size))
+            annotations.append(dict(id=k, segmentation=rle, predicted_iou=0.9, stability_score=0.95))
+        about = dict(image_id=number, file_name=f'sa_{number}.jpg', height=h, width=w)
+        (root / f'sa_{number}.json').write_text(json.dumps(dict(image=about, annotations=annotations)))
+
+
+def _grainy(
+    rng, h, w
+):  # -> (H,W,3) uint8: smooth patches, and finer and finer grain, as hard to compress as a photograph
+    image = np.full((h, w, 3), 128.0)
+    for cells, strength in ((8, 60), (64, 40), (400, 25), (1500, 6)):
+        grain = rng.normal(size=(max(2, cells * h // w), cells, 3)).astype(np.float32)
+        layers = [Image.fromarray(grain[..., c]).resize((w, h), Image.Resampling.BICUBIC) for c in range(3)]
+        image += strength * np.stack(layers, -1)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def _wavy_outline(rng, h, w):  # -> flat list x, y, ...; as many small regions as large ones
+    radius = np.exp(rng.uniform(np.log(8), np.log(500))) * w / 2250
+    turns = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+    wavy = radius * (1 + 0.05 * rng.normal(size=60) + 0.1 * np.sin(3 * turns + rng.uniform(0, 6)))
+    x = (rng.uniform(0, w) + wavy * np.cos(turns)).clip(0, w)
+    y = (rng.uniform(0, h) + wavy * np.sin(turns) * rng.uniform(0.5, 1)).clip(0, h)
+    return np.stack([x, y], 1).ravel().tolist()
