@@ -51,11 +51,13 @@ from samtok.runs import (
     watch,
 )
 from samtok.sft import (
+    FSDPOnCPU,
     HeldoutEvaluation,
     MixedRecords,
     RunLog,
     StepBar,
     check_evaluation,
+    check_sharding,
     check_weights,
     checkpointing,
     data_sources,
@@ -67,6 +69,7 @@ from samtok.sft import (
     processes,
     ready_adapters,
     run_report,
+    sharding,
     train_and_merge,
     vision_weights,
 )
@@ -104,6 +107,7 @@ def check_params(
     _check_rewards(params)
     data_sources(params['data'])
     check_evaluation(params)
+    check_sharding(params)
     rollout = params['batch'] * n * (params['rollout'] or params['accumulate'])  # replies that are sampled at a time
     if rollout % params['replies']:
         raise RunError(
@@ -232,7 +236,7 @@ class _ConstrainedModel:  # what TRL asks of its fused head: log-probabilities u
         return SimpleNamespace(log_probs=chosen.masked_fill(ignored, 0.0), entropy=entropy.masked_fill(ignored, 0.0))
 
 
-class MaskGRPOTrainer(GRPOTrainer):
+class MaskGRPOTrainer(FSDPOnCPU, GRPOTrainer):
     "TRL's trainer, with rollouts under a grammar and log-probabilities under the same."
 
     grammar = None  # of samtok.grammar; None: no constraint
@@ -241,7 +245,7 @@ class MaskGRPOTrainer(GRPOTrainer):
         if self.grammar is None or self.use_vllm:
             return super()._generate_single_turn(*args, **kwargs)
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        plain = model.generate
+        plain, own = model.generate, vars(model).get('generate')  # FSDP gives a model one of its own
 
         def generate(**inputs):
             grammar = self.grammar.starting_at(inputs['input_ids'].shape[1], self.max_completion_length)
@@ -252,6 +256,8 @@ class MaskGRPOTrainer(GRPOTrainer):
             return super()._generate_single_turn(*args, **kwargs)
         finally:
             del model.generate
+            if own:
+                model.generate = own
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         if self.grammar is not None:
@@ -315,14 +321,12 @@ def grpo_config(
         save_total_limit=2,  # one to go back to where the newest is broken
         seed=params['seed'],
         bf16=bool(params['bf16']),
-        use_cpu=params['gpus'] == 0 or params['device'] == 'cpu',
         report_to='none',
         disable_tqdm=True,
         remove_unused_columns=False,
         mask_truncated_completions=False,
-        deepspeed=params['deepspeed'] or None,
-        fsdp=params['fsdp'] or None,
         **checkpointing(GRPOConfig, params),
+        **sharding(params),
         **vllm,
     )
 
@@ -431,6 +435,7 @@ def train(
 ) -> dict:  # the result; None on ranks that do not write
     "Run GRPO; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
     _check_rewards(params)  # a misspelt name ends here, before anything is loaded or written
+    check_sharding(params)
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.skip():
         return run.result

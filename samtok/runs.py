@@ -465,7 +465,7 @@ def import_object(
     return found
 
 # %% ../nbs/00c_runs.ipynb #0ec2e76a
-ADDED = dict(max_bad_steps=10)  # parameters that came after release 0.1 -> what runs without them did
+ADDED = dict(max_bad_steps=10, device='auto')  # parameters that came after release 0.1 -> what runs without them did
 RENAMED = dict(  # parameters of releases up to 0.1 -> their names today; they are accepted for one release
     nothing='no_target_ratio',
     share_nothing='no_target_ratio',
