@@ -117,7 +117,7 @@ def one_way(name, way, learn, out, reference, limit):  # -> a line of the table
     wrong += ['the saved model gives other logits'] * (line['logits_apart'] > 1e-4)
     if reference:
         line['loss_apart'] = apart(reference, rows)
-        wrong += ['other losses than one process'] * (not line['loss_apart'] < 1e-3)
+        wrong += ['other losses than one process'] * (not line['loss_apart'] < 1e-4)
     return line | dict(problem='; '.join(wrong))
 
 

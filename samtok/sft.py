@@ -538,6 +538,7 @@ def make_trainer(
     )
     if params['learn'] != 'full':
         ready_adapters(trainer.model, params['learn'])
+    trainer.model_accepts_loss_kwargs = True  # TRL's loss does: a mean over the tokens of all batches and processes
     trainer.remove_callback(PrinterCallback)  # the log goes into metrics.jsonl
     return trainer
 
