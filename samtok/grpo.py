@@ -58,11 +58,13 @@ from samtok.runs import (
     watch,
 )
 from samtok.sft import (
+    FSDPOnCPU,
     HeldoutEvaluation,
     MixedRecords,
     RunLog,
     StepBar,
     check_evaluation,
+    check_sharding,
     check_weights,
     checkpointing,
     data_sources,
@@ -74,6 +76,7 @@ from samtok.sft import (
     processes,
     ready_adapters,
     run_report,
+    sharding,
     train_and_merge,
     vision_weights,
 )
@@ -110,6 +113,7 @@ def check_params(
     _check_rewards(params)
     data_sources(params['data'])
     check_evaluation(params)
+    check_sharding(params)
     rollout = params['batch'] * n * (params['rollout'] or params['accumulate'])  # replies that are sampled at a time
     if rollout % params['replies']:
         raise RunError(
@@ -398,7 +402,7 @@ def one_image_each(
     return out
 
 
-class MaskGRPOTrainer(GRPOTrainer):
+class MaskGRPOTrainer(FSDPOnCPU, GRPOTrainer):
     "TRL's trainer, with rollouts under a grammar and log-probabilities under the same."
 
     def __init__(
@@ -432,7 +436,7 @@ class MaskGRPOTrainer(GRPOTrainer):
         if self.use_vllm:
             return write(*args, **kwargs)
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        plain = model.generate
+        plain, own = model.generate, vars(model).get('generate')  # FSDP gives a model one of its own
 
         def generate(**inputs):
             grammar = self.grammar.starting_at(inputs['input_ids'].shape[1], self.max_completion_length)
@@ -443,6 +447,8 @@ class MaskGRPOTrainer(GRPOTrainer):
             return write(*args, **kwargs)
         finally:
             del model.generate
+            if own:
+                model.generate = own
 
     def _without_vision(self, replies, logprobs):  # cut where a token stands for an image, which is not there
         count = 0
@@ -521,14 +527,12 @@ def grpo_config(
         save_total_limit=2,  # one to go back to where the newest is broken
         seed=params['seed'],
         bf16=bool(params['bf16']),
-        use_cpu=params['gpus'] == 0 or params['device'] == 'cpu',
         report_to='none',
         disable_tqdm=True,
         remove_unused_columns=False,
         mask_truncated_completions=False,
-        deepspeed=params['deepspeed'] or None,
-        fsdp=params['fsdp'] or None,
         **checkpointing(GRPOConfig, params),
+        **sharding(params),
         **vllm,
     )
 
@@ -730,6 +734,7 @@ def train(
 ) -> dict:  # the result; None on ranks that do not write
     "Run GRPO; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
     _check_rewards(params)  # a misspelt name ends here, before anything is loaded or written
+    check_sharding(params)
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.skip():
         return run.result

@@ -489,7 +489,9 @@ def import_object(
     return found
 
 # %% ../nbs/00c_runs.ipynb #0ec2e76a
-ADDED = dict(max_bad_steps=10, rollout_batch=0, exact_images=True)  # after release 0.1 -> what runs without them did
+ADDED = dict(  # parameters that came after release 0.1 -> what runs without them did
+    max_bad_steps=10, rollout_batch=0, exact_images=True, device='auto'
+)
 WORDS = dict(constrained=('answer',))  # parameters that take these words, beside true and false
 _FREE = {'workers'}  # parameters that change the time of a run alone: it goes on with others
 RENAMED = dict(  # parameters of releases up to 0.1 -> their names today; they are accepted for one release
@@ -1277,7 +1279,8 @@ def launch(
     run_dir, worker = Path(run_dir), ['-m', 'samtok.runs', 'worker']
     launcher = ['torch.distributed.run', '--standalone', f'--nproc-per-node={gpus}'] if gpus > 1 else []
     options = [f'--{k}={json.dumps(v) if isinstance(v, (list, dict)) else v}' for k, v in args.items()]
-    command = [sys.executable, *worker, *launcher, *(worker if launcher else []), module, *options]
+    inner = ['-m', '--', *worker[1:]] if launcher else []  # without -- an option --n would be taken for --nnodes
+    command = [sys.executable, *worker, *launcher, *inner, module, *options]
     env = {**os.environ, **(env or {}), _PARENT: str(os.getpid())}
     if (run_dir / 'run.lock').exists():
         with lock(run_dir / 'run.lock') as free:
@@ -1367,7 +1370,7 @@ def watch(
 
 
 def _demo(argv=None):
-    args = parse_args(dict(out='', steps=3, wait=0.0, fail=False), argv)
+    args = parse_args(dict(out='', steps=3, wait=0.0, fail=False, n=0), argv)
     run = Run(args['out'], dict(steps=args['steps']), main=os.environ.get('RANK', '0') == '0')
     with run.hold():
         for s in range(args['steps']):

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RECIPES', 'LEARN', 'more_params', 'load_params', 'processes', 'check_sources', 'data_sources', 'tokenize_sources',
            'MixedRecords', 'training_records', 'vision_weights', 'build_model', 'lora_config', 'ready_adapters',
-           'RunLog', 'StepBar', 'checkpointing', 'sft_config', 'sequence_tokens', 'make_trainer', 'evaluation_tasks',
-           'measure', 'HeldoutEvaluation', 'check_weights', 'check_evaluation', 'check_params', 'full_memory',
-           'trained_model', 'resume_step', 'train_and_merge', 'open_shards', 'train', 'run_report', 'finish', 'run_sft',
-           'main']
+           'RunLog', 'StepBar', 'sharding', 'FSDPOnCPU', 'checkpointing', 'sft_config', 'sequence_tokens',
+           'make_trainer', 'evaluation_tasks', 'measure', 'HeldoutEvaluation', 'check_weights', 'check_evaluation',
+           'check_sharding', 'check_params', 'full_memory', 'whole_model', 'trained_model', 'resume_step',
+           'train_and_merge', 'open_shards', 'train', 'run_report', 'finish', 'run_sft', 'main']
 
 # %% ../nbs/04_sft.ipynb #90db874a
 import json
@@ -18,10 +18,14 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
 from transformers import PrinterCallback, ProcessorMixin, Trainer, TrainerCallback
 
 from .batches import ChatCollator, left_out, row_positions
@@ -327,8 +331,16 @@ class RunLog(TrainerCallback):
         self.tokens = self.run.last('tokens')
         self.guard.skipped = int(self.run.last('skipped_steps'))
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         "Leave the weights as they are where a gradient is not finite: an optimizer passes over what has no gradient."
+        shared = getattr(
+            getattr(optimizer, 'optimizer', None), '_global_grad_norm', None
+        )  # DeepSpeed's, after its step
+        if shared is not None and not np.isfinite(float(shared)):
+            raise RunError(
+                f'The gradient of step {state.global_step + 1} is not finite, and DeepSpeed has applied it. The same '
+                'command goes on from the last checkpoint; if that ends here again, lower lr in another folder.'
+            )
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm  # of weights that FSDP has split
         step = last_checkpoint(args.output_dir) if not norm.isfinite() else None
@@ -361,8 +373,10 @@ class RunLog(TrainerCallback):
         counts = [dict(reason=k, count=n, first=found.examples.get(k, '')) for k, n in found.items()]
         shutil.rmtree(folder / 'left_out', ignore_errors=True)  # of a checkpoint of this step that was broken
         atomic_write(folder / 'left_out' / 'counts.json', json.dumps(counts))
-        files = [f for f in folder.iterdir() if f.is_file() and not f.name.startswith(('rng_state', 'run.json'))]
-        about = dict(run=_run_fingerprint(self.run), files={f.name: f.stat().st_size for f in files})
+        names = [f.relative_to(folder) for f in folder.rglob('*') if f.is_file()]  # FSDP and DeepSpeed make folders
+        sizes = {f.as_posix(): (folder / f).stat().st_size for f in names if f.parts[0] != 'left_out'}
+        files = {f: size for f, size in sizes.items() if not f.startswith(('rng_state', 'run.json'))}
+        about = dict(run=_run_fingerprint(self.run), files=files)
         atomic_write(folder / 'run.json', json.dumps(about, indent=1))
 
     def row(
@@ -394,6 +408,53 @@ class StepBar(TrainerCallback):
         self.bar.close()
 
 # %% ../nbs/04_sft.ipynb #502c8b93
+def sharding(
+    params: dict,  # gpus, device, deepspeed, fsdp
+) -> dict:  # arguments of a trainer's configuration
+    "Name what shares a model among processes, as transformers does."
+    on_cpu = params['gpus'] == 0 or params['device'] == 'cpu'
+    found = dict(use_cpu=on_cpu)
+    if params['deepspeed']:
+        found['deepspeed'] = read_json(find_file(params['deepspeed']))
+        if on_cpu and 'RANK' in os.environ:  # accelerate does this for GPUs
+            from deepspeed.comm import init_distributed
+
+            init_distributed('gloo')
+    if params['fsdp']:
+        words = params['fsdp'].split()
+        found['fsdp'] = True
+        found['fsdp_config'] = dict(
+            reshard_after_forward='full_shard' in words,
+            cpu_offload='offload' in words,
+            state_dict_type='SHARDED_STATE_DICT',
+        )
+    return found
+
+
+class FSDPOnCPU:
+    "Share a model among CPU processes, too: accelerate alone would copy it to each and not say so."
+
+    def create_accelerator_and_postprocess(self):
+        "Give the state of accelerate what it keeps for GPUs."
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp_plugin_args is None or state.distributed_type != DistributedType.MULTI_CPU:
+            return
+        plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        if self.args.bf16:
+            plugin.set_mixed_precision('bf16')
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = plugin
+        self.is_fsdp_enabled = True
+
+    def compute_loss(self, model, *args, **kwargs):
+        "Gather the head before TRL reads its weight beside its forward: the gradient would be of one process alone."
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        if isinstance(head, FSDPModule):
+            head.unshard()
+        return super().compute_loss(model, *args, **kwargs)
+
+
 def checkpointing(
     config: type,  # class of a trainer's configuration
     params: dict,  # gradient_checkpointing
@@ -430,7 +491,6 @@ def sft_config(
         save_total_limit=2,  # one to go back to where the newest is broken
         seed=params['seed'],
         bf16=bool(params['bf16']),
-        use_cpu=params['gpus'] == 0 or params['device'] == 'cpu',
         report_to='none',
         disable_tqdm=True,
         ddp_find_unused_parameters=not params['freeze_vision'],  # a batch without images leaves the tower unused
@@ -438,9 +498,8 @@ def sft_config(
         dataset_kwargs=dict(skip_prepare_dataset=True),
         remove_unused_columns=False,
         max_length=None,  # the collator cuts
-        deepspeed=params['deepspeed'] or None,
-        fsdp=params['fsdp'] or None,
         **checkpointing(SFTConfig, params),
+        **sharding(params),
     )
     return SFTConfig(**options | changes)
 
@@ -466,8 +525,11 @@ def make_trainer(
     from datasets import Dataset
     from trl import SFTTrainer
 
+    class SharedTrainer(FSDPOnCPU, SFTTrainer):
+        pass
+
     positions = row_positions(model) if params['packing'] else None
-    trainer = SFTTrainer(
+    trainer = SharedTrainer(
         model=model,
         args=sft_config(params, path, **changes),
         train_dataset=Dataset.from_dict(dict(row=range(len(records)))),  # numbers; the collator reads the records
@@ -485,6 +547,7 @@ def make_trainer(
     )
     if params['learn'] != 'full':
         ready_adapters(trainer.model, params['learn'])
+    trainer.model_accepts_loss_kwargs = True  # TRL's loss does: a mean over the tokens of all batches and processes
     trainer.remove_callback(PrinterCallback)  # the log goes into metrics.jsonl
     return trainer
 
@@ -581,6 +644,41 @@ def check_evaluation(
         raise RunError('eval_every needs the whole model in one process: set it to 0 with fsdp or deepspeed.')
 
 
+def check_sharding(
+    params: dict,  # gpus, device, learn, fsdp, deepspeed
+):
+    "Refuse what processes cannot share a model by; raises RunError."
+    fsdp, deepspeed, token_rows = params['fsdp'], params['deepspeed'], params['learn'] in ('lora', 'rows')
+    if not fsdp and not deepspeed:
+        return
+    if fsdp and deepspeed:
+        raise RunError('fsdp and deepspeed both share a model among processes: give one of them.')
+    if (n := processes(params)) < 2:
+        raise RunError(f'fsdp and deepspeed share a model among processes, and this run has {n}: give gpus 2 or more.')
+    if fsdp:
+        unknown = set(fsdp.split()) - {'full_shard', 'shard_grad_op', 'offload', 'auto_wrap'}
+        if unknown or not fsdp.split():
+            raise RunError(f'fsdp is {fsdp!r}: give full_shard or shard_grad_op, and offload if you like.')
+    else:
+        config = read_json(find_file(deepspeed))
+        zero = config.get('zero_optimization') if isinstance(config, dict) else None
+        if not isinstance(zero, dict) or zero.get('stage') not in (1, 2, 3):
+            raise RunError(f'{Path(deepspeed).name} has no zero_optimization with a stage from 1 to 3.')
+        if zero['stage'] == 3 and zero.get('stage3_gather_16bit_weights_on_model_save') is not True:
+            raise RunError(
+                f'{Path(deepspeed).name} does not set stage3_gather_16bit_weights_on_model_save to true: '
+                'no process would have the whole model to save.'
+            )
+        if find_spec('deepspeed') is None:
+            raise RunError('deepspeed is asked for and not installed: pip install deepspeed.')
+        token_rows = token_rows and zero['stage'] == 3
+    if token_rows:
+        raise RunError(
+            f'learn is {params["learn"]}, which trains single rows of an embedding, and a row cannot be trained where '
+            'processes share its matrix: take lora_full_rows, or deepspeed params/zero2.json.'
+        )
+
+
 def check_params(
     params: dict,  # of load_params
 ) -> int:  # number of processes; raises RunError, VLMError, CheckpointError, EvaluateError
@@ -592,6 +690,7 @@ def check_params(
     find_pretrained(params['tokenizer'], 'tokenizer')
     data_sources(params['data'])
     check_evaluation(params)
+    check_sharding(params)
     return n
 
 
@@ -608,11 +707,39 @@ def full_memory(
     )
 
 # %% ../nbs/04_sft.ipynb #93335777
+def whole_model(
+    trainer: Trainer,  # TRL's trainer after training
+):  # the model with all its weights, adapters beside them; None on ranks that do not write
+    "Gather a model that FSDP or ZeRO-3 has split among the processes; every process has to take part."
+    model, shared = trainer.accelerator.unwrap_model(trainer.model), trainer.is_fsdp_enabled
+    if trainer.is_deepspeed_enabled:
+        shared = trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if shared else None
+    if not trainer.args.should_save:
+        return None
+    if not shared:
+        return model
+    from peft import get_peft_model
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # else this process would wait for the others to share the next model, too
+    peft_config = getattr(model, 'peft_config', None)
+    plain = model.get_base_model() if peft_config else model
+    kind = next(c for c in type(plain).__mro__ if c.__module__.startswith('transformers.models.'))
+    rebuilt = kind._from_config(plain.config)
+    if peft_config:
+        rebuilt = get_peft_model(rebuilt, peft_config['default'])
+    rebuilt.load_state_dict(state)  # raises where a weight is missing or has another shape
+    return rebuilt.to(trainer.args.device)
+
+
 def trained_model(
     trainer: Trainer,  # TRL's trainer after training
-):  # the plain model: adapters merged, ready to generate
-    "Take the trained model out of its trainer."
-    model = trainer.accelerator.unwrap_model(trainer.model)
+):  # the plain model: adapters merged, ready to generate; None on ranks that do not write
+    "Take the trained model out of its trainer; every process has to take part."
+    model = whole_model(trainer)
+    if model is None:
+        return None
     if 'RANK' in os.environ and not torch.cuda.is_available():
         torch.set_num_threads(os.cpu_count())  # torchrun gives each process one
     if hasattr(model, 'merge_and_unload'):
@@ -662,7 +789,8 @@ def train_and_merge(
             trainer.train(resume_from_checkpoint=str(start) if start else None)
     except torch.OutOfMemoryError as e:
         raise RunError(memory) from e
-    return trained_model(trainer) if run.main else None
+    trained = trained_model(trainer)
+    return trained if run.main else None
 
 
 def open_shards(
@@ -686,6 +814,7 @@ def train(
     on_log: Callable | None = None,  # function that is called with all rows of metrics, or None
 ) -> dict:  # the result; None on ranks that do not write
     "Fine-tune; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
+    check_sharding(params)  # a process of torchrun comes here at once
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.skip():
         return run.result

@@ -139,7 +139,9 @@ def check_params(
     params: dict,  # of load_params
 ) -> None:  # raises RunError, and CheckpointError for weights
     "Refuse with a sentence what cannot run, before anything long starts: sizes, GPUs, weights and missing data."
-    if 'RANK' not in os.environ:  # a worker was started by a process that has checked it
+    if params['device'] not in ('auto', 'cpu'):
+        raise RunError(f'device is {params["device"]!r}: use auto (the GPUs that gpus asks for) or cpu.')
+    if 'RANK' not in os.environ and params['device'] == 'auto':  # a worker was started by a process that has checked it
         check_gpus(params['gpus'])
     for name in _AT_LEAST_ONE:
         if params[name] < 1:
@@ -585,7 +587,7 @@ class Trainer:
         self.params = params
         self.run = run
         self.parts = [] if data is None else leaf_datasets(data)  # of the data, each with its report
-        cuda = torch.cuda.is_available() and params['gpus'] > 0
+        cuda = torch.cuda.is_available() and params['gpus'] > 0 and params['device'] == 'auto'
         self.accelerator = Accelerator(cpu=not cuda, mixed_precision='bf16' if cuda and params['bf16'] else 'no')
         ranks, wanted = self.accelerator.num_processes, max(1, params['gpus'])
         if ranks != wanted:
