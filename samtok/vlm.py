@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import transformers
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AddedToken, BatchFeature, LogitsProcessorList
+from transformers.initialization import no_init_weights
 
 from samtok.chat import (
     PROMPTS,
@@ -63,11 +65,33 @@ def matrices(
     return embedding, head, head.weight is embedding.weight or (place != 0 and head.weight.data_ptr() == place)
 
 # %% ../nbs/03b_vlm.ipynb #2dfbce0e
+def _mean_and_deviation(weight, known, chunk=256):
+    # (V,D) weight, (n,) ids of rows -> (D,) float32 each; in one pass over parts that fit a cache of the processor
+    shift = weight[known[:chunk]].float().mean(0)  # close to the mean, so that no digits are lost to it below
+    total, squares = torch.zeros_like(shift, dtype=torch.float64), torch.zeros_like(shift, dtype=torch.float64)
+    for part in known.split(chunk):
+        rows = weight[part].float().sub_(shift)
+        total += rows.sum(0)
+        squares += rows.square_().sum(0)
+    variance = (squares - total**2 / len(known)) / (len(known) - 1)
+    return shift + (total / len(known)).float(), variance.clamp_(min=0).sqrt().float()
+
+
 def _start_rows(weight, new, known, noise, generator):
     # (V,D) weight, changed in place; ids of new and of known rows: new ones start near the mean of the known ones
-    old = weight[known].float()
+    mean, deviation = _mean_and_deviation(weight, known)
     spread = torch.randn(len(new), weight.shape[1], generator=generator).to(weight.device) * noise
-    weight[new] = (old.mean(0) + spread * old.std(0)).to(weight.dtype)
+    weight[new] = (mean + spread * deviation).to(weight.dtype)
+
+
+@contextmanager
+def _without_initial_values(model):  # new layers of a model keep what is in memory, instead of random numbers
+    with no_init_weights():
+        model._init_weights = lambda module: None
+        try:
+            yield
+        finally:
+            del model._init_weights
 
 
 @torch.no_grad()
@@ -89,7 +113,8 @@ def add_mask_words(
     ids = torch.from_numpy(mask_word_ids(tokenizer, vocab))
     resized = int(ids.max()) >= before
     if resized:  # never smaller: Qwen pads its matrices
-        model.resize_token_embeddings(int(ids.max()) + 1, mean_resizing=False)
+        with _without_initial_values(model):  # all rows are set: old ones are copied, new ones start below
+            model.resize_token_embeddings(int(ids.max()) + 1, mean_resizing=False)
         embedding, head, tied = matrices(model)
     if added or resized:
         old = torch.tensor(sorted(i for i in known - set(ids.tolist()) if i < before))
