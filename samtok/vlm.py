@@ -39,17 +39,20 @@ from samtok.checkpoints import (
     CheckpointError,
     check_bounds,
     check_saved,
+    choose_device,
     expected_tensors,
     fetch_files,
     find_pretrained,
     hub_problem,
     not_finite,
     packed_tensors,
+    published_file,
     tensor_shapes,
+    warn_larger,
 )
 from .data import read_image
 from .grammar import AnswerGrammar, MaskGrammar, VLMError, count_mask_words, mask_word_ids
-from .runs import check_device, import_object, read_json
+from .runs import import_object, read_json
 from .tokenizer import ImageEmbedding, MaskTokenizer
 from .words import MaskVocab
 
@@ -580,13 +583,15 @@ def write_replies(
 _NO_TOKENIZER = 'comes without a mask tokenizer: name it, tokenizer=... (a folder, a hub id, or "toy").'
 
 
-def _find_mask_tokenizer(name, hub):  # folder, hub id or "kind/rest"; arguments of the hub -> folder; raises VLMError
+def _find_mask_tokenizer(name, hub):  # folder, hub id or "kind/rest"; arguments of the hub -> Path; raises VLMError
     folder = Path(name)
     if not folder.is_dir() and not _split_kind(name):
-        folder = Path(fetch_files(name, ['mask_tokenizer/*'], **hub))
-    if not (folder / 'mask_tokenizer').is_dir():
-        raise VLMError(f'{Path(name).name} {_NO_TOKENIZER}')
-    return folder / 'mask_tokenizer'
+        folder = Path(fetch_files(name, ['mask_tokenizer/*', 'mask_tokenizer_*'], **hub))
+    if (folder / 'mask_tokenizer').is_dir():
+        return folder / 'mask_tokenizer'
+    if published := published_file(folder):
+        return published
+    raise VLMError(f'{Path(name).name} {_NO_TOKENIZER}')
 
 
 def _check_prompt(text, vocab):  # raises VLMError for mask words that are not those of the model
@@ -664,24 +669,25 @@ class MaskVLM:
     def from_pretrained(
         cls,
         vlm: str | Path = 'toy',  # model with mask words: folder, hub id, "toy" or a folder of the package
-        tokenizer: MaskTokenizer | str | Path | None = None,  # or its folder or hub id; None: `mask_tokenizer` in `vlm`
-        device: str = 'cpu',  # "cpu", "cuda", "cuda:1" or "auto"
-        dtype: torch.dtype = torch.float32,  # of the model's weights
+        tokenizer: MaskTokenizer | str | Path | None = None,  # or its name; None: the one in `vlm`, ours or published
+        device: object = 'cpu',  # "cpu", "cuda", "cuda:1" or "auto"
+        dtype: object = torch.float32,  # of the model's weights, see choose_device; on a GPU the tokenizer's arithmetic
         **kwargs,  # of the model's from_pretrained
     ) -> 'MaskVLM':  # raises VLMError, CheckpointError
         "Load model, processor and mask tokenizer."
         name = vlm if _split_kind(vlm) else find_pretrained(vlm, 'vlm', VLMError)
-        device = check_device(device)
+        place = choose_device(device, dtype)
         if str(vlm) == 'toy' and tokenizer is None:
             tokenizer = 'toy/tokenizer_16'  # it is in the package once
         if (Path(name) / 'vlm' / 'config.json').is_file() and not (Path(name) / 'config.json').is_file():
             name = Path(name) / 'vlm'  # the folder of a run
-        model, processor = load_vlm(name, dtype, **kwargs)
+        model, processor = load_vlm(name, place.dtype, **kwargs)
         if tokenizer is None:
             tokenizer = _find_mask_tokenizer(name, {k: v for k, v in kwargs.items() if k in _HUB})
         if not isinstance(tokenizer, MaskTokenizer):
-            tokenizer = MaskTokenizer.from_pretrained(tokenizer)
-        return cls(model.to(device), processor, tokenizer.to(device))
+            short = place.dtype if torch.device(place.device).type == 'cuda' else torch.float32
+            tokenizer = MaskTokenizer.from_pretrained(tokenizer, device=place.device, dtype=short)
+        return cls(model.to(place.device), processor, tokenizer.to(place.device))
 
     def save_pretrained(
         self,
@@ -739,7 +745,10 @@ class MaskVLM:
             if row['role'] == 'system':  # some templates take no parts here
                 row['content'] = ''.join(part['text'] for part in row['content'])
         text = render_chat(self.processor, rows, add_generation_prompt=True)
-        return text, [Image.fromarray(read_image(images[i])) for i in order]
+        shown = [Image.fromarray(read_image(images[i])) for i in order]
+        if warn_larger(self.tokenizer.trained_side, [(image.height, image.width) for image in shown]):
+            self.tokenizer.trained_side = 0  # it was said once
+        return text, shown
 
     def _grammar(self, constrained):  # None: the model's own setting -> grammar or None; raises VLMError
         how = self.constrained if constrained is None else constrained
