@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,8 @@ def read_masks(
 # %% ../nbs/11_cli.ipynb #68fb609c
 def _run(prog, work, args):
     "Call work(args); an error becomes one sentence and exit code 2, Ctrl-C and a closed pipe their own codes."
-    with one_line(prog):
+    with one_line(prog), warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f'{prog}: {message}', file=sys.stderr)
         try:
             work(args)
         except ValueError as e:
@@ -90,16 +92,27 @@ def _parser(prog, text):
     parser.add_argument(
         '--tokenizer',
         default='toy',
-        help='of masks: folder, hub id, "toy" (default), or a folder of the package such as toy/tokenizer_16',
+        help='of masks: our folder, a published .pth, a folder or hub id that holds one, "toy" (default), '
+        'or a folder of the package such as toy/tokenizer_16',
     )
-    parser.add_argument('--device', default='cpu', help='cpu or cuda')
+    parser.add_argument('--device', default='auto', help='auto (default: a GPU where there is one), cpu or cuda')
+    parser.add_argument('--dtype', default='auto', help='auto (default: bfloat16 on a GPU), float32 or bfloat16')
     parser.add_argument('--json', action='store_true', help='print JSON')
     return parser
 
-# %% ../nbs/11_cli.ipynb #2f674c43
-def _encode(args):
+
+def _open_tokenizer(prog, args):
+    "Load the tokenizer that was asked for, and say what was loaded, where it runs and in which precision."
+    from samtok.checkpoints import choose_device
     from samtok.tokenizer import MaskTokenizer
 
+    place = choose_device(args.device, args.dtype)
+    tokenizer = MaskTokenizer.from_pretrained(args.tokenizer, device=place.device, dtype=place.dtype)
+    print(f'{prog}: {place}. {tokenizer.report["note"]}', file=sys.stderr)
+    return tokenizer
+
+# %% ../nbs/11_cli.ipynb #2f674c43
+def _encode(args):
     image, frame = read_framed(args.image)
     size = frame.size
     named = [(Path(file).name, i, mask) for file in args.masks for i, mask in enumerate(read_masks(file, frame))]
@@ -110,7 +123,7 @@ def _encode(args):
         if not mask.any():
             place = f'{file}, mask {i}' if file.endswith('.json') else file
             raise MaskError(f'{place} has no pixel: leave it out.')
-    tokenizer = MaskTokenizer.from_pretrained(args.tokenizer, device=args.device)
+    tokenizer = _open_tokenizer('samtok-encode', args)
     all_codes = tokenizer.encode(image, np.stack([mask for _, _, mask in named]))
     records = []
     for (file, i, mask), codes in zip(named, all_codes):
@@ -171,12 +184,10 @@ def _save_masks(masks, out):
 
 
 def _decode(args):
-    from samtok.tokenizer import MaskTokenizer
-
     image = read_image(args.image)
     if args.output and os.path.exists(args.output) and os.path.samefile(args.output, args.image):
         raise OSError(f'{Path(args.output).name} is the image itself: give another name with -o.')
-    tokenizer = MaskTokenizer.from_pretrained(args.tokenizer, device=args.device)
+    tokenizer = _open_tokenizer('samtok-decode', args)
     spans = tokenizer.vocab.parse(_words_text(args.words))
     good = [span for span in spans if span.ok]
     bad = [span for span in spans if not span.ok]

@@ -48,6 +48,7 @@ from samtok.benchmarks import (
     truth_of,
 )
 from .chat import ChatDataset, Conversation, fill, mask_array
+from .checkpoints import choose_device
 from .data import Report
 from .files import ImageError, image_frame, read_image
 from .masks import MaskError, mask_iou_pairs, mask_to_rle, rle_area, rle_to_mask
@@ -1051,22 +1052,23 @@ def predict(
 def open_model(
     model: 'str | MaskVLM' = 'toy',  # folder, hub id, "toy", "upper_bound", or a model as it is
     tokenizer: 'str | MaskTokenizer' = '',  # of masks: folder, hub id; empty: the one in the model's folder
-    device: str = 'cpu',  # "cpu" or "cuda"
+    device: str = 'cpu',  # "cpu", "cuda" or "auto", see choose_device
+    dtype: str = 'auto',  # of the weights, and on a GPU of the tokenizer's arithmetic
 ) -> MaskVLM:  # or UpperBound
     "Open the model that is to be evaluated."
     if isinstance(model, MaskVLM):
         return model
-    if device == 'cuda':
-        device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+    place = choose_device(device, dtype)
+    short = dict(device=place.device, dtype=torch.float32 if place.device == 'cpu' else place.dtype)
     known = tokenizer or None
     if known and not isinstance(known, MaskTokenizer):
-        known = MaskTokenizer.from_pretrained(known, device=device)
+        known = MaskTokenizer.from_pretrained(known, **short)
     if model == 'ceiling':
         warnings.warn('The model ceiling is now called upper_bound.', DeprecationWarning, stacklevel=2)
         model = 'upper_bound'
     if model == 'upper_bound':
-        return UpperBound(known or MaskTokenizer.from_pretrained('toy/tokenizer_16', device=device))
-    return MaskVLM.from_pretrained(model, known, device, torch.bfloat16 if device != 'cpu' else torch.float32)
+        return UpperBound(known or MaskTokenizer.from_pretrained('toy/tokenizer_16', **short))
+    return MaskVLM.from_pretrained(model, known, place.device, place.dtype)
 
 # %% ../nbs/08_evaluate.ipynb #b32f17b4
 class Evaluation(table):
@@ -1120,7 +1122,10 @@ def _settings(model, task, policy, constrained, threshold):  # what shapes a rep
         constrained = None
     elif constrained is None:
         constrained = model.constrained
-    return dict(policy=policy or task.policy, constrained=constrained, threshold=threshold)
+    found = dict(policy=policy or task.policy, constrained=constrained, threshold=threshold)
+    if model.tokenizer.arithmetic != torch.float32:  # its weights do not tell
+        found['arithmetic'] = str(model.tokenizer.arithmetic)
+    return found
 
 
 def _model_fingerprint(model, task):  # the true codes know no language model
@@ -1164,7 +1169,7 @@ def evaluate(
     policy: str | None = None,  # how replies are read, see MaskVocab.parse; None: as each task says
     constrained: bool | str | None = None,  # see MaskVLM.generate; None: the model's own setting
     threshold: float | None = None,  # logit above which a pixel is inside; None: the tokenizer's own
-    device: str = 'cpu',  # "cpu" or "cuda"
+    device: str = 'cpu',  # "cpu", "cuda" or "auto"
     batch: int = 32,  # samples at a time
     gpus: int = 0,  # processes, one for each GPU; 0 or 1: this one
     n_boot: int = 1000,  # resamples of the intervals
@@ -1176,6 +1181,7 @@ def evaluate(
     rank: int | None = None,  # number of this process; None: as torchrun says
     world: int | None = None,  # processes that share the samples; only where it is 1, figures are computed
     workers: int = 0,  # processes of each of these that read ahead; 0: none; the batches are the same
+    dtype: str = 'auto',  # of the weights; "auto": bfloat16 on a GPU, else float32
 ) -> Evaluation:
     "Ask a model the questions of some benchmarks, and count; what was answered before is not asked again."
     tasks = find_tasks(tasks)
@@ -1184,9 +1190,9 @@ def evaluate(
     rank = int(os.environ.get('RANK', 0)) if rank is None else rank
     world = int(os.environ.get('WORLD_SIZE', 1)) if world is None else world
     given = dict(model=model, task=','.join(t.name for t in tasks), samples=n or 0)  # torchrun has an option --n
-    given |= dict(out=str(out), tokenizer=tokenizer, root=root, device=device, batch=batch, **reading)
+    given |= dict(out=str(out), tokenizer=tokenizer, root=root, device=device, dtype=dtype, batch=batch, **reading)
     given |= dict(workers=workers)
-    model, scores = open_model(model, tokenizer, device), {}
+    model, scores = open_model(model, tokenizer, device, dtype), {}
     if isinstance(model, UpperBound):  # descriptions have no upper bound
         opened = [(task, data) for task, data in opened if task.metric not in _WITHOUT_MASKS]
     stores = [
@@ -1381,7 +1387,8 @@ _OPTIONS = dict(
     missing='samples without prediction: skip (default), or zero',
     judge='JSONL with the answers of a judge',
     requests='write the requests for a judge into this file',
-    device='cpu or cuda (default: cuda with --gpus, else cpu)',
+    device='auto (default: a GPU where there is one), cpu or cuda',
+    dtype='of the weights: auto (default: bfloat16 on a GPU, else float32), float32 or bfloat16',
     gpus='processes, one for each GPU; 0 or 1: this one',
     batch='samples in one pass (default 32)',
     seed='of the bootstrap (default 0)',
@@ -1408,6 +1415,7 @@ def _arguments(argv):  # list of str, None: of this process -> argparse.Namespac
         threshold=dict(type=float),
         missing=dict(default='skip'),
         device=dict(default=''),
+        dtype=dict(default='auto'),
         gpus=dict(type=int, default=0),
         batch=dict(type=int, default=32),
         seed=dict(type=int, default=0),
@@ -1418,8 +1426,15 @@ def _arguments(argv):  # list of str, None: of this process -> argparse.Namespac
     about = 'another file or option of the data; may be given several times'
     p.add_argument('--data', action='append', default=[], metavar='NAME=VALUE', help=about)
     a = p.parse_args(argv)
-    a.device = a.device or ('cuda' if a.gpus else 'cpu')
+    a.device = a.device or ('cuda' if a.gpus else 'auto')
     return a
+
+
+def _tokenizer_of(a):  # arguments -> MaskTokenizer, or None
+    if not a.tokenizer:
+        return None
+    place = choose_device(a.device, a.dtype)
+    return MaskTokenizer.from_pretrained(a.tokenizer, device=place.device, dtype=place.dtype)
 
 
 def _score_file(a, task):  # arguments, Task -> Score
@@ -1429,7 +1444,7 @@ def _score_file(a, task):  # arguments, Task -> Score
         n=a.n or None,
         root=a.root,
         seed=a.seed,
-        tokenizer=MaskTokenizer.from_pretrained(a.tokenizer) if a.tokenizer else None,
+        tokenizer=_tokenizer_of(a),
         policy=a.policy,
         threshold=a.threshold,
         judge=a.judge,
@@ -1451,7 +1466,9 @@ def _chosen_tasks(a):  # arguments -> list of Task
 
 def _evaluate_model(a, tasks, argv):  # arguments, list of Task, what was typed -> list of Score
     start = time.perf_counter()
-    same = ('tokenizer', 'root', 'policy', 'constrained', 'threshold', 'device', 'batch', 'gpus')
+    if os.environ.get('RANK', '0') == '0':
+        print(f'samtok-eval: {a.model} {choose_device(a.device, a.dtype)}.', file=sys.stderr)
+    same = ('tokenizer', 'root', 'policy', 'constrained', 'threshold', 'device', 'dtype', 'batch', 'gpus')
     same += ('seed', 'judge', 'missing', 'similarity', 'workers')
     found = evaluate(a.model, tasks, a.n or None, a.out or 'runs/evaluate', **{k: getattr(a, k) for k in same})
     if a.save and found.scores:

@@ -43,7 +43,6 @@ from samtok.runs import (
     Run,
     RunError,
     atomic_write,
-    check_device,
     find_file,
     fingerprint,
     import_object,
@@ -701,6 +700,7 @@ def _spec(data, args):  # --data and --args -> dict, or list of dicts, for open_
 def _tokenize(options, rank, world):  # dict of main's options -> report, or None; raises RunError, DataError
     import torch
 
+    from samtok.checkpoints import choose_device
     from samtok.tokenizer import MaskTokenizer
 
     if not options['out']:
@@ -712,12 +712,12 @@ def _tokenize(options, rank, world):  # dict of main's options -> report, or Non
         )
     if not options['tokenizer']:
         raise RunError('Say which mask tokenizer writes the words: --tokenizer, a folder, a hub id, or "toy".')
-    device = check_device(options['device'])
-    if device == 'cuda':
-        device = f'cuda:{int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()}'
+    place = choose_device(options['device'], options['dtype'])
     spec = _spec(options['data'], options['args'])
     dataset = open_mixture(spec, allow_code=not options['data'].endswith('.json'))
-    tokenizer = MaskTokenizer.from_pretrained(options['tokenizer'], device=device)
+    tokenizer = MaskTokenizer.from_pretrained(options['tokenizer'], device=place.device, dtype=place.dtype)
+    if not rank:
+        print(f'samtok-tokenize: {place}. {tokenizer.report["note"]}', file=sys.stderr)
     if options['workers'] < 0:
         raise RunError(f'--workers is {options["workers"]}: give a number of processes that read, or 0 for none.')
     named = {k: options[k] for k in ('shard', 'batch', 'epochs', 'seed', 'n', 'workers')}
@@ -742,12 +742,14 @@ _OPTIONS = dict(
     n=0,
     workers=0,
     device='auto',
+    dtype='auto',
 )
 _HELP = dict(
     data='shapeworld, a reader of samtok.chat_formats (instances reads COCO and the other formats), module:class, '
     'or a JSON file with a mixture',
     args="""arguments of the data set, as JSON, for example '{"n": 100}' for shapeworld""",
-    tokenizer='of masks, must be named: folder, hub id, "toy", or a folder of the package such as toy/tokenizer_16',
+    tokenizer='of masks, must be named: our folder, a published .pth, a folder or hub id that holds one, "toy", '
+    'or a folder of the package such as toy/tokenizer_16',
     out='folder',
     shard='records in a shard',
     batch='conversations in one pass',
@@ -755,7 +757,8 @@ _HELP = dict(
     seed='which records a mixture takes where a weight is no whole number',
     n='only the first n records, 0: all',
     workers='processes that read ahead, 0: none; the shards are the same',
-    device='auto, cpu or cuda',
+    device='auto (a GPU where there is one), cpu or cuda',
+    dtype='auto (bfloat16 on a GPU, else float32), float32 or bfloat16',
 )
 
 

@@ -8,8 +8,10 @@ __all__ = ['backbone_args', 'TokenizerConfig', 'MaskEncoder', 'prepare_image', '
 
 # %% ../nbs/02_tokenizer.ipynb #1bc2c06e
 import inspect
+import json
 import numbers
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -36,18 +38,25 @@ from torch import nn
 from samtok.checkpoints import (
     CheckpointError,
     check_saved,
+    choose_device,
+    content_key,
     expected_tensors,
     fetch_files,
     find_pretrained,
     load_checked,
+    published_config,
+    published_file,
     published_state,
     read_checkpoint,
     sam2_state,
+    trained_side,
+    warn_larger,
 )
+from .coco_index import cache_folders
 from .data import read_image
 from .masks import MaskError, check_box, check_masks
 from .quantizer import CodeError, LatentError, ResidualVQ
-from .runs import check_device, read_json
+from .runs import RunError, lock, read_json
 from .words import MaskVocab
 
 # %% ../nbs/02_tokenizer.ipynb #e69599ce
@@ -479,6 +488,65 @@ def image_prompts(
     return ImagePrompts(prepare_image(image, config.image_size), dense, corners, image.shape[:2])
 
 # %% ../nbs/02_tokenizer.ipynb #02185c0f
+_HUB_FILES = ['config.json', 'mask_tokenizer_*', 'mask_tokenizer/*']  # of a repository, before it is known what it is
+
+
+def _find_weights(name, hub):  # folder, file, hub id, "toy"; arguments of the hub -> Path of a .pth or of a folder
+    if Path(name).suffix in ('.pth', '.pt') and Path(name).is_file():
+        return Path(name)
+    folder = find_pretrained(name, 'tokenizer')
+    if from_hub := not isinstance(folder, Path):
+        folder = fetch_files(name, _HUB_FILES, **hub)
+    if (folder / 'mask_tokenizer').is_dir():  # in the folder of a language model that was saved here
+        return folder / 'mask_tokenizer'
+    config = folder / 'config.json'
+    own = config.is_file() and 'codebook_size' in config.read_text(encoding='utf-8', errors='ignore')
+    if not own and (published := published_file(folder)):
+        return published
+    if config.is_file() and 'model_type' in config.read_text(encoding='utf-8', errors='ignore'):
+        raise CheckpointError(
+            f'{name} is a language model without a mask tokenizer: it has neither mask_tokenizer_*.pth nor a folder '
+            'mask_tokenizer. Name the tokenizer that it was trained with.'
+        )
+    return fetch_files(name, ['config.json', 'model.safetensors'], **hub) if from_hub else folder
+
+
+def _convert(cls, file):  # class, Path of a published .pth -> model with its report; raises CheckpointError
+    raw, beside = read_checkpoint(file), file.with_suffix('.json')
+    given = read_json(beside, error=CheckpointError) if beside.is_file() else {}  # of another backbone, for example
+    try:
+        model = cls(**{'threshold': 0.5, **published_config(raw), **given})
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f'{file.name} cannot be read as a published tokenizer: {e}') from e
+    state, model.report = published_state(raw)
+    load_checked(model, state, file.name)
+    return model.eval()
+
+
+def _load_published(cls, file):  # class, Path of a .pth -> model, converted once into a folder of the cache
+    beside = file.with_suffix('.json')
+    name = f'tokenizer-{content_key(file)}' + (f'-{content_key(beside)[:8]}' if beside.is_file() else '')
+    for top in map(Path, cache_folders()):
+        try:
+            top.mkdir(parents=True, exist_ok=True)
+            with lock(top / f'{name}.lock', 600.0):  # of several processes one converts
+                if not (top / name / 'report.json').is_file():
+                    model = _convert(cls, file)
+                    with tempfile.TemporaryDirectory(dir=top, prefix=f'.{name}') as part:
+                        made = Path(part) / name
+                        model.save_pretrained(made)
+                        (made / 'report.json').write_text(json.dumps(model.report))
+                        shutil.rmtree(top / name, ignore_errors=True)  # of a conversion that was cut off
+                        os.replace(made, top / name)
+                    return model, 'converted into', top / name
+            model = _load_folder(cls, top / name)
+            model.report = read_json(top / name / 'report.json', error=CheckpointError)
+            return model, 'read from', top / name
+        except (OSError, RunError):
+            continue
+    return _convert(cls, file), 'not kept, since no folder of the cache can be written:', top
+
+
 def _load_folder(cls, folder):  # class, Path -> model; raises CheckpointError
     for file in ('config.json', 'model.safetensors'):
         if not (folder / file).is_file():
@@ -524,6 +592,9 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
     def __init__(self, **config):
         super().__init__(**config)
         self.vocab = MaskVocab(self.config.codebook_size, self.config.num_codes)
+        self.arithmetic = torch.float32  # type that encode and decode compute in; the weights stay float32
+        self.trained_side = 0  # pixels, side of the largest image that the weights know; 0: any
+        self.report = dict(note='')  # of what was loaded
         self.eval()
 
     def __repr__(self):  # one line; named_children() has the parts
@@ -533,6 +604,11 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
             f'MaskTokenizer({config.depth} codes of {config.codebook_size}, '
             f'images of {config.image_size} x {config.image_size} inside, {millions:.1f}M parameters, {self.device})'
         )
+
+    def _precision(self):  # context in which encode and decode compute
+        if self.arithmetic == torch.float32:
+            return nullcontext()
+        return torch.autocast(torch.device(self.device).type, self.arithmetic)
 
     @torch.no_grad()
     def embed_image(
@@ -545,8 +621,12 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
         several = isinstance(image, (list, tuple))
         images = [read_image(one) for one in (image if several else [image])]
         pixels = torch.stack([prepare_image(one, self.config.image_size) for one in images]).to(self.device)
-        features, fine = self.image_features(pixels)
-        return ImageEmbedding(features, fine, [one.shape[:2] for one in images], not several)
+        sizes = [one.shape[:2] for one in images]
+        if self.trained_side and warn_larger(self.trained_side, sizes):
+            self.trained_side = 0  # it was said once
+        with self._precision():
+            features, fine = self.image_features(pixels)
+        return ImageEmbedding(features, fine, sizes, not several)
 
     @torch.no_grad()
     def mask_embeddings(
@@ -575,7 +655,8 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
             return torch.zeros(0, self.config.num_mask_tokens, self.config.latent_dim)
         dense, corners = (torch.cat(part).to(self.device, non_blocking=True) for part in zip(*prompts))
         chunks = embedding.chunks(counts, chunk)
-        return torch.cat([self.mask_latents(f, dense[p], corners[p]).float() for p, f, _ in chunks])
+        with self._precision():
+            return torch.cat([self.mask_latents(f, dense[p], corners[p]).float() for p, f, _ in chunks])
 
     @torch.no_grad()
     def encode(
@@ -635,7 +716,8 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
         side = 4 * self.config.grid
         logits, scores = [torch.zeros(0, side, side, device=self.device)], [torch.zeros(0, device=self.device)]
         for part, features, fine in embedding.chunks(counts, chunk):
-            candidates, predicted = self.mask_candidates(features, fine, flat[part])
+            with self._precision():
+                candidates, predicted = self.mask_candidates(features, fine, flat[part])
             best = predicted.argmax(1)
             logits.append(candidates[torch.arange(len(best)), best].float())
             scores.append(predicted.max(1).values.float())
@@ -693,24 +775,33 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
     @classmethod
     def from_pretrained(
         cls,
-        name: str | Path,  # a folder, "toy" or a folder of the package such as "toy/tokenizer_16", or a hub id
+        name: str
+        | Path,  # our folder, a published .pth, a folder or hub id with one of them, "toy", "toy/tokenizer_16"
         *,
-        device: str = 'cpu',  # where the weights go: "cpu", "cuda", "cuda:1", ...
+        device: object = 'cpu',  # where the weights go: "cpu", "cuda", "cuda:1", "auto"
+        dtype: object = torch.float32,  # that encode and decode compute in, see choose_device; weights stay float32
         **kwargs,  # of huggingface_hub, for example revision
-    ) -> 'MaskTokenizer':  # in eval mode; raises CheckpointError with what was wrong
-        "Load a saved tokenizer from a folder or the hub."
-        device = check_device(device)
-        folder = find_pretrained(name, 'tokenizer')
+    ) -> 'MaskTokenizer':  # in eval mode; `report` says what was loaded; raises CheckpointError with what was wrong
+        "Load a tokenizer; the file of a published one is converted once, into the cache."
+        place = choose_device(device, dtype)
         try:
-            if not isinstance(folder, Path):
-                folder = fetch_files(folder, ['config.json', 'model.safetensors'], **kwargs)
-            return _load_folder(cls, folder).to(device)
+            found = _find_weights(name, kwargs)
+            if found.is_dir():
+                model = _load_folder(cls, found)
+                model.report = dict(note=f'The tokenizer {name} was loaded.', unused=[])
+            else:
+                model, how, cached = _load_published(cls, found)
+                model.report |= dict(
+                    cache=str(cached), note=f'{found.name}: {model.report["note"][:-1]}; {how} {cached}.'
+                )
         except CheckpointError:
             raise
         except (OSError, ValueError) as e:
             raise CheckpointError(
                 f'The tokenizer {name} could not be read: {type(e).__name__}: {str(e).splitlines()[0][:200]}'
             ) from e
+        model.arithmetic, model.trained_side = place.dtype, trained_side(found)
+        return model.to(place.device)
 
     @classmethod
     def from_published(

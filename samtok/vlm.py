@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import transformers
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AddedToken, BatchFeature, LogitsProcessorList
+from transformers.initialization import no_init_weights
 
 from samtok.chat import (
     PROMPTS,
@@ -37,17 +39,20 @@ from samtok.checkpoints import (
     CheckpointError,
     check_bounds,
     check_saved,
+    choose_device,
     expected_tensors,
     fetch_files,
     find_pretrained,
     hub_problem,
     not_finite,
     packed_tensors,
+    published_file,
     tensor_shapes,
+    warn_larger,
 )
 from .data import read_image
 from .grammar import AnswerGrammar, MaskGrammar, VLMError, count_mask_words, mask_word_ids
-from .runs import check_device, import_object, read_json
+from .runs import import_object, read_json
 from .tokenizer import ImageEmbedding, MaskTokenizer
 from .words import MaskVocab
 
@@ -63,11 +68,33 @@ def matrices(
     return embedding, head, head.weight is embedding.weight or (place != 0 and head.weight.data_ptr() == place)
 
 # %% ../nbs/03b_vlm.ipynb #2dfbce0e
+def _mean_and_deviation(weight, known, chunk=256):
+    # (V,D) weight, (n,) ids of rows -> (D,) float32 each; in one pass over parts that fit a cache of the processor
+    shift = weight[known[:chunk]].float().mean(0)  # close to the mean, so that no digits are lost to it below
+    total, squares = torch.zeros_like(shift, dtype=torch.float64), torch.zeros_like(shift, dtype=torch.float64)
+    for part in known.split(chunk):
+        rows = weight[part].float().sub_(shift)
+        total += rows.sum(0)
+        squares += rows.square_().sum(0)
+    variance = (squares - total**2 / len(known)) / (len(known) - 1)
+    return shift + (total / len(known)).float(), variance.clamp_(min=0).sqrt().float()
+
+
 def _start_rows(weight, new, known, noise, generator):
     # (V,D) weight, changed in place; ids of new and of known rows: new ones start near the mean of the known ones
-    old = weight[known].float()
+    mean, deviation = _mean_and_deviation(weight, known)
     spread = torch.randn(len(new), weight.shape[1], generator=generator).to(weight.device) * noise
-    weight[new] = (old.mean(0) + spread * old.std(0)).to(weight.dtype)
+    weight[new] = (mean + spread * deviation).to(weight.dtype)
+
+
+@contextmanager
+def _without_initial_values(model):  # new layers of a model keep what is in memory, instead of random numbers
+    with no_init_weights():
+        model._init_weights = lambda module: None
+        try:
+            yield
+        finally:
+            del model._init_weights
 
 
 @torch.no_grad()
@@ -89,7 +116,8 @@ def add_mask_words(
     ids = torch.from_numpy(mask_word_ids(tokenizer, vocab))
     resized = int(ids.max()) >= before
     if resized:  # never smaller: Qwen pads its matrices
-        model.resize_token_embeddings(int(ids.max()) + 1, mean_resizing=False)
+        with _without_initial_values(model):  # all rows are set: old ones are copied, new ones start below
+            model.resize_token_embeddings(int(ids.max()) + 1, mean_resizing=False)
         embedding, head, tied = matrices(model)
     if added or resized:
         old = torch.tensor(sorted(i for i in known - set(ids.tolist()) if i < before))
@@ -555,13 +583,15 @@ def write_replies(
 _NO_TOKENIZER = 'comes without a mask tokenizer: name it, tokenizer=... (a folder, a hub id, or "toy").'
 
 
-def _find_mask_tokenizer(name, hub):  # folder, hub id or "kind/rest"; arguments of the hub -> folder; raises VLMError
+def _find_mask_tokenizer(name, hub):  # folder, hub id or "kind/rest"; arguments of the hub -> Path; raises VLMError
     folder = Path(name)
     if not folder.is_dir() and not _split_kind(name):
-        folder = Path(fetch_files(name, ['mask_tokenizer/*'], **hub))
-    if not (folder / 'mask_tokenizer').is_dir():
-        raise VLMError(f'{Path(name).name} {_NO_TOKENIZER}')
-    return folder / 'mask_tokenizer'
+        folder = Path(fetch_files(name, ['mask_tokenizer/*', 'mask_tokenizer_*'], **hub))
+    if (folder / 'mask_tokenizer').is_dir():
+        return folder / 'mask_tokenizer'
+    if published := published_file(folder):
+        return published
+    raise VLMError(f'{Path(name).name} {_NO_TOKENIZER}')
 
 
 def _check_prompt(text, vocab):  # raises VLMError for mask words that are not those of the model
@@ -639,24 +669,25 @@ class MaskVLM:
     def from_pretrained(
         cls,
         vlm: str | Path = 'toy',  # model with mask words: folder, hub id, "toy" or a folder of the package
-        tokenizer: MaskTokenizer | str | Path | None = None,  # or its folder or hub id; None: `mask_tokenizer` in `vlm`
-        device: str = 'cpu',  # "cpu", "cuda", "cuda:1" or "auto"
-        dtype: torch.dtype = torch.float32,  # of the model's weights
+        tokenizer: MaskTokenizer | str | Path | None = None,  # or its name; None: the one in `vlm`, ours or published
+        device: object = 'cpu',  # "cpu", "cuda", "cuda:1" or "auto"
+        dtype: object = torch.float32,  # of the model's weights, see choose_device; on a GPU the tokenizer's arithmetic
         **kwargs,  # of the model's from_pretrained
     ) -> 'MaskVLM':  # raises VLMError, CheckpointError
         "Load model, processor and mask tokenizer."
         name = vlm if _split_kind(vlm) else find_pretrained(vlm, 'vlm', VLMError)
-        device = check_device(device)
+        place = choose_device(device, dtype)
         if str(vlm) == 'toy' and tokenizer is None:
             tokenizer = 'toy/tokenizer_16'  # it is in the package once
         if (Path(name) / 'vlm' / 'config.json').is_file() and not (Path(name) / 'config.json').is_file():
             name = Path(name) / 'vlm'  # the folder of a run
-        model, processor = load_vlm(name, dtype, **kwargs)
+        model, processor = load_vlm(name, place.dtype, **kwargs)
         if tokenizer is None:
             tokenizer = _find_mask_tokenizer(name, {k: v for k, v in kwargs.items() if k in _HUB})
         if not isinstance(tokenizer, MaskTokenizer):
-            tokenizer = MaskTokenizer.from_pretrained(tokenizer)
-        return cls(model.to(device), processor, tokenizer.to(device))
+            short = place.dtype if torch.device(place.device).type == 'cuda' else torch.float32
+            tokenizer = MaskTokenizer.from_pretrained(tokenizer, device=place.device, dtype=short)
+        return cls(model.to(place.device), processor, tokenizer.to(place.device))
 
     def save_pretrained(
         self,
@@ -714,7 +745,10 @@ class MaskVLM:
             if row['role'] == 'system':  # some templates take no parts here
                 row['content'] = ''.join(part['text'] for part in row['content'])
         text = render_chat(self.processor, rows, add_generation_prompt=True)
-        return text, [Image.fromarray(read_image(images[i])) for i in order]
+        shown = [Image.fromarray(read_image(images[i])) for i in order]
+        if warn_larger(self.tokenizer.trained_side, [(image.height, image.width) for image in shown]):
+            self.tokenizer.trained_side = 0  # it was said once
+        return text, shown
 
     def _grammar(self, constrained):  # None: the model's own setting -> grammar or None; raises VLMError
         how = self.constrained if constrained is None else constrained

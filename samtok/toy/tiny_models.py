@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['QWEN', 'LLAMA', 'FAMILIES', 'TINY_TOKENS', 'TINY_IMAGE', 'TINY_SIZES', 'Family', 'Sizes', 'text_config',
-           'mrope_sections', 'rope_config', 'tiny_tokenizer', 'tiny_processor', 'tiny_model', 'load_tiny']
+           'mrope_sections', 'rope_config', 'tiny_tokenizer', 'tiny_processor', 'tiny_model', 'load_tiny',
+           'published_vocabulary', 'save_published']
 
 # %% ../../nbs/toy/02_tiny_models.ipynb #256739cc
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isqrt
+from pathlib import Path
 
 import torch
 import transformers
@@ -416,3 +418,64 @@ def load_tiny(
     tokenizer = tiny_tokenizer(toy_corpus(), TINY_TOKENS, phrases=PHRASES, family=family)
     processor = tiny_processor(family, tokenizer, TINY_IMAGE['patch'], pixels=(TINY_IMAGE['side'] ** 2,) * 2)
     return tiny_model(family, processor, **TINY_SIZES | sizes, seed=seed), processor
+
+# %% ../../nbs/toy/02_tiny_models.ipynb #1fb13d32
+_BYTE_PAIRS = 151_643  # tokens of Qwen's vocabulary before the special ones
+_SPECIAL = (  # special tokens from id 151,643 on, of Qwen2.5-VL
+    *('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|object_ref_start|>', '<|object_ref_end|>'),
+    *('<|box_start|>', '<|box_end|>', '<|quad_start|>', '<|quad_end|>', '<|vision_start|>', '<|vision_end|>'),
+    *('<|vision_pad|>', '<|image_pad|>', '<|video_pad|>', '<tool_call>', '</tool_call>'),
+    *('<|fim_prefix|>', '<|fim_middle|>', '<|fim_suffix|>', '<|fim_pad|>', '<|repo_name|>', '<|file_sep|>'),
+)
+_SPECIAL_3 = ('<tool_response>', '</tool_response>', '<think>', '</think>')  # Qwen3-VL has these as well
+
+
+def published_vocabulary(
+    family: str,  # "qwen3_vl" or "qwen2_5_vl"
+    words: Iterable[str] = (),  # mask words, which follow the special tokens
+):  # -> tokenizer of the family's class, with as many tokens at the same ids as the published one
+    "Make a tokenizer with the layout of a published vocabulary."
+    about = FAMILIES[family]
+    bpe = json.loads(tiny_tokenizer(toy_corpus(), TINY_TOKENS, family=family).backend_tokenizer.to_str())['model']
+    pairs = [token for token in bpe['vocab'] if token not in about.special]
+    pairs += [f'filler{i}' for i in range(_BYTE_PAIRS - len(pairs))]
+    special = _SPECIAL + (_SPECIAL_3 if family == 'qwen3_vl' else ())
+    vocab = {token: i for i, token in enumerate((*pairs, *special))}
+    names = dict(eos_token=about.eos, pad_token=about.pad, extra_special_tokens=about.names, chat_template=about.chat)
+    tokenizer = getattr(transformers, about.tokenizer)(vocab=vocab, merges=[tuple(m) for m in bpe['merges']], **names)
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    tokenizer.add_tokens([AddedToken(word, normalized=False, special=False) for word in words])
+    return tokenizer
+
+
+def _as_published_config(file):  # config.json, changed in place: as transformers 4.57 wrote it
+    config = json.loads(file.read_text())
+    for level in (config, config['text_config']):
+        if rope := level.pop('rope_parameters', None):
+            level |= dict(rope_theta=rope.pop('rope_theta'), rope_scaling=rope)
+    file.write_text(json.dumps(config | dict(transformers_version='4.57.1'), indent=1))
+
+
+def save_published(
+    folder: 'str | Path',  # made if missing
+    family: str = 'qwen3_vl',  # "qwen3_vl" or "qwen2_5_vl"
+    seed: int = 0,  # of the random weights of the language model
+    **sizes,  # other sizes than TINY_SIZES, see tiny_model
+) -> Path:  # the folder
+    "Write a folder in the layout of the published models, with random weights and tiny layers."
+    from samtok.checkpoints import to_published
+    from samtok.tokenizer import MaskTokenizer
+
+    folder, masks = Path(folder), MaskTokenizer.from_pretrained('toy')
+    processor = tiny_processor(
+        family, published_vocabulary(family, masks.vocab.words), TINY_IMAGE['patch'], (TINY_IMAGE['side'] ** 2,) * 2
+    )
+    model = tiny_model(family, processor, **TINY_SIZES | dict(tied=True) | sizes, seed=seed).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size='1MB')
+    processor.save_pretrained(folder)
+    _as_published_config(folder / 'config.json')
+    torch.save(to_published(masks.state_dict()), folder / 'mask_tokenizer_256x2.pth')
+    about = json.dumps(asdict(masks.config) | dict(threshold=0.5), indent=1)  # the layers are tiny, and this says so
+    (folder / 'mask_tokenizer_256x2.json').write_text(about)
+    (folder / 'sam2.1_hiera_large.pt').write_bytes(b'SAM 2 lies here; nothing needs it')
+    return folder
