@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONVERSATIONS', 'image_bytes', 'chat_row', 'ready', 'tokenize_batch', 'tokenizer_fingerprint', 'vocabulary',
-           'open_conversations', 'open_mixture', 'make_shard', 'write_shard', 'read_meta', 'verify_shards',
-           'merge_report', 'tokenize_data', 'shard_folders', 'shard_records', 'check_shards', 'data_fingerprint',
-           'main']
+           'open_conversations', 'open_mixture', 'make_shard', 'write_shard', 'read_meta', 'hash_files',
+           'verify_shards', 'merge_report', 'tokenize_data', 'shard_folders', 'shard_records', 'check_shards',
+           'data_fingerprint', 'main']
 
 # %% ../nbs/03d_shards.ipynb #d3af0549
 import hashlib
@@ -46,6 +46,7 @@ from samtok.runs import (
     Run,
     RunError,
     atomic_write,
+    check_limits,
     find_file,
     fingerprint,
     import_object,
@@ -415,13 +416,6 @@ _LIMITS = dict(  # of tokenize_data: name -> least, most
 )
 
 
-def _check_numbers(**given):  # raises RunError
-    for name, value in given.items():
-        least, most = _LIMITS[name]
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= most:
-            raise RunError(f'{name} is {value!r}: give a whole number from {least} to {most}.')
-
-
 def _count_records(dataset, seed, epochs, n):  # raises DataError where they are too many to be meant
     listed = n or type(dataset).__len__ is MaskDataset.__len__  # its length is known by listing alone
     count = 0 if listed else len(dataset) * epochs
@@ -472,7 +466,10 @@ def _sha256(path):  # of a file -> 64 hexadecimal digits; raises RunError
     return digest.hexdigest()
 
 
-def _hash_files(paths):  # -> list of their hashes, in the same order
+def hash_files(
+    paths: list,  # of Path
+) -> list:  # of str: 64 hexadecimal digits of each, in the same order; raises RunError
+    "Hash the contents of files with SHA-256, four at a time."
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(_sha256, paths))
 
@@ -578,7 +575,7 @@ def verify_shards(
             raise RunError(f'{folder.name}/{name} has {size} bytes and was written with {written}: {advice}')
     seen = _seen(folder)
     new = [name for name in known if seen.get(name) != [*there[name], known[name]['sha256']]]
-    for name, found in zip(new, _hash_files([folder / name for name in new])):
+    for name, found in zip(new, hash_files([folder / name for name in new])):
         if found != known[name]['sha256']:
             raise RunError(f'{folder.name}/{name} is not what was written (another SHA-256): {advice}')
     if new:
@@ -626,7 +623,7 @@ def merge_report(
         )
     if 'vocabulary' in metas[0]:
         report['vocabulary'] = metas[0]['vocabulary']
-    hashes = zip(paths, _hash_files(paths))
+    hashes = zip(paths, hash_files(paths))
     report['files'] = {path.name: dict(size=path.stat().st_size, sha256=found) for path, found in hashes}
     atomic_write(out / 'report.json', json.dumps(report, indent=1, ensure_ascii=False) + '\n')
     _remember(out, report['files'])
@@ -673,7 +670,8 @@ def tokenize_data(
         raise DataError(
             'A mixture that repeats for ever has no end to tokenize: give repeat=False and the number of epochs.'
         )
-    _check_numbers(shard=shard, batch=batch, epochs=epochs, n=n, seed=seed, workers=workers)
+    numbers = dict(shard=shard, batch=batch, epochs=epochs, n=n, seed=seed, workers=workers)
+    check_limits(numbers, _LIMITS)
     records = _count_records(dataset, seed, epochs, n)
     listed = Report()  # of opening the files and of listing their records: the first shard keeps it
     for leaf in leaf_datasets(dataset):
