@@ -339,7 +339,7 @@ def reply_scores(
     groups.append((free.nonzero()[:, 0], targets[:0], False))
     return _ReplyScores.apply(hidden, weight, bias, targets, groups, temperature)
 
-# %% ../nbs/06_grpo.ipynb #c87fe6fa
+# %% ../nbs/06_grpo.ipynb #6ff5a87b
 _SCALED = (  # models that change the scores behind the head, which reply_scores does not
     'final_logit_softcapping',
     'logit_scale',
@@ -618,7 +618,7 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)  # the log goes into metrics.jsonl
     return trainer
 
-# %% ../nbs/06_grpo.ipynb #f679c307
+# %% ../nbs/06_grpo.ipynb #b50a09ab
 RESERVE = 3e9  # bytes of CUDA's context and of gaps between tensors, assumed
 
 
