@@ -343,7 +343,7 @@ def reply_scores(
     groups.append((free.nonzero()[:, 0], targets[:0], False))
     return _ReplyScores.apply(hidden, weight, bias, targets, groups, temperature)
 
-# %% ../nbs/06_grpo.ipynb #ff9f7f80
+# %% ../nbs/06_grpo.ipynb #6ff5a87b
 _SCALED = (  # models that change the scores behind the head, which reply_scores does not
     'final_logit_softcapping',
     'logit_scale',
@@ -622,7 +622,7 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)  # the log goes into metrics.jsonl
     return trainer
 
-# %% ../nbs/06_grpo.ipynb #9d1574c7
+# %% ../nbs/06_grpo.ipynb #b50a09ab
 RESERVE = 3e9  # bytes of CUDA's context and of gaps between tensors, assumed
 
 
