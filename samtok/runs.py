@@ -806,6 +806,7 @@ def _step(record):
     return step if isinstance(step, (int, float)) else 0
 
 
+_OF_A_RUN = re.compile(r'(result\.json|metrics\.jsonl|made_of\.json)$|checkpoint')  # what comes after params.json
 _PART = re.compile(r'\.\d+-[0-9a-f]{8}\.part$')  # of atomic_write
 
 
@@ -843,6 +844,12 @@ class Run:
             raise _unwritten(self.path, e.strerror) from e
         with lock(self.path / 'run.lock', 10.0):
             if not file.exists():
+                names = sorted(p.name for p in self.path.iterdir())
+                if old := [name for name in names if _OF_A_RUN.match(name)]:
+                    raise RunError(
+                        f'The folder {self.name} holds a run without its params.json ({old[0]} is there): '
+                        'restore the file, or choose another folder.'
+                    )
                 atomic_write(self.path / 'environment.json', json.dumps(environment(), indent=1))
                 atomic_write(file, json.dumps(self.params, indent=1))
 
