@@ -401,12 +401,12 @@ def _begun_checkpoints(folder, pattern):
     "Steps of which there is the folder or the file that is written last, the newest first."
     steps, parts = set(), {pattern: True, pattern.partition('/')[0]: '/' not in pattern}
     for part, any_kind in parts.items():
-        name = re.compile('.*' + re.escape(part.format(step='STEP', rank=0)).replace('STEP', r'([0-9]+)'))
+        name = re.compile(re.escape(part.format(step='STEP', rank=0)).replace('STEP', r'([0-9]+)'))
         try:
             found = [path for path in folder.glob(part.format(step='*', rank=0)) if any_kind or path.is_dir()]
         except OSError as e:
             raise RunError(f'The folder {folder.name} of the checkpoints cannot be read ({e.strerror}).') from e
-        steps |= {int(m[1]) for path in found if (m := name.fullmatch(path.as_posix()))}
+        steps |= {int(m[1]) for path in found if (m := name.fullmatch(path.relative_to(folder).as_posix()))}
     return sorted(steps, reverse=True)
 
 
