@@ -77,7 +77,18 @@ def saving(
 
 
 def _unwritten(path, why):
-    return RunError(f'{Path(path).name} cannot be written ({why}): choose a folder that can be written and has room.')
+    name = Path(path).name
+    name = name if name.isprintable() and len(name) < 100 else ascii(name)[:100]
+    return RunError(f'{name} cannot be written ({why}): choose a folder that can be written and has room.')
+
+
+def _check_path(path):
+    "Refuse a name that no file can have, or one in a folder that cannot be opened."
+    try:
+        os.lstat(path)
+    except (OSError, ValueError) as e:  # ValueError: a zero byte, or half of a character
+        if getattr(e, 'errno', None) not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise _unwritten(path, getattr(e, 'strerror', None) or e) from e
 
 
 def _sync(path):
@@ -107,6 +118,7 @@ def atomic_write(
     content: str | bytes | Callable,  # str, bytes, or a function that writes into an open binary file
 ) -> None:  # raises RunError where the file cannot be written
     "Write a file so that it is whole or absent, also after a loss of power."
+    _check_path(path)
     target = Path(os.path.realpath(path))
     part = target.with_name(f'{target.name[:40]}.{os.getpid()}-{os.urandom(4).hex()}.part')  # of this call alone
     try:
@@ -335,8 +347,8 @@ def lock(
     "Hold a lock on a file while the block runs."
     try:
         file = open(path, 'ab')
-    except OSError as e:
-        raise _unwritten(path, e.strerror) from e
+    except (OSError, ValueError) as e:
+        raise _unwritten(path, getattr(e, 'strerror', None) or e) from e
     with file:
         _locks.add(file)
         try:
@@ -404,8 +416,9 @@ def _begun_checkpoints(folder, pattern):
         name = re.compile(re.escape(part.format(step='STEP', rank=0)).replace('STEP', r'([0-9]+)'))
         try:
             found = [path for path in folder.glob(part.format(step='*', rank=0)) if any_kind or path.is_dir()]
-        except OSError as e:
-            raise RunError(f'The folder {folder.name} of the checkpoints cannot be read ({e.strerror}).') from e
+        except (OSError, ValueError) as e:
+            why = getattr(e, 'strerror', None) or e
+            raise RunError(f'The folder {folder.name} of the checkpoints cannot be read ({why}).') from e
         steps |= {int(m[1]) for path in found if (m := name.fullmatch(path.relative_to(folder).as_posix()))}
     return sorted(steps, reverse=True)
 
@@ -464,11 +477,9 @@ def find_file(
     name: str | Path,  # path of a file or folder, or its name below the data folder of the package
 ) -> Path:  # raises RunError if there is neither
     "Find a file of the user's, or one of the package's data."
-    if Path(name).exists():
-        return Path(name)
     try:
-        return data_file(*Path(name).parts)
-    except RunError as e:
+        return Path(name) if Path(name).exists() else data_file(*Path(name).parts)
+    except (RunError, OSError, ValueError) as e:
         raise RunError(f'There is no {name}, neither here nor in the data of the package: is the path right?') from e
 
 # %% ../nbs/00c_runs.ipynb #a73eb481
@@ -757,8 +768,8 @@ def read_rows(
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b'\n')
     except FileNotFoundError:
         return []
-    except OSError as e:
-        raise RunError(f'The file {path.name} cannot be opened: {e.strerror}.') from e
+    except (OSError, ValueError) as e:
+        raise RunError(f'The file {path.name} cannot be opened: {getattr(e, "strerror", None) or e}.') from e
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line.decode())
@@ -831,6 +842,8 @@ class Run:
         self.result_path = self.path / 'result.json'
         self.checkpoint_path = self.path / 'checkpoint.pt'
         file = self.path / 'params.json'
+        _check_path(self.path)
+        _check_path(file)
         if main and not file.exists():
             self._start(file)
         if file.exists():
@@ -1281,6 +1294,7 @@ def launch(
 ) -> subprocess.Popen:  # the process, or the launcher of the processes, in a process group of its own
     "Start a module as worker processes."
     run_dir, worker = Path(run_dir), ['-m', 'samtok.runs', 'worker']
+    _check_path(run_dir)
     launcher = ['torch.distributed.run', '--standalone', f'--nproc-per-node={gpus}'] if gpus > 1 else []
     options = [f'--{k}={json.dumps(v) if isinstance(v, (list, dict)) else v}' for k, v in args.items()]
     command = [sys.executable, *worker, *launcher, *(worker if launcher else []), module, *options]
