@@ -502,6 +502,12 @@ def import_object(
 # %% ../nbs/00c_runs.ipynb #0ec2e76a
 ADDED = dict(max_bad_steps=10, rollout_batch=0)  # parameters that came after release 0.1 -> what runs without them did
 WORDS = dict(constrained=('answer',))  # parameters that take these words, beside true and false
+_EITHER = ('backbone',)  # parameters that take a name, or an object that describes what has no name
+_KINDS = {
+    str: ('a text', (str, int, float, os.PathLike)),
+    list: ('a JSON list', (list, tuple)),
+    dict: ('a JSON object', dict),
+}
 RENAMED = dict(  # parameters of releases up to 0.1 -> their names today; they are accepted for one release
     nothing='no_target_ratio',
     share_nothing='no_target_ratio',
@@ -566,6 +572,13 @@ def _fitting_number(name, value, default):
     return type(default)(value)
 
 
+def _check_kind(name, value, default):
+    "Refuse a text, list or object where the parameter is none."
+    what, fits = _KINDS.get(type(default), ('', object))
+    if not isinstance(value, fits) and not (name in _EITHER and isinstance(value, (str, dict))):
+        raise RunError(f'{name} is {str(value)[:60]!r}: give {what}.')
+
+
 def _fitting(name, value, default):
     "A parameter's value in the type of its default; raises RunError with what would fit."
     if isinstance(default, (list, dict)) and isinstance(value, str) and value[:1] in ('[', '{'):
@@ -580,6 +593,7 @@ def _fitting(name, value, default):
         return fits
     if isinstance(default, (int, float)):
         return _fitting_number(name, value, default)
+    _check_kind(name, value, default)
     _plain(value, not_finite := [])
     if not_finite:
         raise RunError(f'{name} holds {not_finite[0]}: give numbers that are finite.')
