@@ -1080,12 +1080,17 @@ def mean_ci(
     return {k: round(x, 6) for k, x in figures.items()} | dict(n=n)
 
 # %% ../nbs/00c_runs.ipynb #68abbfc6
+_QUOTED_NONE = re.compile('"+none"+', re.I)
+
+
 def _typed(default, name=''):
     "A function that reads the text of an option in the type of its default."
 
     def read(text):
         if text.lower() == 'none':
             return None
+        if _QUOTED_NONE.fullmatch(text):
+            return text[1:-1]  # the text none, as launch writes it
         if isinstance(default, bool) and text in WORDS.get(name, ()):
             return text
         if isinstance(default, bool):
@@ -1134,6 +1139,9 @@ def run_help(
     return {**texts['all'], **texts.get(name, {})}
 
 
+_NOT_YAML = re.compile('[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]')
+
+
 def _yaml(value):
     "A value in the YAML that papermill reads: JSON, but for floats without a point."
     if isinstance(value, dict):
@@ -1142,7 +1150,7 @@ def _yaml(value):
         return '[' + ', '.join(map(_yaml, value)) + ']'
     if isinstance(value, float) and not math.isfinite(value):
         return '.nan' if math.isnan(value) else '-.inf' if value < 0 else '.inf'
-    text = json.dumps(value, ensure_ascii=False)
+    text = _NOT_YAML.sub(lambda m: f'\\u{ord(m[0]):04x}', json.dumps(value, ensure_ascii=False))
     return re.sub(r'^(-?\d+)e', r'\1.0e', text) if isinstance(value, float) else text
 
 
@@ -1234,6 +1242,7 @@ def run_main(
         defaults = load(**vars(parser.parse_known_args(argv)[0]))
         out = f'runs/{name}_{defaults["scale"]}'
         args = parse_args({**first, **defaults, 'out': out}, argv, prog=f'samtok.{name}', help=run_help(name))
+        args['out'] = out if args['out'] is None else args['out']
         params = {k: v if args[k] is None else _fitting(k, args[k], v) for k, v in defaults.items()}
         params['scale'] = defaults['scale']  # "auto" and old names are resolved
         if 'RANK' in os.environ:
@@ -1282,6 +1291,14 @@ def pool_map(
 _PARENT = 'SAMTOK_PARENT'  # environment variable: number of the process that starts a worker
 
 
+def _option(name, value):
+    "An argument from which parse_args reads this value, None too, and no other."
+    text = json.dumps(value) if isinstance(value, (list, dict)) else str(value)
+    if value is not None and (text.lower() == 'none' or _QUOTED_NONE.fullmatch(text)):
+        text = f'"{text}"'
+    return f'--{name}={text}'
+
+
 def _worker(argv):
     "Run a module with its arguments as __main__, and end with the process that started this one."
     parent = int(os.environ.get(_PARENT) or os.getppid())
@@ -1310,7 +1327,7 @@ def launch(
     run_dir, worker = Path(run_dir), ['-m', 'samtok.runs', 'worker']
     _check_path(run_dir)
     launcher = ['torch.distributed.run', '--standalone', f'--nproc-per-node={gpus}'] if gpus > 1 else []
-    options = [f'--{k}={json.dumps(v) if isinstance(v, (list, dict)) else v}' for k, v in args.items()]
+    options = [_option(name, value) for name, value in args.items()]
     command = [sys.executable, *worker, *launcher, *(worker if launcher else []), module, *options]
     env = {**os.environ, **(env or {}), _PARENT: str(os.getpid())}
     if (run_dir / 'run.lock').exists():
