@@ -938,7 +938,13 @@ class Run:
         return found
 
     def skip(self) -> bool:  # is there a result already?
-        "Say so where a run is finished, since nothing will run."
+        "Say so where a run is finished, since nothing will run; raises RunError where its weights are damaged."
+        for file in sorted(self.path.glob('*/*.safetensors')) if self.finished else ():
+            if why := _fault(file):
+                raise RunError(
+                    f'The run in {self.name} is finished, and {file.parent.name}/{why}: restore the file, or delete '
+                    'result.json, and the run goes on from its last checkpoint.'
+                )
         if self.finished and self.main:
             print(
                 f'The run in {self.name} was finished before: this is its result, and nothing runs again. '
