@@ -727,6 +727,12 @@ def grpo_tasks(
     return [replace(t, prompt=THINK) for t in tasks] if params['think'] else tasks
 
 
+def _check_prompts(n, config):  # int, GRPOConfig: with too few prompts TRL would end without a step and not say so
+    needed = config.generation_batch_size // config.num_generations
+    if n < needed:
+        raise RunError(f'The data have {n} prompts, and a rollout takes {needed}: lower batch or rollout, or add data.')
+
+
 def train(
     params: dict,  # of load_params
     path: str,  # run folder
@@ -771,6 +777,7 @@ def _train(run, on_log):
         raise RunError(
             f'{n} processes run, {processes(params)} were asked for: start with torchrun or through run_grpo().'
         )
+    _check_prompts(len(prompts), trainer.args)
     log.rewards = [r.reward for r in trainer.reward_funcs]
     memory = (
         f"The GPU's memory is full with {params['batch']} replies of up to {params['max_new_tokens']} tokens "
