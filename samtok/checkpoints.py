@@ -508,7 +508,7 @@ def published_state(
     note = f'{len(raw)} entries, {len(raw) - len(unused)} of them loaded, {len(unused)} of the video memory not needed'
     return state, dict(unused=unused, note=f'A published tokenizer was loaded whole: {note}.')
 
-# %% ../nbs/01b_checkpoints.ipynb #e1b0b4a7
+# %% ../nbs/01b_checkpoints.ipynb #e5bb757a
 def published_config(
     raw: dict,  # name -> tensor of the authors' .pth file
 ) -> dict:  # arguments of TokenizerConfig that the shapes of the codebooks and of the mask tokens tell
@@ -567,7 +567,7 @@ def to_published(
             out[f'{head}.{theirs[leaf]}'] = value
     return out
 
-# %% ../nbs/01b_checkpoints.ipynb #0626621a
+# %% ../nbs/01b_checkpoints.ipynb #cfa09f29
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
 
@@ -605,7 +605,7 @@ def choose_device(
         raise RunError(f'There is no dtype {dtype!r}: use auto, {", ".join(DTYPES)}.')
     return Placement(device, dtype)
 
-# %% ../nbs/01b_checkpoints.ipynb #87bf6114
+# %% ../nbs/01b_checkpoints.ipynb #4261fc1a
 _DRAWN = 128  # pixels, side of the images that the weights of the package were trained on
 
 
