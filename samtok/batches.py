@@ -21,7 +21,7 @@ from PIL import Image
 
 from .chat import ChatError, TemplateTimeout, check_messages, render_chat, to_messages
 from .data import DataError, Report, read_image
-from .runs import atomic_write, read_json
+from .runs import RunError, atomic_write, read_json
 
 # %% ../nbs/03e_batches.ipynb #fab4dd0f
 def _segments(processor, messages):  # -> [(text, is it a reply?)] that joined make the whole chat
@@ -272,13 +272,25 @@ class ChatCollator:
         return dict(batch, labels=torch.from_numpy(labels)), errors
 
 # %% ../nbs/03e_batches.ipynb #2213f260
+def _is_entry(found):  # does it fit Report.add_entry?
+    if not isinstance(found, dict) or not {'reason', 'count'} <= set(found) <= {'reason', 'count', 'first', 'more'}:
+        return False
+    count, more = found['count'], found.get('more', [])
+    whole = isinstance(count, int) and not isinstance(count, bool) and count >= 0
+    texts = [found['reason'], found.get('first', ''), *(more if isinstance(more, list) else [None])]
+    return whole and all(isinstance(text, str) for text in texts)
+
+
 def left_out(
     folder: str | Path,  # the `counts` of the collators of a run; it need not exist
-) -> Report:  # what all processes left out, cut off and replaced; a resumed run counts what it reads again
+) -> Report:  # what all processes left out, cut off and replaced; raises RunError for a file that holds no counts
     "Add up the reports of all loader workers and ranks of a run."
     total = Report()
     for path in sorted(Path(folder).glob('*.json')):
-        for found in read_json(path):
+        entries = read_json(path)
+        if not isinstance(entries, list) or not all(map(_is_entry, entries)):
+            raise RunError(f'{"/".join(path.parts[-2:])} holds no counts of what was left out: restore or delete it.')
+        for found in entries:
             total.add_entry(**found)
     return total
 

@@ -12,10 +12,12 @@ __all__ = ['NO_TARGET', 'PROMPTS', 'THINK', 'ChatError', 'places', 'Conversation
 import ctypes
 import json
 import re
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +151,121 @@ def to_messages(
     return out, order
 
 # %% ../nbs/03_chat.ipynb #6702a49a
-_MOST_CHARACTERS = 2**24  # of a rendered chat
+_MOST_CHARACTERS = 2**24  # of a rendered chat, and of what one step of a template may make
+_WIDE = re.compile(r'\d{7,}|%[^a-zA-Z%]*\*')  # in a format: a width of millions, or one that comes as an argument
+
+
+def _size(value, most=_MOST_CHARACTERS):  # characters of a text or of the texts in a list; digits of a whole number
+    if isinstance(value, (list, tuple)):
+        total = len(value)
+        for item in value:
+            total += _size(item, most - total)
+            if total > most:
+                break
+        return total
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    return value.bit_length() // 3 if isinstance(value, int) else 1
+
+
+def _check_size(size):
+    if size > _MOST_CHARACTERS:
+        size = f'{size} ' if size < 2**64 else 'too many '
+        raise MemoryError(f'one step would write {size}characters; at most {_MOST_CHARACTERS} are read')
+
+
+def _check_format(text, sign, values):  # a text with a sign for each place of a value
+    if _WIDE.search(text):
+        raise MemoryError(f'the format {text[:40]!r} is too wide')
+    _check_size(len(text) + text.count(sign) * _size(values))
+
+
+def _check_operator(operator, left, right):  # of a template; raises MemoryError where its result would be too large
+    numbers = isinstance(left, int) and isinstance(right, int)
+    if operator == '**' and numbers:
+        _check_size(abs(left).bit_length() * max(right, 0) * 64)  # a power of 80000 digits takes milliseconds
+    elif operator == '*' and numbers:
+        _check_size((_size(left) + _size(right)) * 64)
+    elif operator == '*' and (isinstance(left, int) or isinstance(right, int)):
+        number, repeated = (left, right) if isinstance(left, int) else (right, left)
+        _check_size(_size(repeated) * number if hasattr(repeated, '__len__') else 0)
+    elif operator == '+' and hasattr(left, '__len__') and hasattr(right, '__len__'):
+        _check_size(len(left) + len(right))
+    elif operator == '%' and isinstance(left, str):
+        _check_format(left, '%', right)
+
+
+def _check_call(called, values):  # a method, filter or function of a template, and its arguments; raises MemoryError
+    own = getattr(getattr(called, '__wrapped__', called), '__self__', None)
+    name = getattr(called, '__name__', '')
+    values = [own, *values] if isinstance(own, (str, bytes)) else list(values)
+    for value in values:
+        _check_size(abs(value) if isinstance(value, (int, float)) else 0)
+    texts = [value for value in values if isinstance(value, str)]
+    if name in ('replace', 'do_replace') and len(texts) == 3:
+        text, old, new = texts
+        _check_size(len(text) + text.count(old) * (len(new) - len(old)))
+    elif name in ('join', 'do_join'):
+        parts = [value for value in values if isinstance(value, (list, tuple))]
+        _check_size(sum(_size(part) + len(part) * sum(map(len, texts)) for part in parts))
+    elif name == 'expandtabs' and texts:
+        _check_size(texts[0].count('\t') * max([8, *(v for v in values[1:] if isinstance(v, int))]))
+    elif name in ('format', 'format_map', 'do_format') and texts:
+        _check_format(texts[0], '%' if name == 'do_format' else '{', values[1:])
+
+
+def _bounded(
+    sandbox,
+):  # the class of jinja2 that runs templates -> one that refuses steps which take long by themselves
+    from jinja2.compiler import CodeGenerator
+    from jinja2.runtime import str_join
+
+    class Concat(CodeGenerator):
+        def visit_Concat(self, node, frame):
+            self.write('environment.joined((')
+            for part in node.nodes:
+                self.visit(part, frame)
+                self.write(', ')
+            self.write('))')
+
+    class BoundedSandbox(sandbox):
+        bounded = True
+        code_generator_class = Concat
+        intercepted_binops = frozenset(['*', '**', '%', '+'])
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.filters = {name: self.checked(function) for name, function in self.filters.items()}
+
+        def checked(self, function):
+            @wraps(function)  # also what jinja2 writes onto it: does it take the context?
+            def checked(*args, **kwargs):
+                _check_call(function, [*args, *kwargs.values()])
+                return function(*args, **kwargs)
+
+            return checked
+
+        def joined(self, parts):
+            _check_size(sum(_size(part) for part in parts))
+            return str_join(parts)
+
+        def call_binop(self, context, operator, left, right):
+            _check_operator(operator, left, right)
+            return super().call_binop(context, operator, left, right)
+
+        def call(__self, __context, __obj, *args, **kwargs):
+            _check_call(__obj, [*args, *kwargs.values()])
+            return super().call(__context, __obj, *args, **kwargs)
+
+    return BoundedSandbox
+
+
+def _bound_templates():  # once in a process: the templates of transformers run in the bounded sandbox
+    module = sys.modules.get('transformers.utils.chat_template_utils')
+    sandbox = getattr(module, 'ImmutableSandboxedEnvironment', None)
+    if sandbox is not None and not getattr(sandbox, 'bounded', False):
+        module.ImmutableSandboxedEnvironment = _bounded(sandbox)
+        getattr(module._compile_jinja_template, 'cache_clear', lambda: None)()  # of those compiled before
 
 
 class TemplateTimeout(ChatError):
@@ -172,6 +288,7 @@ def render_chat(
 ) -> str:  # raises ChatError where the template refuses the messages, TemplateTimeout where it does not end
     "Write a chat as the model's own template wants it, within a limit of time and size."
     found = {}
+    _bound_templates()
 
     def render():
         try:

@@ -153,6 +153,11 @@ def _first_of(wrong):  # dict kind -> names -> "2 missing (first: a); 1 unknown 
     return '; '.join(f'{len(names)} {kind} (first: {", ".join(names[:3])})' for kind, names in wrong.items() if names)
 
 
+def _same_kind(own, stored):  # can a tensor take the values of another? float8 needs a scale to be a weight
+    packed = stored.is_floating_point() and stored.element_size() == 1 and own.element_size() > 1
+    return own.is_floating_point() == stored.is_floating_point() and not packed
+
+
 def load_checked(
     model: torch.nn.Module,  # its parameters and buffers are replaced
     state: dict,  # name -> tensor, in the model's names
@@ -166,7 +171,7 @@ def load_checked(
     for k, value in own.items():
         if k in state and value.shape != state[k].shape:
             other_shape.append(f'{k} {tuple(state[k].shape)} for {tuple(value.shape)}')
-        elif k in state and value.is_floating_point() != state[k].is_floating_point():
+        elif k in state and not _same_kind(value, state[k]):
             other_type.append(f'{k} {state[k].dtype} for {value.dtype}')  # such as packed integers
     wrong = {
         'missing': [k for k in missing if not k.startswith(tuple(allow_missing))],
@@ -178,6 +183,12 @@ def load_checked(
         raise CheckpointError(
             f'{name} does not fit this architecture: {_first_of(wrong)}. Check backbone, dim, codebook_size and depth.'
         )
+    for k, value in own.items():
+        if k in state and state[k].dtype != value.dtype and (count := not_finite(state[k].to(value.dtype))):
+            raise CheckpointError(
+                f'{name} was not loaded: {count} of {value.numel()} values of {k} are NaN or too large for '
+                f'{value.dtype}, and were stored as {state[k].dtype}.'
+            )
     model.load_state_dict(state, strict=False)
     return missing
 
@@ -497,7 +508,7 @@ def published_state(
     note = f'{len(raw)} entries, {len(raw) - len(unused)} of them loaded, {len(unused)} of the video memory not needed'
     return state, dict(unused=unused, note=f'A published tokenizer was loaded whole: {note}.')
 
-# %% ../nbs/01b_checkpoints.ipynb #e1b0b4a7
+# %% ../nbs/01b_checkpoints.ipynb #e5bb757a
 def published_config(
     raw: dict,  # name -> tensor of the authors' .pth file
 ) -> dict:  # arguments of TokenizerConfig that the shapes of the codebooks and of the mask tokens tell
@@ -556,7 +567,7 @@ def to_published(
             out[f'{head}.{theirs[leaf]}'] = value
     return out
 
-# %% ../nbs/01b_checkpoints.ipynb #0626621a
+# %% ../nbs/01b_checkpoints.ipynb #cfa09f29
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
 
@@ -594,7 +605,7 @@ def choose_device(
         raise RunError(f'There is no dtype {dtype!r}: use auto, {", ".join(DTYPES)}.')
     return Placement(device, dtype)
 
-# %% ../nbs/01b_checkpoints.ipynb #87bf6114
+# %% ../nbs/01b_checkpoints.ipynb #4261fc1a
 _DRAWN = 128  # pixels, side of the images that the weights of the package were trained on
 
 

@@ -1297,9 +1297,14 @@ def open_dataset(
         inspect.signature(reader).bind(**paths)
     except TypeError as e:
         raise DataError(f'The format {name} takes {inspect.signature(reader)}: {e}.') from e
+    most = paths.get('max_masks')
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise DataError(f'max_masks is {str(most)[:40]!r}: give a whole number, at least 1.')
     try:
         return reader(**paths)
     except OSError as e:
         raise DataError(f'The files of {name} cannot be read: {e.strerror or e}.') from e
-    except (KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as e:
+        if type(e).__module__.startswith('samtok.'):
+            raise  # a sentence
         raise DataError(f'The files are not in the form of {name} ({type(e).__name__}: {e}).') from e

@@ -343,7 +343,7 @@ def reply_scores(
     groups.append((free.nonzero()[:, 0], targets[:0], False))
     return _ReplyScores.apply(hidden, weight, bias, targets, groups, temperature)
 
-# %% ../nbs/06_grpo.ipynb #ff9f7f80
+# %% ../nbs/06_grpo.ipynb #6ff5a87b
 _SCALED = (  # models that change the scores behind the head, which reply_scores does not
     'final_logit_softcapping',
     'logit_scale',
@@ -622,7 +622,7 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)  # the log goes into metrics.jsonl
     return trainer
 
-# %% ../nbs/06_grpo.ipynb #9d1574c7
+# %% ../nbs/06_grpo.ipynb #b50a09ab
 RESERVE = 3e9  # bytes of CUDA's context and of gaps between tensors, assumed
 
 
@@ -727,6 +727,12 @@ def grpo_tasks(
     return [replace(t, prompt=THINK) for t in tasks] if params['think'] else tasks
 
 
+def _check_prompts(n, config):  # int, GRPOConfig: with too few prompts TRL would end without a step and not say so
+    needed = config.generation_batch_size // config.num_generations
+    if n < needed:
+        raise RunError(f'The data have {n} prompts, and a rollout takes {needed}: lower batch or rollout, or add data.')
+
+
 def train(
     params: dict,  # of load_params
     path: str,  # run folder
@@ -771,6 +777,7 @@ def _train(run, on_log):
         raise RunError(
             f'{n} processes run, {processes(params)} were asked for: start with torchrun or through run_grpo().'
         )
+    _check_prompts(len(prompts), trainer.args)
     log.rewards = [r.reward for r in trainer.reward_funcs]
     memory = (
         f"The GPU's memory is full with {params['batch']} replies of up to {params['max_new_tokens']} tokens "

@@ -78,7 +78,18 @@ def saving(
 
 
 def _unwritten(path, why):
-    return RunError(f'{Path(path).name} cannot be written ({why}): choose a folder that can be written and has room.')
+    name = Path(path).name
+    name = name if name.isprintable() and len(name) < 100 else ascii(name)[:100]
+    return RunError(f'{name} cannot be written ({why}): choose a folder that can be written and has room.')
+
+
+def _check_path(path):
+    "Refuse a name that no file can have, or one in a folder that cannot be opened."
+    try:
+        os.lstat(path)
+    except (OSError, ValueError) as e:  # ValueError: a zero byte, or half of a character
+        if getattr(e, 'errno', None) not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise _unwritten(path, getattr(e, 'strerror', None) or e) from e
 
 
 def _sync(path):
@@ -108,6 +119,7 @@ def atomic_write(
     content: str | bytes | Callable,  # str, bytes, or a function that writes into an open binary file
 ) -> None:  # raises RunError where the file cannot be written
     "Write a file so that it is whole or absent, also after a loss of power."
+    _check_path(path)
     target = Path(os.path.realpath(path))
     part = target.with_name(f'{target.name[:40]}.{os.getpid()}-{os.urandom(4).hex()}.part')  # of this call alone
     try:
@@ -336,8 +348,8 @@ def lock(
     "Hold a lock on a file while the block runs."
     try:
         file = open(path, 'ab')
-    except OSError as e:
-        raise _unwritten(path, e.strerror) from e
+    except (OSError, ValueError) as e:
+        raise _unwritten(path, getattr(e, 'strerror', None) or e) from e
     with file:
         _locks.add(file)
         try:
@@ -402,12 +414,13 @@ def _begun_checkpoints(folder, pattern):
     "Steps of which there is the folder or the file that is written last, the newest first."
     steps, parts = set(), {pattern: True, pattern.partition('/')[0]: '/' not in pattern}
     for part, any_kind in parts.items():
-        name = re.compile('.*' + re.escape(part.format(step='STEP', rank=0)).replace('STEP', r'([0-9]+)'))
+        name = re.compile(re.escape(part.format(step='STEP', rank=0)).replace('STEP', r'([0-9]+)'))
         try:
             found = [path for path in folder.glob(part.format(step='*', rank=0)) if any_kind or path.is_dir()]
-        except OSError as e:
-            raise RunError(f'The folder {folder.name} of the checkpoints cannot be read ({e.strerror}).') from e
-        steps |= {int(m[1]) for path in found if (m := name.fullmatch(path.as_posix()))}
+        except (OSError, ValueError) as e:
+            why = getattr(e, 'strerror', None) or e
+            raise RunError(f'The folder {folder.name} of the checkpoints cannot be read ({why}).') from e
+        steps |= {int(m[1]) for path in found if (m := name.fullmatch(path.relative_to(folder).as_posix()))}
     return sorted(steps, reverse=True)
 
 
@@ -465,11 +478,9 @@ def find_file(
     name: str | Path,  # path of a file or folder, or its name below the data folder of the package
 ) -> Path:  # raises RunError if there is neither
     "Find a file of the user's, or one of the package's data."
-    if Path(name).exists():
-        return Path(name)
     try:
-        return data_file(*Path(name).parts)
-    except RunError as e:
+        return Path(name) if Path(name).exists() else data_file(*Path(name).parts)
+    except (RunError, OSError, ValueError) as e:
         raise RunError(f'There is no {name}, neither here nor in the data of the package: is the path right?') from e
 
 # %% ../nbs/00c_runs.ipynb #a73eb481
@@ -495,6 +506,12 @@ ADDED = dict(  # parameters that came after release 0.1 -> what runs without the
 )
 WORDS = dict(constrained=('answer',))  # parameters that take these words, beside true and false
 _FREE = {'workers'}  # parameters that change the time of a run alone: it goes on with others
+_EITHER = ('backbone',)  # parameters that take a name, or an object that describes what has no name
+_KINDS = {
+    str: ('a text', (str, int, float, os.PathLike)),
+    list: ('a JSON list', (list, tuple)),
+    dict: ('a JSON object', dict),
+}
 RENAMED = dict(  # parameters of releases up to 0.1 -> their names today; they are accepted for one release
     nothing='no_target_ratio',
     share_nothing='no_target_ratio',
@@ -559,6 +576,13 @@ def _fitting_number(name, value, default):
     return type(default)(value)
 
 
+def _check_kind(name, value, default):
+    "Refuse a text, list or object where the parameter is none."
+    what, fits = _KINDS.get(type(default), ('', object))
+    if not isinstance(value, fits) and not (name in _EITHER and isinstance(value, (str, dict))):
+        raise RunError(f'{name} is {str(value)[:60]!r}: give {what}.')
+
+
 def _fitting(name, value, default):
     "A parameter's value in the type of its default; raises RunError with what would fit."
     if isinstance(default, (list, dict)) and isinstance(value, str) and value[:1] in ('[', '{'):
@@ -573,6 +597,7 @@ def _fitting(name, value, default):
         return fits
     if isinstance(default, (int, float)):
         return _fitting_number(name, value, default)
+    _check_kind(name, value, default)
     _plain(value, not_finite := [])
     if not_finite:
         raise RunError(f'{name} holds {not_finite[0]}: give numbers that are finite.')
@@ -773,8 +798,8 @@ def read_rows(
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b'\n')
     except FileNotFoundError:
         return []
-    except OSError as e:
-        raise RunError(f'The file {path.name} cannot be opened: {e.strerror}.') from e
+    except (OSError, ValueError) as e:
+        raise RunError(f'The file {path.name} cannot be opened: {getattr(e, "strerror", None) or e}.') from e
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line.decode())
@@ -822,6 +847,7 @@ def _step(record):
     return step if isinstance(step, (int, float)) else 0
 
 
+_OF_A_RUN = re.compile(r'(result\.json|metrics\.jsonl|made_of\.json)$|checkpoint')  # what comes after params.json
 _PART = re.compile(r'\.\d+-[0-9a-f]{8}\.part$')  # of atomic_write
 
 
@@ -852,6 +878,8 @@ class Run:
         self.result_path = self.path / 'result.json'
         self.checkpoint_path = self.path / 'checkpoint.pt'
         file = self.path / 'params.json'
+        _check_path(self.path)
+        _check_path(file)
         if main and not file.exists():
             self._start(file)
         if file.exists():
@@ -865,6 +893,12 @@ class Run:
             raise _unwritten(self.path, e.strerror) from e
         with lock(self.path / 'run.lock', 10.0):
             if not file.exists():
+                names = sorted(p.name for p in self.path.iterdir())
+                if old := [name for name in names if _OF_A_RUN.match(name)]:
+                    raise RunError(
+                        f'The folder {self.name} holds a run without its params.json ({old[0]} is there): '
+                        'restore the file, or choose another folder.'
+                    )
                 atomic_write(self.path / 'environment.json', json.dumps(environment(), indent=1))
                 atomic_write(file, json.dumps(self.params, indent=1))
 
@@ -926,7 +960,13 @@ class Run:
         return found
 
     def skip(self) -> bool:  # is there a result already?
-        "Say so where a run is finished, since nothing will run."
+        "Say so where a run is finished, since nothing will run; raises RunError where its weights are damaged."
+        for file in sorted(self.path.glob('*/*.safetensors')) if self.finished else ():
+            if why := _fault(file):
+                raise RunError(
+                    f'The run in {self.name} is finished, and {file.parent.name}/{why}: restore the file, or delete '
+                    'result.json, and the run goes on from its last checkpoint.'
+                )
         if self.finished and self.main:
             print(
                 f'The run in {self.name} was finished before: this is its result, and nothing runs again. '
@@ -1080,12 +1120,17 @@ def mean_ci(
     return {k: round(x, 6) for k, x in figures.items()} | dict(n=n)
 
 # %% ../nbs/00c_runs.ipynb #68abbfc6
+_QUOTED_NONE = re.compile('"+none"+', re.I)
+
+
 def _typed(default, name=''):
     "A function that reads the text of an option in the type of its default."
 
     def read(text):
         if text.lower() == 'none':
             return None
+        if _QUOTED_NONE.fullmatch(text):
+            return text[1:-1]  # the text none, as launch writes it
         if isinstance(default, bool) and text in WORDS.get(name, ()):
             return text
         if isinstance(default, bool):
@@ -1134,6 +1179,9 @@ def run_help(
     return {**texts['all'], **texts.get(name, {})}
 
 
+_NOT_YAML = re.compile('[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]')
+
+
 def _yaml(value):
     "A value in the YAML that papermill reads: JSON, but for floats without a point."
     if isinstance(value, dict):
@@ -1142,7 +1190,7 @@ def _yaml(value):
         return '[' + ', '.join(map(_yaml, value)) + ']'
     if isinstance(value, float) and not math.isfinite(value):
         return '.nan' if math.isnan(value) else '-.inf' if value < 0 else '.inf'
-    text = json.dumps(value, ensure_ascii=False)
+    text = _NOT_YAML.sub(lambda m: f'\\u{ord(m[0]):04x}', json.dumps(value, ensure_ascii=False))
     return re.sub(r'^(-?\d+)e', r'\1.0e', text) if isinstance(value, float) else text
 
 
@@ -1234,6 +1282,7 @@ def run_main(
         defaults = load(**vars(parser.parse_known_args(argv)[0]))
         out = f'runs/{name}_{defaults["scale"]}'
         args = parse_args({**first, **defaults, 'out': out}, argv, prog=f'samtok.{name}', help=run_help(name))
+        args['out'] = out if args['out'] is None else args['out']
         params = {k: v if args[k] is None else _fitting(k, args[k], v) for k, v in defaults.items()}
         params['scale'] = defaults['scale']  # "auto" and old names are resolved
         if 'RANK' in os.environ:
@@ -1282,6 +1331,14 @@ def pool_map(
 _PARENT = 'SAMTOK_PARENT'  # environment variable: number of the process that starts a worker
 
 
+def _option(name, value):
+    "An argument from which parse_args reads this value, None too, and no other."
+    text = json.dumps(value) if isinstance(value, (list, dict)) else str(value)
+    if value is not None and (text.lower() == 'none' or _QUOTED_NONE.fullmatch(text)):
+        text = f'"{text}"'
+    return f'--{name}={text}'
+
+
 def _worker(argv):
     "Run a module with its arguments as __main__, and end with the process that started this one."
     parent = int(os.environ.get(_PARENT) or os.getppid())
@@ -1308,8 +1365,9 @@ def launch(
 ) -> subprocess.Popen:  # the process, or the launcher of the processes, in a process group of its own
     "Start a module as worker processes."
     run_dir, worker = Path(run_dir), ['-m', 'samtok.runs', 'worker']
+    _check_path(run_dir)
     launcher = ['torch.distributed.run', '--standalone', f'--nproc-per-node={gpus}'] if gpus > 1 else []
-    options = [f'--{k}={json.dumps(v) if isinstance(v, (list, dict)) else v}' for k, v in args.items()]
+    options = [_option(name, value) for name, value in args.items()]
     inner = ['-m', '--', *worker[1:]] if launcher else []  # without -- an option --n would be taken for --nnodes
     command = [sys.executable, *worker, *launcher, *inner, module, *options]
     env = {**os.environ, **(env or {}), _PARENT: str(os.getpid())}

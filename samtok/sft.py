@@ -569,7 +569,12 @@ class FSDPOnCPU:
         state.fsdp_plugin = plugin
         self.is_fsdp_enabled = True
 
-    def compute_loss(self, model, *args, **kwargs):
+    def compute_loss(
+        self,
+        model: torch.nn.Module,  # as the trainer wrapped it
+        *args,  # as the trainer gives them
+        **kwargs,  # as the trainer gives them
+    ) -> torch.Tensor:  # or a tuple with it, as TRL returns it
         "Gather the head before TRL reads its weight beside its forward: the gradient would be of one process alone."
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         if isinstance(head, FSDPModule):

@@ -182,6 +182,20 @@ def _read(path):
     return (found, '') if isinstance(found, dict) else ({}, f'The file {path.name} holds no object.')
 
 
+def _read_result(folder):
+    "As `_read`, of the result of a run, which has metrics."
+    found, fault = _read(folder / 'result.json')
+    if not fault and (folder / 'result.json').exists() and not isinstance(found.get('metrics'), dict):
+        return {}, 'The file result.json has no metrics.'
+    return found, fault
+
+
+def _attempts(folder):
+    "How often a run was started, 0 where its job.json does not tell."
+    attempts = _read(folder / 'job.json')[0].get('attempts')
+    return attempts if _is_number(attempts) else 0
+
+
 def _sentence(error):
     "An exception of papermill in one line without colours."
     if type(error).__name__ == 'DeadKernelError':
@@ -201,7 +215,7 @@ def _is_free(file):
 def _status(folder):
     "State of a run: waiting, running, stopped, failed, broken or finished."
     if (folder / 'result.json').exists():
-        return 'broken' if _read(folder / 'result.json')[1] else 'finished'
+        return 'broken' if _read_result(folder)[1] else 'finished'
     if not folder.exists():
         return 'waiting'
     if not (_is_free(folder / 'lock') and _is_free(folder / 'run.lock')):
@@ -329,7 +343,7 @@ class Sweep:
 
     def _row(self, run):
         folder = self.folder(run)
-        (result, fault), (job, _) = _read(folder / 'result.json'), _read(folder / 'job.json')
+        (result, fault), (job, _) = _read_result(folder), _read(folder / 'job.json')
         commit, made_in = result.get('commit'), result.get('environment')
         dirty = isinstance(made_in, dict) and made_in.get('dirty')
         own = dict(
@@ -338,12 +352,12 @@ class Sweep:
             commit=commit and str(commit)[:7] + '+' * bool(dirty),
             status=_status(folder),
             error=f'{fault} Delete it to make the run again.' if fault else job.get('error'),
-            attempts=job.get('attempts', 0),
+            attempts=_attempts(folder),
             folder=folder.as_posix(),
             command=self.command(run),
         )
-        metrics, found = {}, result.get('metrics')
-        for name, value in found.items() if isinstance(found, dict) else ():
+        metrics = {}
+        for name, value in result.get('metrics', {}).items():
             hides = name in own or name in run  # a metric never hides a parameter
             metrics[name + '_result' * hides] = value
         return {**run, **metrics, **own}
@@ -359,7 +373,7 @@ class Sweep:
                 notebook=self.notebook.as_posix(),
                 parameters={**self.fixed, **run},
                 command=self.command(run),
-                attempts=_read(folder / 'job.json')[0].get('attempts', 0) + 1,
+                attempts=_attempts(folder) + 1,
             )
             atomic_write(folder / 'job.json', json.dumps(job, indent=1))
             if error := self._execute(run, folder):
@@ -407,15 +421,20 @@ def as_frame(
     return DataFrame(flat)
 
 # %% ../nbs/09_sweep.ipynb #461e9d69
+def _shown(value):
+    "A value for an axis or a legend: lists and objects as text."
+    return json.dumps(value) if isinstance(value, (list, dict)) else value
+
+
 def _points(rows, x, y, line):
     "Points of a picture: value of `line` -> list of (x, mean, low, high)."
     lines = {}
     for row in rows:
         value = row.get(y)
-        if x not in row or not (_is_number(value) or _is_interval(value)):
-            continue  # failed, or not yet run
         ends = (value['mean'], value['low'], value['high']) if _is_interval(value) else (value, value, value)
-        lines.setdefault(row.get(line), []).append((row[x], *ends))
+        if x not in row or not all(map(_is_number, ends)):
+            continue  # failed, not yet run, or without an interval
+        lines.setdefault(_shown(row.get(line)), []).append((_shown(row[x]), *ends))
     if not lines:
         names = {k for row in rows for k, v in row.items() if k not in _OWN and (_is_number(v) or _is_interval(v))}
         raise SweepError(f'No row has both {x} and the number {y}. Numbers are: {", ".join(sorted(names)) or "none"}.')

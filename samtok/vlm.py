@@ -157,6 +157,19 @@ _BOUNDS = dict.fromkeys(_LAYERS, (1, 1000)) | {  # of a config.json at any level
     'in_channels': (1, 64),
     'num_position_embeddings': (1, 10**7),
     'max_position_embeddings': (1, 10**9),
+    'rope_theta': (1, 10**12),
+    'rope_local_base_freq': (1, 10**12),
+    'partial_rotary_factor': (0, 1),
+    'factor': (1e-3, 10**6),  # of a stretched rope
+    **dict.fromkeys(('rms_norm_eps', 'layer_norm_eps', 'layernorm_eps', 'norm_eps', 'layer_norm_epsilon'), (0, 1)),
+    **dict.fromkeys(('attention_dropout', 'hidden_dropout', 'dropout'), (0, 1)),
+}
+_GENERATION = {  # of a generation_config.json: lowest, highest
+    'temperature': (0, 1000),
+    'top_p': (0, 1),
+    'repetition_penalty': (1e-3, 1000),
+    'max_new_tokens': (1, 10**9),
+    **dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'), (0, 10**7)),
 }
 _PIXELS = {  # of the processors' files: lowest, highest
     'min_pixels': (1, 10**8),
@@ -195,7 +208,9 @@ def _levels(config, name):  # nested dicts of a JSON file -> yields (name for a 
             yield from _levels(value, f'{name}, {key}')
 
 
-def _check_lengths(level, name):  # dict of a config, its name; raises VLMError for a list that no config needs
+def _check_lengths(level, name):  # dict of a config, its name; raises VLMError for a list no config needs, and for NaN
+    if unknown := [k for k, v in level.items() if isinstance(v, float) and v != v]:
+        raise VLMError(f'{name}: {unknown[0]} is nan. The file is damaged.')
     long = [k for k, v in level.items() if isinstance(v, list) and len(v) > 10_000]
     if long:
         raise VLMError(f'{name}: {long[0]} has {len(level[long[0]])} entries, possible is 10000. The file is damaged.')
@@ -217,6 +232,9 @@ def _check_files(folder):  # of a model: the numbers and names in its small file
             for name, level in _levels(read_json(folder / file, error=VLMError), f'{folder.name}/{file}'):
                 check_bounds(level, _PIXELS, name, VLMError)
                 _check_lengths(level, name)
+    if (folder / 'generation_config.json').is_file():  # transformers takes its own where it cannot read this one
+        found = read_json(folder / 'generation_config.json', error=VLMError)
+        check_bounds(found, _GENERATION, f'{folder.name}/generation_config.json', VLMError)
     return raw
 
 
@@ -468,6 +486,10 @@ def load_vlm(
         else:
             if not (folder / 'config.json').is_file():
                 raise VLMError(f'The model {folder.name} could not be loaded: it has no config.json.')
+            if not (folder / 'tokenizer_config.json').is_file():  # transformers would guess what is in it
+                raise VLMError(
+                    f'The model {folder.name} has no tokenizer_config.json: copy or download the whole folder.'
+                )
             model = _load_model(folder, dtype, rest)
             processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False, **hub)
             _check_words(model, processor.tokenizer, folder.name)

@@ -23,7 +23,7 @@ from ..chat import PROMPTS, ChatDataset, ChatError, Conversation, answer_masks, 
 from ..masks import masks_to_boxes
 from ..runs import RunError, atomic_write, check_device, find_file, one_line, parse_args, pool_map, progress
 from ..shards import open_conversations, tokenizer_fingerprint
-from .shapeworld import COLORS, INVERSE, LETTERS, SHAPES, SIZES, TEXTURES, ShapeWorld, render
+from .shapeworld import COLORS, INVERSE, LETTERS, SHAPES, SIZES, TEXTURES, ShapeWorld, check_whole, render
 from ..words import MaskVocab
 
 # %% ../../nbs/toy/01_scenes.ipynb #a7346701
@@ -388,6 +388,15 @@ def ask_shares(
     return {task: refer if task == 'refer' else share * rest for task, share in ASK_SHARE.items()}
 
 
+def _check_weights(argument, weights, known):  # dict name -> weight; raises ChatError
+    if not isinstance(weights, dict) or any(name not in known for name in weights):
+        raise ChatError(f'{argument} is {str(weights)[:60]!r}: give weights of {", ".join(known)}.')
+    numbers = [isinstance(v, (int, float)) and 0 <= v < float('inf') for v in weights.values()]
+    if not all(numbers) or not sum(weights.values()) > 0:
+        raise ChatError(f'{argument} is {str(weights)[:60]!r}: give weights of at least 0, one of them above.')
+    return weights
+
+
 class SceneChat(ChatDataset):
     "Conversations about ShapeWorld scenes: one for each scene, with other questions in every epoch."
 
@@ -408,11 +417,16 @@ class SceneChat(ChatDataset):
         if unknown := [k for k in kinds if k not in REFER]:
             raise ChatError(f'There is no kind of referring expression {unknown[0]!r}: choose from {", ".join(REFER)}.')
         self.world = ShapeWorld() if world is None else world
-        self.rounds = rounds
-        self.share = share or ASK_SHARE
-        self.kind = kind
+        check_whole('seed', self.world.seed, 0, 2**63)
+        self.rounds = check_whole('rounds', rounds, 1, 1000)
+        self.share = _check_weights('share', share or ASK_SHARE, ASK)
+        self.kind = _check_weights('kind', kind, REFER) if isinstance(kind, dict) else kind
+        if not isinstance(no_target_ratio, (int, float)) or not 0 <= no_target_ratio <= 1:
+            raise ChatError(f'no_target_ratio is {str(no_target_ratio)[:40]!r}: give a share from 0 to 1.')
         self.no_target_ratio = no_target_ratio
-        self.length = length
+        self.length = check_whole('length', length, 0, 10**6)
+        if not isinstance(codes, (str, Path)):
+            raise ChatError(f'codes is {str(codes)[:40]!r}: give the path of a file.')
         self.codes = codes
         self.outlines = {}  # number of a scene -> its outline, for all epochs
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPES', 'LETTERS', 'COLORS', 'TEXTURES', 'SIZES', 'SIZE_SHARE', 'SPLITS', 'INVERSE', 'is_kept_back', 'shape_mask',
            'texture', 'SceneObject', 'Scene', 'render', 'scene_regions', 'scene_relations', 'scene_graph', 'draw_scene',
-           'scene_seed', 'ShapeWorld', 'write_sa1b']
+           'scene_seed', 'check_whole', 'ShapeWorld', 'write_sa1b']
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #7ccccfde
 import hashlib
@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..data import MaskDataset, MaskSample
+from ..files import DataError
 from ..masks import mask_to_rle, polygons_to_mask
 
 # %% ../../nbs/toy/00_shapeworld.ipynb #d4ba2acc
@@ -348,6 +349,19 @@ def scene_seed(
     text = f'shapeworld/{_VERSION}/{split}/{seed}/{index}'
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big')
 
+# %% ../../nbs/toy/00_shapeworld.ipynb #938fe17f
+def check_whole(
+    name: str,  # of an argument, for the sentence
+    value: object,  # what was given
+    least: int,  # smallest number that it may be
+    most: int,  # largest number that it may be
+) -> int:  # raises DataError
+    "Refuse an argument that is no whole number between two bounds."
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or not least <= value <= most:
+        raise DataError(f'{name} is {str(value)[:40]!r}: give a whole number from {least} to {most}.')
+    return int(value)
+
 # %% ../../nbs/toy/00_shapeworld.ipynb #a0df2a33
 class ShapeWorld(MaskDataset):
     "A data set of `n` procedural scenes; scene `i` of a split and seed is always the same."
@@ -356,7 +370,7 @@ class ShapeWorld(MaskDataset):
 
     def __init__(
         self,
-        n: int = 10_000,  # number of scenes
+        n: int = 10_000,  # number of scenes, at most 10 million; raises DataError for an argument that does not fit
         split: str = 'train',  # one of SPLITS
         seed: int = 0,  # another seed is another data set
         size: int = 128,  # side of the square images in pixels
@@ -365,13 +379,15 @@ class ShapeWorld(MaskDataset):
     ):
         super().__init__()
         if split not in SPLITS:
-            raise ValueError(f'ShapeWorld has no split {split!r}: choose one of {", ".join(SPLITS)}.')
-        self.n = n
+            raise DataError(f'ShapeWorld has no split {split!r}: choose one of {", ".join(SPLITS)}.')
+        if not isinstance(count, (list, tuple)) or len(count) != 2:
+            raise DataError(f'count is {str(count)[:40]!r}: give the fewest and the most objects in a scene.')
+        self.n = check_whole('n', n, 0, 10**7)
         self.split = split
-        self.seed = seed
-        self.size = size
-        self.count = count
-        self.min_area = min_area
+        self.seed = check_whole('seed', seed, -(2**63), 2**63)
+        self.size = check_whole('size', size, 8, 4096)
+        self.count = (check_whole('count', count[0], 0, 100), check_whole('count', count[1], count[0], 100))
+        self.min_area = check_whole('min_area', min_area, 0, 4096**2)
 
     def __len__(self):
         return self.n

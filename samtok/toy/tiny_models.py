@@ -419,7 +419,7 @@ def load_tiny(
     processor = tiny_processor(family, tokenizer, TINY_IMAGE['patch'], pixels=(TINY_IMAGE['side'] ** 2,) * 2)
     return tiny_model(family, processor, **TINY_SIZES | sizes, seed=seed), processor
 
-# %% ../../nbs/toy/02_tiny_models.ipynb #1fb13d32
+# %% ../../nbs/toy/02_tiny_models.ipynb #12234e5f
 _BYTE_PAIRS = 151_643  # tokens of Qwen's vocabulary before the special ones
 _SPECIAL = (  # special tokens from id 151,643 on, of Qwen2.5-VL
     *('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|object_ref_start|>', '<|object_ref_end|>'),
