@@ -438,7 +438,12 @@ class FSDPOnCPU:
         state.fsdp_plugin = plugin
         self.is_fsdp_enabled = True
 
-    def compute_loss(self, model, *args, **kwargs):
+    def compute_loss(
+        self,
+        model: torch.nn.Module,  # as FSDP has wrapped it
+        *args,  # as TRL's
+        **kwargs,  # as TRL's
+    ) -> torch.Tensor:  # or what TRL gives with return_outputs
         "Gather the head before TRL reads its weight beside its forward: the gradient would be of one process alone."
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         if isinstance(head, FSDPModule):
