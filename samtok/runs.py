@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ADDED', 'WORDS', 'RENAMED', 'RunError', 'saving', 'atomic_write', 'decode_text', 'read_json', 'read_json_lines',
            'read_records', 'fingerprint', 'lock', 'last_checkpoint', 'data_file', 'find_file', 'import_object',
-           'resolve_scale', 'new_names', 'load_scale', 'check_names', 'check_device', 'check_gpus', 'seed_everything',
-           'environment', 'read_rows', 'write_rows', 'escape_markdown', 'markdown_table', 'Run', 'bootstrap_replicates',
-           'quantile_interval', 'mean_ci', 'parse_args', 'run_help', 'papermill_option', 'run_command', 'leave_group',
-           'one_line', 'run_main', 'progress', 'pool_map', 'launch', 'watch']
+           'resolve_scale', 'new_names', 'load_scale', 'check_names', 'check_device', 'check_gpus', 'check_limits',
+           'seed_everything', 'environment', 'read_rows', 'write_rows', 'escape_markdown', 'markdown_table', 'Run',
+           'bootstrap_replicates', 'quantile_interval', 'mean_ci', 'parse_args', 'run_help', 'papermill_option',
+           'run_command', 'leave_group', 'one_line', 'run_main', 'progress', 'pool_map', 'launch', 'watch']
 
 # %% ../nbs/00c_runs.ipynb #66953e55
 import argparse
@@ -33,6 +33,7 @@ import threading
 import time
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module, metadata, util
@@ -683,6 +684,18 @@ def check_gpus(
             + (' (the CPU).' if not have else '.')
         )
 
+
+def check_limits(
+    values: dict,  # name -> value, parameters for example
+    limits: dict,  # name -> (least, most), as int where only whole numbers will do; names without a value are passed
+) -> None:  # raises RunError
+    "Refuse with a sentence numbers that cannot be meant."
+    for name, (least, most) in limits.items():
+        value, whole = values.get(name, least), isinstance(least, int)
+        kind = (int, np.integer) if whole else (int, float, np.number)
+        if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+            raise RunError(f'{name} is {value!r}: give a {"whole " * whole}number from {least} to {most}.')
+
 # %% ../nbs/00c_runs.ipynb #81fe6cb8
 _PACKAGES = (
     'samtok',
@@ -842,6 +855,12 @@ def _held(name):
     return RunError(f'Another process works in the run folder {name}: wait for it, or choose another folder.')
 
 
+def _differing(lines, kept):
+    "Lines that are in one list and not in the other."
+    there, wanted = (Counter(json.dumps(line, sort_keys=True) for line in group) for group in (lines, kept))
+    return (there - wanted).total() + (wanted - there).total()
+
+
 class Run:
     "A run's folder: parameters, environment, metrics, checkpoint, result."
 
@@ -991,11 +1010,23 @@ class Run:
     def truncate(
         self,
         step: int,  # the last one that stays
-    ) -> None:
+        kept: list | None = None,  # of dict: the lines up to it, as its checkpoint keeps them; None: those of the file
+    ) -> int:  # lines that were broken, missing, repeated or changed; with `kept` a warning counts them, too
         "Forget the metrics after a step, which a resumed run will do again."
-        if self.main and self.metrics_path.exists():
-            self._check_folder()
-            write_rows(self.metrics_path, [record for record in self.rows() if _step(record) <= step])
+        if not self.main or not (self.metrics_path.exists() or kept):
+            return 0
+        self._check_folder()
+        broken = []
+        there = [r for r in read_rows(self.metrics_path, None if kept is None else broken) if _step(r) <= step]
+        wrong = len(broken) + (0 if kept is None else _differing(there, kept))
+        write_rows(self.metrics_path, there if kept is None else kept)
+        if wrong:
+            warnings.warn(
+                f'The metrics of {self.name} up to step {step} were damaged ({wrong} lines broken, missing, repeated '
+                'or changed): they are restored from the checkpoint.',
+                stacklevel=2,
+            )
+        return wrong
 
     def keep(
         self,

@@ -13,10 +13,14 @@ __all__ = ['RECIPES', 'LEARN', 'more_params', 'load_params', 'processes', 'check
 # %% ../nbs/04_sft.ipynb #90db874a
 import json
 import os
+import random
 import re
 import shutil
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,11 +30,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule
-from transformers import PrinterCallback, ProcessorMixin, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProcessorMixin, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_pt_utils import safe_globals
 
 from .batches import ChatCollator, left_out, row_positions
 from .benchmarks import Task, find_tasks, get_task, is_heldout, open_task
-from .checkpoints import check_saved, expected_tensors, find_pretrained
+from .checkpoints import check_saved, expected_tensors, find_pretrained, not_finite
 from .data import Report
 from .evaluate import Evaluation, evaluate
 from .losses import StepGuard
@@ -39,6 +44,7 @@ from samtok.runs import (
     RunError,
     atomic_write,
     check_gpus,
+    check_limits,
     data_file,
     find_file,
     fingerprint,
@@ -47,13 +53,23 @@ from samtok.runs import (
     load_scale,
     progress,
     read_json,
+    read_rows,
     run_command,
     run_main,
     saving,
     seed_everything,
     watch,
+    write_rows,
 )
-from .shards import check_shards, data_fingerprint, open_mixture, shard_folders, tokenize_data
+from samtok.shards import (
+    check_shards,
+    data_fingerprint,
+    hash_files,
+    open_mixture,
+    shard_folders,
+    shard_records,
+    tokenize_data,
+)
 from .tokenizer import MaskTokenizer
 from .vlm import MODELS, MaskVLM, VLMError, add_mask_words, load_vlm, matrices
 from .words import MaskVocab
@@ -125,10 +141,10 @@ def check_sources(
         if not isinstance(s.get('path', s.get('name')), str):
             raise RunError(f'{where} has a path or name that is no text: {s.get("path", s.get("name"))!r}.')
         weight, epochs = s.get('weight', 1), s.get('epochs', 1)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float('inf'):
-            raise RunError(f'{where} has the weight {weight!r}: give a number of passes, at least 0.')
-        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-            raise RunError(f'{where} has the epochs {epochs!r}: give a whole number, at least 1.')
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 10**4:
+            raise RunError(f'{where} has the weight {weight!r}: give a number of passes, at least 0, at most 10000.')
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or not 1 <= epochs <= 10**4:
+            raise RunError(f'{where} has the epochs {epochs!r}: give a whole number, at least 1, at most 10000.')
 
 
 def data_sources(
@@ -171,6 +187,9 @@ def tokenize_sources(
     return out
 
 # %% ../nbs/04_sft.ipynb #70b69697
+_MOST_RECORDS = 10**8  # of a run, all epochs together: more are a slip of the keyboard
+
+
 class MixedRecords:
     "Records of several data sets in a fixed random order, each as often as its weight says."
 
@@ -180,6 +199,11 @@ class MixedRecords:
         seed: int = 0,  # of the order, and of the records that a broken weight picks
     ):
         self.parts = parts
+        if (count := sum(len(records) * weight for records, weight in parts)) > _MOST_RECORDS:
+            raise RunError(
+                f'The training data have {count:.0f} records, all epochs and weights together, '
+                f'and the most is {_MOST_RECORDS}: lower epochs or weights.'
+            )
         index = []
         for p, (records, weight) in enumerate(parts):
             n = len(records)
@@ -206,11 +230,10 @@ def training_records(
     shards: list[dict],  # of tokenize_sources: path and weight
 ) -> MixedRecords:  # records of shards: id, dataset, task, messages, images
     "Open tokenised shards; the held-out share of each is left out."
-    from datasets import load_dataset
-
+    columns = ('messages', 'images', *(['id'] if params['heldout'] else ()))
     parts = []
     for s in shards:
-        records = load_dataset('parquet', data_files=str(Path(s['path']) / '*.parquet'), split='train')
+        records = shard_records(s['path'], columns)
         if params['heldout']:
             kept = [i for i, name in enumerate(records['id']) if not is_heldout(name, params['heldout'])]
             records = records.select(kept)
@@ -302,6 +325,84 @@ def _run_fingerprint(run):  # Run -> 16 digits that its parameters, as the folde
     return fingerprint(read_json(run.path / 'params.json'))
 
 
+def _manifest(folder):  # of a checkpoint -> name of a file -> size and hash; not of those that each process writes
+    names = [f.relative_to(folder) for f in sorted(folder.rglob('*')) if f.is_file()]  # FSDP and DeepSpeed make folders
+    names = [f.as_posix() for f in names if f.parts[0] != 'left_out']
+    names = [f for f in names if not f.startswith(('rng_state', 'run.json'))]
+    hashes = hash_files([folder / f for f in names])
+    return {f: dict(size=(folder / f).stat().st_size, sha256=found) for f, found in zip(names, hashes)}
+
+
+def _check_files(folder, written):  # the files of a checkpoint and what run.json says of them; raises RunError
+    for name, kept in written.items():  # before there were hashes, a size alone
+        size = kept['size'] if isinstance(kept, dict) else kept
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            raise RunError(f'{name} is missing or has another size than when it was written')
+    hashed = {name: kept['sha256'] for name, kept in written.items() if isinstance(kept, dict)}
+    for name, found in zip(hashed, hash_files([folder / name for name in hashed])):
+        if found != hashed[name]:
+            raise RunError(f'{name} is not what was written (another SHA-256)')
+
+
+def _load_state(file):  # of the trainer -> dict; raises where it is missing, or holds more than data
+    if not file.is_file():
+        raise RunError(f'{file.name} is missing')
+    try:
+        with safe_globals():
+            return torch.load(file, map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise RunError(f'{file.name} cannot be read ({type(e).__name__})') from e
+
+
+def _check_rng(state):  # of rng_state.pth; raises what the generators raise
+    random.Random().setstate(state['python'])
+    np.random.RandomState().set_state(state['numpy'])
+    torch.Generator().set_state(state['cpu'])
+
+
+def _check_optimizer(state, model):  # of optimizer.pt; raises RunError, or what a foreign file raises
+    own = Counter(tuple(p.shape) for p in model.parameters())
+    held, moments = sum(len(group['params']) for group in state['param_groups']), state['state']
+    shapes = Counter(tuple(one[k].shape) for one in moments.values() for k in ('exp_avg', 'exp_avg_sq'))
+    if held > own.total() or any(count > 2 * own[shape] for shape, count in shapes.items()):
+        raise RunError('optimizer.pt is of a run that trains other weights')
+    if not moments:
+        raise RunError('optimizer.pt has lost its moments')
+    for one in moments.values():
+        if any(not_finite(value) for value in one.values() if isinstance(value, torch.Tensor)):
+            raise RunError('optimizer.pt holds moments that are NaN or infinite')
+
+
+def _check_checkpoint(folder, run, model):  # raises where a run of this model cannot go on from a checkpoint's folder
+    about = read_json(folder / 'run.json', 'run', 'files') if (folder / 'run.json').exists() else {}
+    if about.get('run', own := _run_fingerprint(run)) != own:
+        raise RunError('it is of another run')
+    _check_files(folder, about.get('files', {}))
+    left_out(folder / 'left_out')
+    TrainerState.load_from_json(str(folder / 'trainer_state.json'))
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    for name in [f'rng_state_{rank}.pth' for rank in range(world)] if world > 1 else ['rng_state.pth']:
+        _check_rng(_load_state(folder / name))
+    shared = run.params.get('fsdp') or run.params.get('deepspeed')  # which save in parts of their own
+    if not shared:
+        _check_optimizer(_load_state(folder / 'optimizer.pt'), model)
+        if not isinstance(_load_state(folder / 'scheduler.pt')['last_epoch'], int):
+            raise RunError('scheduler.pt is no state of a scheduler')
+    if not shared or any(folder.glob('*model*.safetensors')):
+        check_saved(folder, expected_tensors(model))
+
+
+def _broken_value(model, optimizer):  # -> name of the first weight or moment that is not finite, or None
+    states = getattr(optimizer, 'state', None) or {}
+    moments = [(f'the moment {k}', v) for one in dict(states).values() if isinstance(one, dict) for k, v in one.items()]
+    for name, value in [*model.named_parameters(), *moments]:
+        if isinstance(value, torch.Tensor):
+            value = value.detach()
+            if not_finite(value.to_local() if hasattr(value, 'to_local') else value):
+                return name
+    return None
+
+
 class RunLog(TrainerCallback):
     "Write the trainer's log into the metrics of a run."
 
@@ -343,11 +444,32 @@ class RunLog(TrainerCallback):
             )
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm  # of weights that FSDP has split
-        step = last_checkpoint(args.output_dir) if not norm.isfinite() else None
-        if not self.guard.ok(norm, last_good=f'checkpoint-{step}' if step else None):
+        ends = not norm.isfinite() and self.guard.in_a_row + 1 >= self.guard.max_bad_steps
+        if not self.guard.ok(norm, last_good=self.last_good(model) if ends else None):
             model.zero_grad()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def last_good(
+        self,
+        model: torch.nn.Module,  # what is trained
+    ) -> str | None:  # such as "checkpoint-8"; None where there is none
+        "Name the newest checkpoint from which the run can go on."
+        with warnings.catch_warnings(), suppress(RunError):
+            warnings.simplefilter('ignore')
+            if step := resume_step(self.run, model):
+                return f'checkpoint-{step}'
+        return None
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        "Save nothing while steps are bad, and no weight that is not finite: older checkpoints would make room for it."
+        if self.guard.in_a_row:
+            control.should_save = False
+        if control.should_save and (name := _broken_value(model, optimizer)):
+            good = self.last_good(model)
+            raise RunError(
+                f'After step {state.global_step} {name} is not finite, and the run stops; '
+                f'{f"{good} is the last good checkpoint" if good else "no checkpoint was written before"}. '
+                'The same command goes on from there; if that ends here again, lower lr in another folder.'
+            )
         control.should_log |= control.should_save  # so that a resumed run logs the same steps
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -373,10 +495,10 @@ class RunLog(TrainerCallback):
         counts = [dict(reason=k, count=n, first=found.examples.get(k, '')) for k, n in found.items()]
         shutil.rmtree(folder / 'left_out', ignore_errors=True)  # of a checkpoint of this step that was broken
         atomic_write(folder / 'left_out' / 'counts.json', json.dumps(counts))
-        names = [f.relative_to(folder) for f in folder.rglob('*') if f.is_file()]  # FSDP and DeepSpeed make folders
-        sizes = {f.as_posix(): (folder / f).stat().st_size for f in names if f.parts[0] != 'left_out'}
-        files = {f: size for f, size in sizes.items() if not f.startswith(('rng_state', 'run.json'))}
-        about = dict(run=_run_fingerprint(self.run), files=files)
+        write_rows(
+            folder / 'metrics.jsonl', self.run.rows()
+        )  # a resumed run goes on from these, whatever happens to its
+        about = dict(run=_run_fingerprint(self.run), files=_manifest(folder))
         atomic_write(folder / 'run.json', json.dumps(about, indent=1))
 
     def row(
@@ -611,10 +733,38 @@ class HeldoutEvaluation(TrainerCallback):
             self.run.log(state.global_step, **{k: v['mean'] for k, v in found.figures().items()})
 
 # %% ../nbs/04_sft.ipynb #f7194784
+_LIMITS = dict(  # of fine-tuning and of reinforcement learning: name -> least, most
+    epochs=(0.0, 1e4),
+    steps=(0, 10**9),
+    batch=(1, 10**5),
+    accumulate=(1, 10**5),
+    lr=(0.0, 1e3),
+    warmup=(0.0, 1e9),
+    weight_decay=(0.0, 1e3),
+    clip=(0.0, 1e9),
+    beta2=(0.0, 0.999999999),
+    lora_r=(0, 10**4),
+    lora_alpha=(0, 10**6),
+    lora_dropout=(0.0, 0.999),
+    max_length=(0, 10**8),
+    packing=(0, 10**9),
+    max_pixels=(0, 10**9),
+    workers=(0, 1024),
+    cpu_processes=(1, 1024),
+    log_every=(1, 10**9),
+    checkpoint_every=(1, 10**9),
+    eval_n=(0, 10**8),
+    eval_every=(0, 10**9),
+    max_bad_steps=(1, 10**9),
+    seed=(0, 2**32 - 1),
+)
+
+
 def check_weights(
-    params: dict,  # learn, lora_r, dtype, device
+    params: dict,  # learn, lora_r, dtype, device; the numbers that fine-tuning and reinforcement learning share
 ):
-    "Refuse unknown words for what is trained, in which type and where; raises RunError."
+    "Refuse unknown words for what is trained, in which type and where, and numbers out of range; raises RunError."
+    check_limits(params, _LIMITS)
     if not isinstance(getattr(torch, str(params['dtype']), None), torch.dtype):
         raise RunError(f'dtype is {params["dtype"]!r}: use float32 or bfloat16.')
     if params['device'] not in ('auto', 'cpu'):
@@ -759,20 +909,8 @@ def resume_step(
     model: torch.nn.Module,  # what is trained, before it is distributed
 ) -> int | None:  # raises RunError where there are checkpoints and none is whole
     "Find the newest checkpoint that a run can go on from: its own, with all its files and weights."
-    folder, own = run.path / 'checkpoints', _run_fingerprint(run)
-
-    def check(step):
-        here = folder / f'checkpoint-{step}'
-        about = read_json(here / 'run.json', 'run', 'files') if (here / 'run.json').exists() else {}
-        if about.get('run', own) != own:
-            raise RunError('it is of another run')
-        for name, size in about.get('files', {}).items():
-            if not (here / name).is_file() or (here / name).stat().st_size != size:
-                raise RunError(f'{name} is missing or has another size than when it was written')
-        if any(here.glob('*model*.safetensors')):  # FSDP and DeepSpeed save in parts of their own
-            check_saved(here, expected_tensors(model))
-
-    return last_checkpoint(folder, check=check)
+    folder = run.path / 'checkpoints'
+    return last_checkpoint(folder, check=lambda step: _check_checkpoint(folder / f'checkpoint-{step}', run, model))
 
 
 def train_and_merge(
@@ -783,8 +921,9 @@ def train_and_merge(
     "Train from the last checkpoint of a run."
     folder = run.path / 'checkpoints'
     step = resume_step(run, trainer.model)
-    run.truncate(step or 0)
     start = folder / f'checkpoint-{step}' if step else None
+    keeps = start is not None and (start / 'metrics.jsonl').exists()  # those of older releases do not
+    run.truncate(step or 0, read_rows(start / 'metrics.jsonl') if keeps else None)
     if run.main:  # the counts of that step
         shutil.rmtree(run.path / 'left_out', ignore_errors=True)
         if start and (start / 'left_out').is_dir():

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['CONVERSATIONS', 'image_bytes', 'chat_row', 'ready', 'tokenize_batch', 'tokenizer_fingerprint', 'vocabulary',
-           'open_conversations', 'open_mixture', 'make_shard', 'write_shard', 'read_meta', 'verify_shards',
-           'merge_report', 'tokenize_data', 'shard_folders', 'check_shards', 'data_fingerprint', 'main']
+           'open_conversations', 'open_mixture', 'make_shard', 'write_shard', 'read_meta', 'hash_files',
+           'verify_shards', 'merge_report', 'tokenize_data', 'shard_folders', 'shard_records', 'check_shards',
+           'data_fingerprint', 'main']
 
 # %% ../nbs/03d_shards.ipynb #d3af0549
 import hashlib
 import io
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -31,6 +33,7 @@ from samtok.data import (
     SKIPPED_REGIONS,
     DataError,
     ImageError,
+    MaskDataset,
     Mixture,
     Report,
     add_counts,
@@ -43,6 +46,7 @@ from samtok.runs import (
     Run,
     RunError,
     atomic_write,
+    check_limits,
     find_file,
     fingerprint,
     import_object,
@@ -366,7 +370,7 @@ def write_shard(
     part, schema = _part(path), _schema(meta)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(part, schema, use_dictionary=['dataset', 'task']) as writer:
+        with pq.ParquetWriter(part, schema, use_dictionary=['dataset', 'task'], write_page_checksum=True) as writer:
             for i in range(0, len(rows), 64):
                 writer.write_table(pa.Table.from_pylist(rows[i : i + 64], schema))
         with open(part, 'rb') as written:
@@ -391,8 +395,11 @@ def read_meta(
     import pyarrow.parquet as pq
 
     try:
-        return json.loads(pq.read_schema(path).metadata[b'samtok'])
-    except (pa.ArrowException, OSError, KeyError, TypeError) as e:
+        meta = json.loads(pq.read_schema(path).metadata[b'samtok'])
+        if not isinstance(meta, dict):
+            raise TypeError('no object')
+        return meta
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as e:
         raise RunError(
             f'{path.name} is no whole shard of samtok ({type(e).__name__}): '
             'delete it and start again, it will be made anew.'
@@ -401,6 +408,25 @@ def read_meta(
 # %% ../nbs/03d_shards.ipynb #8c84980f
 def _order(dataset, seed, epochs, n):  # yields (epoch, record), of all epochs or of the first n
     return islice((r for epoch in range(epochs) for r in dataset._order(seed, epoch)), n or None)
+
+
+_MOST_RECORDS = 10**8  # of a data set, all epochs together: more are a slip of the keyboard
+_LIMITS = dict(  # of tokenize_data: name -> least, most
+    shard=(1, 10**7), batch=(1, 10**5), epochs=(0, 10**4), n=(0, 2**63), seed=(0, 2**63), workers=(0, 1024)
+)
+
+
+def _count_records(dataset, seed, epochs, n):  # raises DataError where they are too many to be meant
+    listed = n or type(dataset).__len__ is MaskDataset.__len__  # its length is known by listing alone
+    count = 0 if listed else len(dataset) * epochs
+    if count <= _MOST_RECORDS:
+        count = sum(1 for _ in islice(_order(dataset, seed, epochs, n), _MOST_RECORDS + 1))
+    if count > _MOST_RECORDS:
+        raise DataError(
+            f'The data set {dataset.name} has more than {_MOST_RECORDS} records in {epochs} epochs: '
+            'look at its arguments, weights and epochs, or take the first n of them.'
+        )
+    return count
 
 
 def _blocks(order, size, count):  # yields the records of each shard
@@ -440,7 +466,10 @@ def _sha256(path):  # of a file -> 64 hexadecimal digits; raises RunError
     return digest.hexdigest()
 
 
-def _hash_files(paths):  # -> list of their hashes, in the same order
+def hash_files(
+    paths: list,  # of Path
+) -> list:  # of str: 64 hexadecimal digits of each, in the same order; raises RunError
+    "Hash the contents of files with SHA-256, four at a time."
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(_sha256, paths))
 
@@ -464,18 +493,75 @@ def _remember(folder, known):  # that the files of a folder are those of its rep
         atomic_write(folder / '.verified', json.dumps(states))
 
 
-def _state(path):  # -> size, time of the last change
-    about = path.stat()
+def _state(path):  # -> size, time of the last change; raises RunError
+    try:
+        about = path.stat()
+    except OSError as e:
+        raise RunError(f'{path.parent.name}/{path.name} cannot be read ({e.strerror}): make it anew.') from e
     return about.st_size, about.st_mtime_ns
 
 
+def _told(path):  # of a parquet file -> what it keeps of samtok, {} where another program wrote it; raises RunError
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    where = f'{path.parent.name}/{path.name}'
+    try:
+        told = (pq.read_schema(path).metadata or {}).get(b'samtok')
+    except (pa.ArrowException, OSError) as e:
+        raise RunError(f'{where} is no whole parquet file ({e}): make it anew.') from e
+    try:
+        found = {} if told is None else json.loads(told)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get('plan', {}), dict):
+        raise RunError(f'{where} does not say what it is made of (its metadata are damaged): make it anew.')
+    return found
+
+
+def _check_pages(path):  # of a shard: compares its contents with the checksums in it; raises RunError
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for _ in file.iter_batches(64):
+                pass
+    except (pa.ArrowException, OSError) as e:
+        raise RunError(
+            f'{path.parent.name}/{path.name} is not what was written ({e}): delete it and tokenise again; '
+            'the other shards stay.'
+        ) from e
+
+
+def _seen(folder):  # what _remember wrote; {} the first time
+    try:
+        seen = read_json(folder / '.verified')
+    except RunError:
+        seen = None
+    return seen if isinstance(seen, dict) else {}
+
+
+def _verify_pages(folder):  # of shards without a report, once
+    paths = sorted(folder.glob('*.parquet'))
+    states, seen = {path.name: [*_state(path), 'pages'] for path in paths}, _seen(folder)
+    new = [path for path in paths if seen.get(path.name) != states[path.name]]
+    for path in new:
+        if _told(path):  # other programs write no checksums
+            _check_pages(path)
+    if new:
+        with suppress(RunError):
+            atomic_write(folder / '.verified', json.dumps(states))
+
+
 def verify_shards(
-    folder: str | Path,  # of tokenised shards; one without report.json, or with one of an older release, passes
+    folder: str | Path,  # of tokenised shards; without a report their pages are compared with the checksums in them
 ):  # raises RunError that names the file
     "Compare a finished folder with its report: which files, their sizes, and once their contents."
     folder = Path(folder)
     known = _read_report(folder).get('files') if (folder / 'report.json').exists() else None
     if not known:
+        _verify_pages(folder)
         return
     advice = f'delete {folder.name}/report.json and that file and tokenise again; the other shards stay.'
     there = {path.name: _state(path) for path in folder.glob('*.parquet')}
@@ -487,17 +573,36 @@ def verify_shards(
         size, written = there[name][0], known[name]['size']
         if size != written:
             raise RunError(f'{folder.name}/{name} has {size} bytes and was written with {written}: {advice}')
-    try:
-        seen = read_json(folder / '.verified')
-    except RunError:  # the first time
-        seen = None
-    seen = seen if isinstance(seen, dict) else {}
+    seen = _seen(folder)
     new = [name for name in known if seen.get(name) != [*there[name], known[name]['sha256']]]
-    for name, found in zip(new, _hash_files([folder / name for name in new])):
+    for name, found in zip(new, hash_files([folder / name for name in new])):
         if found != known[name]['sha256']:
             raise RunError(f'{folder.name}/{name} is not what was written (another SHA-256): {advice}')
     if new:
         _remember(folder, known)
+
+
+def _meta_of(path, s, plan):  # -> read_meta of shard number s, which is whole and of this plan; raises RunError
+    meta = read_meta(path)
+    if meta.get('plan') != plan:
+        raise RunError(
+            f'{path.name} was made with other data or another tokenizer than the folder {path.parent.name}: '
+            'delete it and start again.'
+        )
+    if meta.get('shard', s) != s:
+        raise RunError(
+            f'{path.name} holds the records of shard {meta["shard"]}, so it was copied or renamed: '
+            'delete it and start again, it will be made anew.'
+        )
+    try:
+        _sum_counts([meta])
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise RunError(
+            f'The counts in {path.name} are damaged ({type(e).__name__}): '
+            'delete it and start again, it will be made anew.'
+        ) from e
+    _check_pages(path)
+    return meta
 
 
 def merge_report(
@@ -509,18 +614,16 @@ def merge_report(
     paths = [_shard_path(out, s, count) for s in range(count)]
     if not all(path.exists() for path in paths):
         return None
-    metas = []
-    for path in paths:
-        metas.append(read_meta(path))
-        if metas[-1]['plan'] != plan:
-            raise RunError(
-                f'{path.name} was made with other data or another tokenizer than the folder {out.name}: '
-                'delete it and start again.'
-            )
+    metas = [_meta_of(path, s, plan) for s, path in enumerate(paths)]
     report = dict(plan=plan, shards=count, **_sum_counts(metas))
+    if report['records'] != plan.get('records', report['records']):
+        raise RunError(
+            f'The shards of {out.name} hold {report["records"]} records, and the data have {plan["records"]}: '
+            'delete the folder and start again.'
+        )
     if 'vocabulary' in metas[0]:
         report['vocabulary'] = metas[0]['vocabulary']
-    hashes = zip(paths, _hash_files(paths))
+    hashes = zip(paths, hash_files(paths))
     report['files'] = {path.name: dict(size=path.stat().st_size, sha256=found) for path, found in hashes}
     atomic_write(out / 'report.json', json.dumps(report, indent=1, ensure_ascii=False) + '\n')
     _remember(out, report['files'])
@@ -567,7 +670,9 @@ def tokenize_data(
         raise DataError(
             'A mixture that repeats for ever has no end to tokenize: give repeat=False and the number of epochs.'
         )
-    records = sum(1 for _ in _order(dataset, seed, epochs, n))
+    numbers = dict(shard=shard, batch=batch, epochs=epochs, n=n, seed=seed, workers=workers)
+    check_limits(numbers, _LIMITS)
+    records = _count_records(dataset, seed, epochs, n)
     listed = Report()  # of opening the files and of listing their records: the first shard keeps it
     for leaf in leaf_datasets(dataset):
         listed.merge(leaf.report)
@@ -621,22 +726,41 @@ def shard_folders(
     return folders
 
 
-def _written_by(folder):  # -> [(name of the file, fingerprint or None, vocabulary or None)]; raises RunError
-    import pyarrow as pa
+def shard_records(
+    folder: str | Path,  # of tokenised shards
+    columns: tuple = ('messages', 'images'),  # names that the records must have; `id` where some are held out
+):  # -> datasets.Dataset; raises RunError
+    "Open the shards of a folder, and no others."
+    from datasets import load_dataset
+
+    folder = Path(folder)
+    paths = sorted(folder.glob('*.parquet'))
+    for path in paths:
+        _told(path)
+        missing = [name for name in columns if name not in _columns(path)]
+        if missing:
+            raise RunError(
+                f'{folder.name}/{path.name} has no column {" and no ".join(missing)}: '
+                'give shards that samtok-tokenize has made, or add what is missing.'
+            )
+    if '::' in str(folder):
+        raise RunError(f'The folder {folder} has :: in its name, which stands for an archive: rename it.')
+    files = [re.sub(r'([*?[])', r'[\1]', str(path)) for path in paths]  # as they are, no patterns
+    return load_dataset('parquet', data_files=files, split='train')
+
+
+def _columns(path):  # of a parquet file -> list of their names
     import pyarrow.parquet as pq
 
+    return pq.read_schema(path).names
+
+
+def _written_by(folder):  # -> [(name of the file, fingerprint or None, vocabulary or None)]; raises RunError
     if (folder / 'report.json').exists():
         found = {'report.json': _read_report(folder)}
     else:
-        found = {}
-        for path in sorted(folder.glob('*.parquet')):
-            try:
-                told = (pq.read_schema(path).metadata or {}).get(b'samtok')
-            except (pa.ArrowException, OSError) as e:
-                raise RunError(f'{folder.name}/{path.name} is no whole parquet file ({e}): make it anew.') from e
-            found[path.name] = json.loads(told) if told else {}  # of another program: it tells nothing
-    known = {k: v if isinstance(v, dict) else {} for k, v in found.items()}
-    return [(k, v.get('plan', {}).get('tokenizer'), v.get('vocabulary')) for k, v in known.items()]
+        found = {path.name: _told(path) for path in sorted(folder.glob('*.parquet'))}
+    return [(k, v.get('plan', {}).get('tokenizer'), v.get('vocabulary')) for k, v in found.items()]
 
 
 def check_shards(
