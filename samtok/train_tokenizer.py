@@ -54,6 +54,7 @@ from samtok.runs import (
     RunError,
     atomic_write,
     check_gpus,
+    check_limits,
     find_file,
     fingerprint,
     last_checkpoint,
@@ -62,6 +63,7 @@ from samtok.runs import (
     mean_ci,
     progress,
     read_json,
+    read_rows,
     run_command,
     run_main,
     seed_everything,
@@ -93,9 +95,27 @@ def tokenizer_config(
     return {f.name: params[f.name] for f in fields(TokenizerConfig) if f.name in params}
 
 # %% ../nbs/02a_train_tokenizer.ipynb #1eb1b74e
-def _listed(name):  # JSON file with a data set or a list of them -> list of dict: name, arguments of the format
+def _listed(name):  # JSON file with a data set or a list of them -> list of dict: name, arguments of the format, weight
+    file, form = Path(name).name, '{"name": format, its arguments}, with a weight if it is not 1'
     entries = read_json(find_file(name))
-    return entries if isinstance(entries, list) else [entries]
+    entries = entries if isinstance(entries, list) else [entries]
+    if not entries:
+        raise RunError(f'{file} holds no data set: give a JSON list of {form}.')
+    for k, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not isinstance(entry.get('name'), str):
+            raise RunError(f'Entry {k} of {file} is {str(entry)[:60]!r}: give {form}.')
+        weight = entry.get('weight', 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 10**4:
+            raise RunError(f'Entry {k} of {file} has the weight {weight!r}: give a number from 0 to 10000.')
+    return entries
+
+
+def _parts(name):  # as _listed -> list of (data set, weight)
+    parts = []
+    for entry in _listed(name):
+        weight = entry.pop('weight', 1.0)
+        parts.append((open_dataset(**entry), weight))
+    return parts
 
 
 def training_data(
@@ -104,11 +124,7 @@ def training_data(
     "Open the training data of a run: a generated data set, or the mixture that a JSON file describes."
     if params['data'] in GENERATED:
         return open_dataset(params['data'], n=params['scenes'], split='train', seed=params['seed'])
-    parts = {}
-    for entry in _listed(params['data']):
-        weight = entry.pop('weight', 1.0)
-        parts[open_dataset(**entry)] = weight
-    return Mixture(parts, repeat=True)
+    return Mixture(_parts(params['data']), repeat=True)
 
 
 def heldout_data(
@@ -117,7 +133,8 @@ def heldout_data(
 ) -> MaskDataset:  # scenes or files that training never sees
     "Open the held-out data of a run; where none is named, generated scenes."
     if params['heldout']:
-        return open_dataset(**_listed(params['heldout'])[0])
+        parts = _parts(params['heldout'])
+        return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else Mixture(parts)
     name = params['data'] if params['data'] in GENERATED else next(iter(GENERATED))
     return open_dataset(name, n=n or params['eval_scenes'], split='heldout', seed=params['seed'])
 
@@ -135,6 +152,29 @@ _AT_LEAST_ONE = (
 )
 
 
+_LIMITS = dict(  # name -> least, most
+    steps=(1, 10**9),
+    images_per_step=(1, 10**5),
+    masks_per_image=(1, 10**5),
+    truth_size=(1, 4096),
+    points=(1, 10**7),
+    start_batches=(1, 10**6),
+    eval_scenes=(1, 10**7),
+    eval_every=(0, 10**9),
+    warmup=(0, 10**9),
+    log_every=(1, 10**9),
+    checkpoint_every=(1, 10**9),
+    max_bad_steps=(1, 10**9),
+    shuffle=(0, 10**8),
+    workers=(0, 1024),
+    lr=(0.0, 1e3),
+    weight_decay=(0.0, 1e3),
+    clip=(0.0, 1e9),
+    beta2=(0.0, 0.999999999),
+)
+_CANDIDATES = ('chosen', 'best', 'relaxed')  # of candidate_loss
+
+
 def check_params(
     params: dict,  # of load_params
 ) -> None:  # raises RunError, and CheckpointError for weights
@@ -148,6 +188,9 @@ def check_params(
             raise RunError(f'{name} is {params[name]}: give a whole number of at least 1.')
     if params['workers'] < 0:
         raise RunError(f'workers is {params["workers"]}: give a number of processes that read, or 0 for none.')
+    check_limits(params, _LIMITS)
+    if params['candidates'] not in _CANDIDATES:
+        raise RunError(f'candidates is {params["candidates"]!r}: choose one of {", ".join(_CANDIDATES)}.')
     if not 0 <= params['continuous'] <= 1:
         raise RunError(f'continuous is {params["continuous"]}: give a share of the steps from 0 to 1.')
     try:
@@ -509,6 +552,7 @@ def save_checkpoint(
         model=model.state_dict(),
         opt=optimizer.state_dict(),
         taken=taken,
+        moments=len(optimizer.state),  # weights that the optimizer has averages of
         torch_rng=torch.get_rng_state(),
         numpy_rng=json.dumps(rng and rng.bit_generator.state),
         **more,
@@ -543,16 +587,48 @@ def read_training_state(
     names = set(state if isinstance(state, dict) else ())
     if missing := sorted({'step', 'model', 'opt', 'taken', 'torch_rng', 'numpy_rng'} - names):
         raise CheckpointError(f'{name} is no training checkpoint of a tokenizer: it has no {", ".join(missing)}.')
-    shapes = {k: v.shape for k, v in model.state_dict().items()}
-    if {k: v.shape for k, v in state['model'].items()} != shapes:
+    try:
+        _check_state(state, model, optimizer, name)
+    except CheckpointError:
+        raise
+    except Exception as e:  # whatever values of another kind lead to
+        raise CheckpointError(f'{name} is damaged ({type(e).__name__}: {e}): delete it to start again.') from e
+    return state
+
+
+def _check_state(state, model, optimizer, name):  # raises CheckpointError, or what a value of another kind leads to
+    kinds = {k: (v.shape, v.dtype) for k, v in model.state_dict().items()}
+    if {k: (v.shape, v.dtype) for k, v in state['model'].items()} != kinds:
         raise CheckpointError(f'{name} does not fit this architecture: it is of another run.')
     own, others = (
         [len(group['params']) for group in groups] for groups in (optimizer.param_groups, state['opt']['param_groups'])
     )
     if own != others:
         raise CheckpointError(f'{name} is of a run that trains other weights ({others} tensors for {own}).')
+    _check_moments(state, optimizer, name)
     _check_finite(state, name)
-    return state
+    torch.Generator().set_state(state['torch_rng'])
+    if 'cuda_rng' in state and torch.cuda.is_available():
+        torch.Generator('cuda').set_state(state['cuda_rng'])
+    if (numpy_rng := json.loads(state['numpy_rng'])) is not None:
+        np.random.default_rng().bit_generator.state = numpy_rng
+    counts = [state['step'], state['taken'], *state.get('guard', dict(skipped=0, in_a_row=0)).values()]
+    StepGuard().load_state_dict(state.get('guard', dict(skipped=0, in_a_row=0)))
+    counts += [count for report in state.get('reports', []) for count in report.values()]
+    if not all(isinstance(count, int) and 0 <= count < 2**63 for count in counts):
+        raise CheckpointError(f'{name} is damaged: it holds counts that are none.')
+    if not all(isinstance(record, dict) for record in state.get('metrics', [])):
+        raise CheckpointError(f'{name} is damaged: it holds metrics that are none.')
+
+
+def _check_moments(state, optimizer, name):  # the averages of AdamW, of each weight that had a gradient
+    shapes = [p.shape for group in optimizer.param_groups for p in group['params']]
+    moments = state['opt']['state']
+    fit = all(one[k].shape == shapes[i] for i, one in moments.items() for k in ('exp_avg', 'exp_avg_sq'))
+    if not fit or not all('step' in one for one in moments.values()):
+        raise CheckpointError(f'{name} holds averages of the optimizer that are of other weights.')
+    if len(moments) != state.get('moments', len(moments)) or (state['step'] and not moments and 'moments' not in state):
+        raise CheckpointError(f'{name} has lost averages of the optimizer.')
 
 
 def load_checkpoint(
@@ -570,7 +646,8 @@ def load_checkpoint(
         rng.bit_generator.state = json.loads(state['numpy_rng'])
     if 'cuda_rng' in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state['cuda_rng'])
-    return {k: v for k, v in state.items() if k not in ('model', 'opt', 'torch_rng', 'numpy_rng', 'cuda_rng')}
+    internal = ('model', 'opt', 'moments', 'torch_rng', 'numpy_rng', 'cuda_rng')
+    return {k: v for k, v in state.items() if k not in internal}
 
 # %% ../nbs/02a_train_tokenizer.ipynb #3e9a1376
 class Trainer:
@@ -600,6 +677,8 @@ class Trainer:
         self.taken = 0  # samples drawn from the stream
         self.saved = []  # steps of the newest two checkpoints
         self.guard = StepGuard(params['max_bad_steps'])
+        self.masks_seen = 0.0  # by all processes, up to the last logged step
+        self.damaged = 0  # lines of metrics.jsonl that had to be restored
         self.codes = []  # of the last steps, (N,K) each: their usage is logged
         torch.manual_seed(params['seed'] + self.accelerator.process_index)
         self._resume()
@@ -611,24 +690,37 @@ class Trainer:
         decay = self.params['weight_decay']
         return torch.optim.AdamW(learn, lr=self.params['lr'], betas=betas, weight_decay=decay, fused=True)
 
-    def _resume(self):
-        def check(step):  # the files of all ranks, so that all agree
-            for rank in range(self.accelerator.num_processes):
-                file = self.run.path / _CHECKPOINT.format(step=step, rank=rank)
-                if read_training_state(file, self.model, self.optimizer)['step'] != step:
-                    raise CheckpointError(f'{file.name} is of another step.')
+    def _fingerprint(self):  # of the parameters, as the folder keeps them
+        return fingerprint(read_json(self.run.path / 'params.json'))
 
-        last = last_checkpoint(self.run.path, _CHECKPOINT, self.accelerator.num_processes, check)
+    def _check(self, step):  # the files of all ranks, so that all agree
+        for rank in range(self.accelerator.num_processes):
+            file = self.run.path / _CHECKPOINT.format(step=step, rank=rank)
+            state = read_training_state(file, self.model, self.optimizer)
+            if state['step'] != step:
+                raise CheckpointError(f'{file.name} is of another step.')
+            if state.get('run', own := self._fingerprint()) != own:
+                raise CheckpointError(f'{file.name} is of another run.')
+
+    def _resume(self):
+        for file in self.run.path.glob(_CHECKPOINT.format(step='*', rank='*')):
+            if file.is_dir():
+                raise RunError(f'{file.name} in {self.run.name} is a folder, where a checkpoint will be: remove it.')
+        metrics = None  # of a checkpoint of an older release, which keeps none
+        last = last_checkpoint(self.run.path, _CHECKPOINT, self.accelerator.num_processes, self._check)
         if last is not None:
             state = load_checkpoint(self._checkpoint_path(last), self.model, self.optimizer, None)
             self.step, self.taken, self.saved = state['step'], state['taken'], [last]
+            metrics = state.get('metrics')
             if 'guard' in state:
                 self.guard.load_state_dict(state['guard'])
             for part, counts in zip(self.parts, state.get('reports', [])):
                 part.report.clear()  # what was counted when it was opened, was counted before
                 part.report.update(counts)
         if self.accelerator.is_main_process:
-            self.run.truncate(self.step)
+            self.damaged = self.run.truncate(self.step, metrics)
+        seen = [record.get('masks') for record in metrics or self.run.rows() if last is not None]
+        self.masks_seen = sum(count for count in seen if isinstance(count, (int, float)))
 
     def _checkpoint_path(self, step):
         return self.run.path / _CHECKPOINT.format(step=step, rank=self.accelerator.process_index)
@@ -687,6 +779,7 @@ class Trainer:
         "Write this rank's checkpoint; when all ranks have written theirs, delete all but this and the one before."
         path = self._checkpoint_path(self.step)
         more = dict(guard=self.guard.state_dict(), reports=[dict(part.report) for part in self.parts])
+        more |= dict(run=self._fingerprint(), metrics=self.run.rows())
         save_checkpoint(path, self.step, self.model, self.optimizer, None, self.taken, **more)
         self.accelerator.wait_for_everyone()
         self.saved = [*self.saved, self.step][-2:]
@@ -708,6 +801,7 @@ class Trainer:
             values = torch.stack([terms[name] for terms in window])
             record[name] = self.accelerator.reduce(getattr(values, how)(), how).item()
         record['skipped_steps'] = self.guard.skipped
+        self.masks_seen += record['masks']
         if not self.accelerator.is_main_process:
             return
         record |= self._codebook_figures() | self._heldout_figures()
@@ -740,9 +834,10 @@ class Trainer:
         self.model.eval().save_pretrained(self.run.path / 'tokenizer')  # read back before there is a result
         found = evaluate_tokenizer(self.model, heldout_data(params), workers=params['workers'])
         metrics = summarise(found, params['codebook_size'])
-        seen = [record.get('masks') for record in self.run.rows()]
-        metrics['masks_seen'] = sum(count for count in seen if isinstance(count, (int, float)))
-        metrics['skipped_steps'] = self.guard.skipped
+        metrics |= dict(masks_seen=self.masks_seen, skipped_steps=self.guard.skipped)
+        read_rows(self.run.metrics_path, broken := [])
+        if damaged := self.damaged + len(broken):
+            metrics['damaged_lines'] = damaged
         if left_out := {k: v for k, v in (report or {}).items() if k not in ('ok', 'masks')}:
             metrics['left_out'] = left_out
         command = run_command('02a_train_tokenizer', params, load_params(params['scale'], params['gpus']))
