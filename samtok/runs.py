@@ -847,7 +847,7 @@ def _step(record):
     return step if isinstance(step, (int, float)) else 0
 
 
-_OF_A_RUN = re.compile(r'(result\.json|metrics\.jsonl|made_of\.json)$|checkpoint')  # what comes after params.json
+_OF_A_RUN = ('result.json', 'metrics.jsonl', 'made_of.json', 'checkpoint*.pt', 'checkpoints/checkpoint-*')
 _PART = re.compile(r'\.\d+-[0-9a-f]{8}\.part$')  # of atomic_write
 
 
@@ -893,8 +893,7 @@ class Run:
             raise _unwritten(self.path, e.strerror) from e
         with lock(self.path / 'run.lock', 10.0):
             if not file.exists():
-                names = sorted(p.name for p in self.path.iterdir())
-                if old := [name for name in names if _OF_A_RUN.match(name)]:
+                if old := [p.relative_to(self.path).as_posix() for name in _OF_A_RUN for p in self.path.glob(name)]:
                     raise RunError(
                         f'The folder {self.name} holds a run without its params.json ({old[0]} is there): '
                         'restore the file, or choose another folder.'

@@ -571,10 +571,10 @@ class FSDPOnCPU:
 
     def compute_loss(
         self,
-        model: torch.nn.Module,  # as the trainer wrapped it
-        *args,  # as the trainer gives them
-        **kwargs,  # as the trainer gives them
-    ) -> torch.Tensor:  # or a tuple with it, as TRL returns it
+        model: torch.nn.Module,  # as FSDP has wrapped it
+        *args,  # as TRL's
+        **kwargs,  # as TRL's
+    ) -> torch.Tensor:  # or what TRL gives with return_outputs
         "Gather the head before TRL reads its weight beside its forward: the gradient would be of one process alone."
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         if isinstance(head, FSDPModule):
