@@ -47,6 +47,7 @@ from samtok.rewards import (
 from samtok.runs import (
     Run,
     RunError,
+    check_limits,
     find_file,
     launch,
     load_scale,
@@ -80,6 +81,7 @@ from samtok.sft import (
     train_and_merge,
     vision_weights,
 )
+from .shards import shard_records
 from .tokenizer import MaskTokenizer
 from .vlm import MaskVLM, matrices
 
@@ -104,12 +106,34 @@ def _check_rewards(params):  # reads no data, so that every process can afford i
         )
 
 
+_LIMITS = dict(  # beside those of fine-tuning: name -> least, most
+    alpha=(0.0, 1e3),
+    no_target_weight=(0.0, 1e3),
+    non_repeat_weight=(0.0, 1e3),
+    rollout=(0, 10**5),
+    rollout_batch=(0, 10**6),
+    replies=(2, 10**4),
+    max_new_tokens=(1, 10**6),
+    temperature=(1e-3, 1e3),
+    kl=(0.0, 1e3),
+    epsilon=(0.0, 1e3),
+    iterations=(1, 10**4),
+)
+_WORDS = dict(  # of TRL
+    loss=('grpo', 'bnpo', 'dr_grpo', 'dapo', 'cispo', 'sapo', 'vespo'), scale_rewards=('group', 'batch', 'none')
+)
+
+
 def check_params(
     params: dict,  # of load_params
 ) -> int:  # number of processes; raises RunError, VLMError, CheckpointError, EvaluateError
     "Refuse with a sentence what cannot run, before anything long starts."
     n = processes(params)
     check_weights(params)
+    check_limits(params, _LIMITS)
+    for name, words in _WORDS.items():
+        if params[name] not in words:
+            raise RunError(f'{name} is {params[name]!r}: choose one of {", ".join(words)}.')
     _check_rewards(params)
     data_sources(params['data'])
     check_evaluation(params)
@@ -133,13 +157,13 @@ def read_prompts(
     | None = None,  # of the model, whose chat template has to write each prompt; None: untried
 ):  # datasets.Dataset: prompt (messages), image, answer (str), sample_id, kind
     "Read prompts from tokenised shards, each set as often as its weight says; raises RunError where there is none."
-    from datasets import concatenate_datasets, load_dataset
+    from datasets import concatenate_datasets
 
     report, parts = Report() if report is None else report, []
     if processor:  # a template that does not end, or refuses every question, ends the run before it has started
         _render_question(processor, 'What is this?')
     for s in shards:
-        records = load_dataset('parquet', data_files=str(Path(s['path']) / '*.parquet'), split='train')
+        records = shard_records(s['path'], ('id', 'task', 'messages', 'images'))
         if heldout:
             records = records.select([i for i, name in enumerate(records['id']) if not is_heldout(name, heldout)])
         prompts = records.map(

@@ -993,11 +993,13 @@ def _train(run, on_log):
 def run_report(
     run: Run,  # of a training
     report: Report | None = None,  # what was left out before the training
-) -> dict:  # left_out: reason -> count and first case; skipped_steps: int
+) -> dict:  # left_out: reason -> count and first case; skipped_steps; damaged_lines of the metrics, if there are any
     "Say what a training left out, for its result."
     found = left_out(run.path / 'left_out').merge(report or Report())
     counts = {reason: found.entry(reason) for reason in sorted(found)}
-    return dict(left_out=counts, skipped_steps=int(run.last('skipped_steps')))
+    read_rows(run.metrics_path, broken := [])
+    damaged = dict(damaged_lines=len(broken)) if broken else {}
+    return dict(left_out=counts, skipped_steps=int(run.last('skipped_steps')), **damaged)
 
 
 def finish(

@@ -703,6 +703,21 @@ def tokenize_data(
         return merge_report(out, count, plan)
 
 # %% ../nbs/03d_shards.ipynb #6e80fe18
+def _check_columns(folder, columns=('messages', 'images')):  # -> list of the parquet files; raises RunError
+    import pyarrow.parquet as pq
+
+    paths = sorted(folder.glob('*.parquet'))
+    for path in paths:
+        _told(path)
+        there = pq.read_schema(path).names
+        if missing := [name for name in columns if name not in there]:
+            raise RunError(
+                f'{folder.name}/{path.name} has no column {" and no ".join(missing)}: '
+                'give shards that samtok-tokenize has made, or add what is missing.'
+            )
+    return paths
+
+
 def shard_folders(
     data: str | Path,  # folder of shards, or JSON file (also of the package) with a list of {"path", "weight"}
 ) -> list:  # of {"path", "weight"}; raises RunError
@@ -723,6 +738,7 @@ def shard_folders(
         )
     for f in folders:
         verify_shards(f['path'])
+        _check_columns(Path(f['path']))
     return folders
 
 
@@ -734,25 +750,11 @@ def shard_records(
     from datasets import load_dataset
 
     folder = Path(folder)
-    paths = sorted(folder.glob('*.parquet'))
-    for path in paths:
-        _told(path)
-        missing = [name for name in columns if name not in _columns(path)]
-        if missing:
-            raise RunError(
-                f'{folder.name}/{path.name} has no column {" and no ".join(missing)}: '
-                'give shards that samtok-tokenize has made, or add what is missing.'
-            )
+    paths = _check_columns(folder, columns)
     if '::' in str(folder):
         raise RunError(f'The folder {folder} has :: in its name, which stands for an archive: rename it.')
     files = [re.sub(r'([*?[])', r'[\1]', str(path)) for path in paths]  # as they are, no patterns
     return load_dataset('parquet', data_files=files, split='train')
-
-
-def _columns(path):  # of a parquet file -> list of their names
-    import pyarrow.parquet as pq
-
-    return pq.read_schema(path).names
 
 
 def _written_by(folder):  # -> [(name of the file, fingerprint or None, vocabulary or None)]; raises RunError
