@@ -398,8 +398,10 @@ def find_pretrained(
             raise error(f'There are no weights {text} in the package; there are {known}.')
         return data_file(*path.parts)
     if path.exists() or text.count('/') != 1 or text[0] in './~':
+        there = '' if path.exists() else ' (there is nothing of this name)'
         raise error(
-            f'{text or "An empty name"} is not a folder with weights: give a folder, a hub id "user/name", or "toy".'
+            f'{text or "An empty name"} is not a folder with weights{there}: give a folder, a hub id "user/name", '
+            'or "toy"; of a tokenizer also its .pth file.'
         )
     top = Path(path.parts[0])
     if top.is_dir():

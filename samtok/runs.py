@@ -660,6 +660,8 @@ def check_device(
         return 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
         kind = torch.device(device).type
+        if kind == 'cpu' and (torch.device(device).index or 0) > 0:
+            raise RuntimeError(device)
     except RuntimeError as e:
         raise RunError(f'There is no device {device!r}: use cpu, cuda or auto.') from e
     if kind == 'cuda' and not torch.cuda.is_available():
@@ -680,7 +682,7 @@ def check_gpus(
     have = torch.cuda.device_count()
     if have < gpus:
         raise RunError(
-            f'{gpus} GPUs were asked for and this machine has {have}: give -p gpus {have}'
+            f'{gpus} GPUs were asked for and this machine has {have}: set gpus to {have}'
             + (' (the CPU).' if not have else '.')
         )
 
