@@ -16,13 +16,13 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib import import_module
-from itertools import islice
+from itertools import chain, islice, tee
 from pathlib import Path
 
 import numpy as np
@@ -275,6 +275,12 @@ def open_conversations(
             f'The data set {name} names code, and a file may name data only: give "module:class" as --data on the '
             'command line, or open it in Python with allow_code=True.'
         )
+    if ':' in name and Path(name).exists():
+        raise DataError(
+            f'The data set {name} is a file or folder: name a reader, and give the path as its argument '
+            '(to call code, give its name where no file has the same), for example --data llava --args '
+            """'{"file": "mine.json"}'."""
+        )
     try:
         if name in CONVERSATIONS:
             return import_object(CONVERSATIONS[name])(**args)
@@ -305,12 +311,19 @@ def open_mixture(
     return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else Mixture(parts)
 
 # %% ../nbs/03d_shards.ipynb #f8d2774b
-def _conversations(dataset, block, tokenizer, workers):  # yields those that can be read
-    if not workers:
+def _known_words(dataset, tokenizer):  # -> function of a conversation; None: its masks are encoded
+    return dataset.known_words(tokenizer) if hasattr(dataset, 'known_words') else None
+
+
+def _prepare_all(dataset, tokenizer, blocks, workers):  # yields what _prepare gives for each record, of all blocks
+    return read_ahead(chain.from_iterable(blocks), partial(_prepare, dataset, tokenizer.config), workers)
+
+
+def _conversations(dataset, block, ahead):  # yields those that can be read
+    if ahead is None:
         yield from (c for epoch, record in block if (c := dataset._read(record, epoch)) is not None)
         return
-    read = read_ahead(block, partial(_prepare, dataset, tokenizer.config), workers)
-    for (epoch, record), (conversation, counts) in zip(block, read):
+    for (epoch, record), (conversation, counts) in zip(block, ahead):  # takes no more of `ahead` than the block has
         add_counts(dataset, counts)
         if isinstance(conversation, str):
             conversation = read_record(dataset, record, epoch)[0]
@@ -325,13 +338,16 @@ def make_shard(
     batch: int = 8,  # conversations in one pass
     listed: Report | None = None,  # what was left out before any record was read; None: nothing
     workers: int = 0,  # processes that read ahead; 0: none
+    ahead: Iterator | None = None,  # what workers made ready that serve all shards of a run; None: `workers` of its own
 ) -> tuple:  # list of dict, see chat_row; dict of counts
     "Tokenize a range of records."
     report, rows = Report().merge(listed or Report()), []
     for leaf in leaf_datasets(dataset):
         leaf.report = Report()
-    known_words = dataset.known_words(tokenizer) if hasattr(dataset, 'known_words') else None
-    conversations = _conversations(dataset, block, tokenizer, 0 if known_words else workers)
+    known_words = _known_words(dataset, tokenizer)
+    if ahead is None and workers and not known_words:
+        ahead = _prepare_all(dataset, tokenizer, [block], workers)
+    conversations = _conversations(dataset, block, ahead)
     while part := list(islice(conversations, batch)):
         rows += tokenize_batch(tokenizer, part, report, known_words)
     for leaf in leaf_datasets(dataset):
@@ -651,6 +667,17 @@ def _check_first(counts):  # of the first shard; raises DataError where it has n
         )
 
 
+def _with_readers(
+    dataset, tokenizer, blocks, workers
+):  # (number, block) -> yields number, block, `ahead` of make_shard
+    if not workers or _known_words(dataset, tokenizer):
+        yield from ((s, block, None) for s, block in blocks)
+        return
+    blocks, coming = tee(blocks)
+    with closing(_prepare_all(dataset, tokenizer, (block for _, block in coming), workers)) as ahead:
+        yield from ((s, block, ahead) for s, block in blocks)
+
+
 def tokenize_data(
     dataset: ChatDataset | Mixture,  # ChatDataset, or a Mixture of them
     tokenizer: object,  # MaskTokenizer
@@ -694,12 +721,13 @@ def tokenize_data(
             )
         blocks = _blocks(_order(dataset, seed, epochs, n), shard, count)
         missing = [s for s in range(rank, count, world) if not _shard_path(out, s, count).exists()]
-        for s, block in _chosen(enumerate(blocks), progress(missing, f'shards of {out.name}')):
-            rows, counts = make_shard(dataset, block, tokenizer, batch, listed if s == 0 else None, workers)
-            if s == 0:
-                _check_first(counts)
-            meta = dict(counts, shard=s, plan=plan, vocabulary=vocabulary(tokenizer))
-            write_shard(_shard_path(out, s, count), rows, meta)
+        with closing(_with_readers(dataset, tokenizer, _chosen(enumerate(blocks), missing), workers)) as todo:
+            for _, (s, block, ahead) in zip(progress(missing, f'shards of {out.name}'), todo):
+                rows, counts = make_shard(dataset, block, tokenizer, batch, listed if s == 0 else None, ahead=ahead)
+                if s == 0:
+                    _check_first(counts)
+                meta = dict(counts, shard=s, plan=plan, vocabulary=vocabulary(tokenizer))
+                write_shard(_shard_path(out, s, count), rows, meta)
         return merge_report(out, count, plan)
 
 # %% ../nbs/03d_shards.ipynb #6e80fe18
@@ -742,6 +770,27 @@ def shard_folders(
     return folders
 
 
+def _path_for_datasets(folder):  # -> path of the same folder without `::`, at which `datasets` would cut it
+    if '::' not in str(folder):
+        return folder
+    import datasets
+
+    target = folder.absolute()
+    link = Path(datasets.config.HF_DATASETS_CACHE) / 'samtok_folders' / fingerprint(str(target))  # as constant as it
+    try:
+        if '::' in str(link):
+            raise OSError('so is the cache of datasets')
+        link.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # of an earlier run, or of another process
+            link.symlink_to(target, target_is_directory=True)
+    except OSError as e:
+        raise RunError(
+            f'The folder {folder} has :: in its name, which stands for an archive, and cannot be linked from a place '
+            f'without it ({e.strerror or e}): rename it.'
+        ) from e
+    return link
+
+
 def shard_records(
     folder: str | Path,  # of tokenised shards
     columns: tuple = ('messages', 'images'),  # names that the records must have; `id` where some are held out
@@ -750,9 +799,7 @@ def shard_records(
     from datasets import load_dataset
 
     folder = Path(folder)
-    paths = _check_columns(folder, columns)
-    if '::' in str(folder):
-        raise RunError(f'The folder {folder} has :: in its name, which stands for an archive: rename it.')
+    paths = [_path_for_datasets(folder) / path.name for path in _check_columns(folder, columns)]
     files = [re.sub(r'([*?[])', r'[\1]', str(path)) for path in paths]  # as they are, no patterns
     return load_dataset('parquet', data_files=files, split='train')
 
