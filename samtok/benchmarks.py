@@ -35,13 +35,13 @@ from samtok.chat import (
 )
 from .chat_formats import DatasetWrapper, fit_mask, open_chat
 from .coco_index import id_key
-from .data import NO_REGIONS, MaskDataset, NoRegions, read_samples
+from .data import NO_REGIONS, MaskDataset, NoRegions
 from .files import DataError, find_image, image_frame, read_image, shared_paths
 from .formats import ReasonSeg, open_dataset
 from .masks import MaskError, mask_to_rle
 from .metrics import Metric, ratio
 from .runs import fingerprint, import_object, read_json, read_rows
-from .shards import ready, shard_folders
+from .shards import read_ready, shard_folders
 from .tokenizer import MaskTokenizer
 
 # %% ../nbs/07b_benchmarks.ipynb #5a1ce089
@@ -603,11 +603,12 @@ def samples(
     data: ChatDataset,  # may have fits(conversation) and asks(sample) -> bool, which leave some out
     n: int | None = None,  # samples at most
     workers: int = 0,  # processes that read ahead; 0: none
+    **how,  # rank, world, done, images, as_rle: see read_ready; samples of other ranks are left out, and their ids kept
 ) -> Iterator:  # of Conversation, each with an id of its own and one answer to give
     "Go through the samples of a task."
     fits, asks = getattr(data, 'fits', _always), getattr(data, 'asks', _always)
     seen, count = Counter(), 0
-    for conversation in read_samples(data, workers, ready) if workers else data.stream():
+    for own, conversation in read_ready(data, workers, **how):
         for sample in _questions(task, conversation) if fits(conversation) else ():
             if n and count >= n:
                 return
@@ -618,7 +619,8 @@ def samples(
                 continue
             seen[sample.id] += 1
             count += 1
-            yield sample if seen[sample.id] == 1 else replace(sample, id=f'{sample.id}#{seen[sample.id]}')
+            if own:
+                yield sample if seen[sample.id] == 1 else replace(sample, id=f'{sample.id}#{seen[sample.id]}')
 
 
 def _questions(task, conversation):  # -> list of Conversation with one answer to give

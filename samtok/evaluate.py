@@ -836,6 +836,7 @@ def score(
     root: str = '',  # folder that the task's files are below
     n_boot: int = 1000,  # resamples of the intervals
     seed: int = 0,  # of the resamples
+    workers: int = 0,  # processes that read the truth ahead; 0: none; the score is the same
     **how,  # tokenizer, policy, judge, missing and others: see Scorer
 ) -> Score:
     "Score predictions of any model, given as RLE or as mask words."
@@ -844,7 +845,8 @@ def score(
     before = Report().merge(getattr(data, 'report', {}))
     data = open_task(task, root) if data is None else data
     scorer, total = Scorer(task, data, **how), 0
-    for sample in data if isinstance(data, list) else samples(task, data, n):
+    images = scorer.tokenizer is not None  # which reads words, and compares codes
+    for sample in data if isinstance(data, list) else samples(task, data, n, workers, images=images, as_rle=True):
         scorer.add(sample, rows.pop(sample.id, None))
         total += 1
     for k in rows:
@@ -1030,6 +1032,11 @@ def predict(
         if not mine:
             raise EvaluateError(f'Another process is writing predictions into {store.path.name}: wait for it.')
         known, todo, count = store.rows(), [], 0
+        answered = {id for id, row in known.items() if _is_answer(row)}
+        if isinstance(data, list):
+            asked = data[rank::world]
+        else:
+            asked = samples(task, data, n, workers, rank=rank, world=world, done=answered)
 
         def flush(least=1):  # a batch that loses an odd sample is filled up, so that the others are asked as without it
             while len(todo) >= least:
@@ -1038,9 +1045,7 @@ def predict(
                     if 'reply' in row or known.get(row['id'], {}).get('error') != row['error']:
                         store.add(row)
 
-        for i, sample in enumerate(data if isinstance(data, list) else samples(task, data, n, workers)):
-            if i % world != rank or sample.id in known and _is_answer(known[sample.id]):
-                continue
+        for sample in (sample for sample in asked if sample.id not in answered):
             todo.append(sample)
             count += 1
             if len(todo) == batch:
@@ -1142,13 +1147,14 @@ def _launch(args, gpus):  # one process for each GPU; they only predict
     watch(args['out'], launch('samtok.evaluate', given, gpus, args['out']))
 
 
-def _score_store(task, store, chosen, data, n, start, n_boot, seed, judge=None, **how):
+def _score_store(task, store, chosen, data, n, start, n_boot, seed, judge=None, workers=0, **how):
     # predictions of our own, samples (ChatDataset or list) -> Score; writes requests and score.json beside them
     requests, answers = store.path / 'requests.jsonl', store.path / 'answers.jsonl'
     scorer = Scorer(task, data, judge=judge or (answers if answers.exists() else None), **how)
     rows, total = store.rows(scorer.report), 0
     before = Report() if isinstance(chosen, list) else Report().merge(data.report)
-    for sample in chosen if isinstance(chosen, list) else samples(task, chosen, n):
+    images = scorer.codes is not None
+    for sample in chosen if isinstance(chosen, list) else samples(task, chosen, n, workers, images=images, as_rle=True):
         scorer.add(sample, rows.get(sample.id))
         total += 1
     if scorer.requests:
@@ -1201,10 +1207,11 @@ def evaluate(
     if gpus > 1 and world == 1:
         _launch(given, gpus)
     counting = dict(n_boot=n_boot, seed=seed, judge=judge, missing=missing, codes=codes)
-    counting |= dict(tokenizer=model.tokenizer, policy=policy or None)
+    counting |= dict(tokenizer=model.tokenizer, policy=policy or None, workers=workers)
     for (task, data), store in progress(list(zip(opened, stores)), 'tasks'):
         start = time.perf_counter()
-        chosen = list(samples(task, data, n, workers)) if n and n <= 1000 else data  # drawn or read once
+        few = n and n <= 1000 and not workers  # listed once; what workers have read is never held in memory
+        chosen = list(samples(task, data, n)) if few else data
         known = getattr(data, 'known_codes', None)
         predict(model, task, store, chosen, n, batch, rank, world, known_codes=known, workers=workers, **reading)
         if world == 1:
@@ -1449,6 +1456,7 @@ def _score_file(a, task):  # arguments, Task -> Score
         threshold=a.threshold,
         judge=a.judge,
         missing=a.missing,
+        workers=a.workers,
         **{k: v for k, v in dict(convention=a.convention, similarity=a.similarity).items() if v},
     )
     if a.requests:
