@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_REGIONS', 'SKIPPED_REGIONS', 'MaskSample', 'NoRegions', 'Report', 'without_empty_masks', 'Draw', 'MaskDataset',
            'MaskFolder', 'Mixture', 'leaf_datasets', 'as_iterable_dataset', 'read_record', 'add_counts', 'read_ahead',
-           'read_samples']
+           'pins_memory', 'join_tensors', 'read_samples']
 
 # %% ../nbs/00e_data.ipynb #eb66a121
 import hashlib
@@ -769,6 +769,30 @@ def read_ahead(
     own = torch.Generator()  # a loader would draw from that of the training
     options = dict(collate_fn=_as_it_is, prefetch_factor=ahead, generator=own)
     return _results(iter(DataLoader(_Work(work), None, sampler=items, num_workers=workers, **options)))
+
+
+def pins_memory(
+    device: object,  # that batches are copied to: "cpu", "cuda", "cuda:1", a torch.device, or "auto"
+) -> bool:  # True only for a GPU, and where there is one
+    "Choose whether batches for a device are made in pinned memory, from which a GPU copies while others compute."
+    import torch
+
+    return (str(device) == 'auto' or torch.device(device).type == 'cuda') and torch.cuda.is_available()
+
+
+def join_tensors(
+    tensors: list,  # of torch.Tensor on the CPU, at least one, of one dtype
+    device: object,  # that the result will be copied to, as in pins_memory
+    stack: bool = False,  # along a new first dimension; False: along the first one that they have
+):  # torch.Tensor on the CPU, in pinned memory where pins_memory says so
+    "Join tensors for a device; in pinned memory they are written straight into it, without a second copy."
+    import torch
+
+    join, first = torch.stack if stack else torch.cat, tensors[0]
+    if not pins_memory(device):
+        return join(tensors)
+    shape = (len(tensors), *first.shape) if stack else (sum(map(len, tensors)), *first.shape[1:])
+    return join(tensors, out=torch.empty(shape, dtype=first.dtype, pin_memory=True))
 
 
 def _read_one(dataset, transform, item):

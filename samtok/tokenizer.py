@@ -53,7 +53,7 @@ from samtok.checkpoints import (
     warn_larger,
 )
 from .coco_index import cache_folders
-from .data import read_image
+from .data import join_tensors, read_image
 from .masks import MaskError, check_box, check_masks
 from .quantizer import CodeError, LatentError, ResidualVQ
 from .runs import RunError, lock, read_json
@@ -605,6 +605,9 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
             f'images of {config.image_size} x {config.image_size} inside, {millions:.1f}M parameters, {self.device})'
         )
 
+    def _joined(self, tensors, stack=False):  # tensors of the CPU -> one on this device
+        return join_tensors(tensors, self.device, stack).to(self.device, non_blocking=True)
+
     def _precision(self):  # context in which encode and decode compute
         if self.arithmetic == torch.float32:
             return nullcontext()
@@ -620,7 +623,7 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
             return image
         several = isinstance(image, (list, tuple))
         images = [read_image(one) for one in (image if several else [image])]
-        pixels = torch.stack([prepare_image(one, self.config.image_size) for one in images]).to(self.device)
+        pixels = self._joined([prepare_image(one, self.config.image_size) for one in images], stack=True)
         sizes = [one.shape[:2] for one in images]
         if self.trained_side and warn_larger(self.trained_side, sizes):
             self.trained_side = 0  # it was said once
@@ -653,7 +656,7 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
     def _prompt_latents(self, embedding, counts, prompts, chunk):  # list of (dense, corners) -> (N,T,D) float32
         if not prompts:
             return torch.zeros(0, self.config.num_mask_tokens, self.config.latent_dim)
-        dense, corners = (torch.cat(part).to(self.device, non_blocking=True) for part in zip(*prompts))
+        dense, corners = (self._joined(part) for part in zip(*prompts))
         chunks = embedding.chunks(counts, chunk)
         with self._precision():
             return torch.cat([self.mask_latents(f, dense[p], corners[p]).float() for p, f, _ in chunks])
@@ -686,7 +689,7 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
         chunk: int = 16,  # masks at a time; bounds memory, does not change the result
     ) -> list:  # for each image (N,K) int64 in [0,codebook_size): what `encode` gives; raises LatentError
         "Encode images and masks that were made ready elsewhere, in a worker that reads files."
-        pixels = torch.stack([one.pixels for one in prompts]).to(self.device, non_blocking=True)
+        pixels = self._joined([one.pixels for one in prompts], stack=True)
         embedding = ImageEmbedding(*self.image_features(pixels), [one.size for one in prompts])
         counts = [len(one.dense) for one in prompts]
         latents = self._prompt_latents(embedding, counts, [(one.dense, one.corners) for one in prompts], chunk)

@@ -40,7 +40,9 @@ from samtok.data import (
     MaskSample,
     Mixture,
     add_counts,
+    join_tensors,
     leaf_datasets,
+    pins_memory,
     read_ahead,
     read_record,
     read_samples,
@@ -243,11 +245,11 @@ def _image_part(sample, config, truth_size, keep=None):  # the masks `keep` of a
     return pixels, *mask_prompts(masks, boxes, config.image_size, config.grid, tight=True), truth
 
 
-def _join_parts(parts, pinned=False):  # list of results of _image_part -> Batch, perhaps in pinned memory
-    pixels, dense, corners, truth = (torch.cat(t) if len(t) > 1 else t[0] for t in zip(*parts))
+def _join_parts(parts, device='cpu'):  # list of results of _image_part -> Batch, for a GPU in pinned memory
+    pinned = pins_memory(device)
+    pixels, dense, corners, truth = (join_tensors(t, device) if pinned or len(t) > 1 else t[0] for t in zip(*parts))
     index = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part[1]) for part in parts]))
-    tensors = pixels, dense, corners, index, truth
-    return Batch(*(tensor.pin_memory() if pinned else tensor for tensor in tensors))
+    return Batch(pixels, dense, corners, join_tensors([index], device), truth)
 
 
 def make_batch(
@@ -316,10 +318,11 @@ class TrainingBatches:
         images: int,  # of each batch
         workers: int,  # processes that read ahead; 0: none
         limit: int | None,  # batches in all; None: until the data end
+        device: str = 'cpu',  # that the batches will be copied to
     ):
         self.dataset, self.stream, self.images, self.limit = dataset, stream, images, limit
         self.without = 0  # records in a row without masks
-        self.pinned = workers > 0 and torch.cuda.is_available()
+        self.device = device if workers else 'cpu'  # without workers nobody copies while others compute
         items = zip(itertools.count(stream.taken), stream.order)
         joined = self._join(read_ahead(items, read, workers))
         self._records = _in_thread(joined, 2 * images) if workers else joined
@@ -339,7 +342,7 @@ class TrainingBatches:
         for part, counts in parts:
             waiting += [part] if part else []
             full = len(waiting) == self.images
-            yield part if part is None else len(part and part[1]), counts, full and _join_parts(waiting, self.pinned)
+            yield part if part is None else len(part and part[1]), counts, full and _join_parts(waiting, self.device)
             if full:
                 waiting = []
 
@@ -379,13 +382,14 @@ def training_batches(
     world: int = 1,  # number of processes
     shuffle: int = 0,  # records held in the shuffle buffer; 0: the order of the files
     skip: int = 0,  # records to leave out: `.taken` of the batches to be resumed
-    exact: bool = True,  # False: a large JPEG is decoded at a half or less of its size where that is enough
+    exact_images: bool = True,  # False: a large JPEG is decoded at a half or less of its size where that is enough
+    device: str = 'auto',  # that the batches will be copied to: with workers they are in pinned memory for a GPU
 ) -> TrainingBatches:  # iterator of Batch with `taken`, `lost` and `close`
     "Read what training steps eat."
     stream = dataset.stream(seed, rank=rank, world=world, shuffle=shuffle, skip=skip)
-    draw = masks_per_image, (seed, rank), 0 if exact else config.image_size
+    draw = masks_per_image, (seed, rank), 0 if exact_images else config.image_size
     read = partial(_read_part, dataset, config, draw, truth_size)
-    return TrainingBatches(dataset, stream, read, images, workers, limit)
+    return TrainingBatches(dataset, stream, read, images, workers, limit, device)
 
 # %% ../nbs/02a_train_tokenizer.ipynb #90b1d95e
 def build_tokenizer(
@@ -510,7 +514,8 @@ def _run_batches(params, config, data, **how):  # of a run; seed, rank, world an
         masks_per_image=params['masks_per_image'],
         truth_size=params['truth_size'],
         workers=params['workers'],
-        exact=params['exact_images'],
+        exact_images=params['exact_images'],
+        device=params['device'],
         **how,
     )
 
