@@ -870,10 +870,18 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
         *,
         device: object = 'cpu',  # where the weights go: "cpu", "cuda", "cuda:1", "auto"
         dtype: object = torch.float32,  # that encode and decode compute in, see choose_device; weights stay float32
+        candidates: int | None = None,  # of encode, kept in the configuration; None: as it was saved
+        margin: float | None = None,  # likewise
         **kwargs,  # of huggingface_hub, for example revision
     ) -> 'MaskTokenizer':  # in eval mode; `report` says what was loaded; raises CheckpointError with what was wrong
         "Load a tokenizer; the file of a published one is converted once, into the cache."
         place = choose_device(device, dtype)
+        search = {k: v for k, v in dict(candidates=candidates, margin=margin).items() if v is not None}
+        try:
+            for field, value in search.items():
+                _check_number(field, value, *_BOUNDS[field])
+        except ValueError as e:
+            raise CheckpointError(str(e)) from e
         try:
             found = _find_weights(name, kwargs)
             if found.is_dir():
@@ -891,6 +899,8 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
                 f'The tokenizer {name} could not be read: {type(e).__name__}: {str(e).splitlines()[0][:200]}'
             ) from e
         model.arithmetic, model.trained_side = place.dtype, trained_side(found)
+        for field, value in search.items():
+            setattr(model.config, field, value)
         return model.to(place.device)
 
     @classmethod
