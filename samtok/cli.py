@@ -107,7 +107,8 @@ def _open_tokenizer(prog, args):
     from samtok.tokenizer import MaskTokenizer
 
     place = choose_device(args.device, args.dtype)
-    tokenizer = MaskTokenizer.from_pretrained(args.tokenizer, device=place.device, dtype=place.dtype)
+    search = {k: getattr(args, k, None) for k in ('candidates', 'margin')}
+    tokenizer = MaskTokenizer.from_pretrained(args.tokenizer, device=place.device, dtype=place.dtype, **search)
     print(f'{prog}: {place}. {tokenizer.report["note"]}', file=sys.stderr)
     return tokenizer
 
@@ -124,12 +125,14 @@ def _encode(args):
             place = f'{file}, mask {i}' if file.endswith('.json') else file
             raise MaskError(f'{place} has no pixel: leave it out.')
     tokenizer = _open_tokenizer('samtok-encode', args)
-    all_codes = tokenizer.encode(image, np.stack([mask for _, _, mask in named]))
+    all_codes, gains = tokenizer.encode(image, np.stack([mask for _, _, mask in named]), return_gains=True)
     records = []
-    for (file, i, mask), codes in zip(named, all_codes):
+    for (file, i, mask), codes, gain in zip(named, all_codes, gains):
         words = tokenizer.vocab.format(codes)
         box, area = mask_to_box(mask).tolist(), int(mask.sum())
         records.append(dict(file=file, index=i, words=words, codes=codes.tolist(), box=box, area=area))
+        if tokenizer.config.candidates > 1:
+            records[-1]['gain'] = round(float(gain), 4)  # in IoU, over the codes without a search
     if args.json:
         print(json.dumps(dict(image=Path(args.image).name, size=list(size), masks=records), indent=1))
     else:
@@ -142,6 +145,11 @@ def encode_main(
     "Print the words of masks of an image (console command `samtok-encode`)."
     parser = _parser('samtok-encode', 'Masks of an image as words, one line for each mask.')
     parser.add_argument('masks', nargs='+', help='PNG masks, or JSON with RLE or polygons')
+    about = (
+        'codes for each mask that are decoded to keep the best, for example 8 (default: as the tokenizer was saved, 1)'
+    )
+    parser.add_argument('--candidates', type=int, help=about)
+    parser.add_argument('--margin', type=float, help='IoU that others must gain over the nearest codes (default: 0)')
     _run('samtok-encode', _encode, parser.parse_args(argv))
 
 # %% ../nbs/11_cli.ipynb #11c46611

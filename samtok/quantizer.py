@@ -286,6 +286,27 @@ class ResidualVQ(nn.Module):
         return self(x, update=False)[1]
 
     @torch.no_grad()
+    def nearest(
+        self,
+        x: torch.Tensor,  # (N,D) float vectors
+        n: int,  # combinations of codes for each; fewer where there are not so many
+    ) -> tuple:  # codes (N,n,K) int64, nearest first, and their squared distances (N,n) float32
+        "Find the codes whose sums are nearest to each vector: a beam of 256, exact for two codebooks of 256 entries."
+        residual = x.float()[:, None]  # (N,W,D): what W combinations of the levels so far leave over
+        codes = torch.zeros(len(x), 1, 0, dtype=torch.int64, device=x.device)
+        for level, codebook in enumerate(self.codebooks, 1):
+            entries = codebook.codebook
+            squares = residual.pow(2).sum(-1, keepdim=True) + entries.pow(2).sum(1)
+            distances = (squares - 2 * residual @ entries.T).clamp_min(0).flatten(1)  # (N,W*S)
+            kept = n if level == len(self.codebooks) else max(n, 256)
+            distances, found = distances.topk(min(kept, distances.shape[1]), largest=False)
+            before, entry = found // len(entries), found % len(entries)
+            earlier = codes.gather(1, before[..., None].expand(-1, -1, codes.shape[-1]))
+            codes = torch.cat([earlier, entry[..., None]], -1)
+            residual = residual.gather(1, before[..., None].expand(-1, -1, x.shape[1])) - entries[entry]
+        return codes, distances
+
+    @torch.no_grad()
     def init_kmeans(
         self,
         x: torch.Tensor,  # (N,D) float vectors, N >= 1; of all ranks together

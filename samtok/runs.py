@@ -1103,6 +1103,8 @@ def mean_ci(
     n_boot: int = 1000,  # number of replicates
     seed: int = 0,  # of the generator
     level: float = 0.95,  # share of the replicates inside the interval
+    groups: list
+    | None = None,  # for each value what it came from, its image for example; these are drawn; None: values
 ) -> dict:  # mean, low, high: float, 6 decimals; n: int; raises RunError for NaN or no values
     "Compute a mean with its bootstrap confidence interval."
     values = np.asarray(values, np.float64).ravel()
@@ -1116,7 +1118,17 @@ def mean_ci(
     def draw(rng, b):
         return dict(mean=values[rng.integers(0, n, (b, n))].mean(1))
 
-    interval = quantile_interval(bootstrap_replicates(draw, n, n_boot, seed)['mean'], level)
+    def draw_groups(rng, b):
+        drawn = rng.integers(0, len(counts), (b, len(counts)))
+        return dict(mean=sums[drawn].sum(1) / counts[drawn].sum(1))
+
+    if groups is None:
+        replicates = bootstrap_replicates(draw, n, n_boot, seed)
+    else:
+        _, place = np.unique(np.asarray(groups), return_inverse=True)
+        sums, counts = np.bincount(place, values), np.bincount(place)
+        replicates = bootstrap_replicates(draw_groups, len(counts), n_boot, seed)
+    interval = quantile_interval(replicates['mean'], level)
     figures = dict(mean=float(values.mean()), **interval)
     return {k: round(x, 6) for k, x in figures.items()} | dict(n=n)
 

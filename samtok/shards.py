@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONVERSATIONS', 'image_bytes', 'chat_row', 'ready', 'read_ready', 'tokenize_batch', 'tokenizer_fingerprint',
-           'vocabulary', 'open_conversations', 'open_mixture', 'make_shard', 'write_shard', 'read_meta', 'hash_files',
-           'verify_shards', 'merge_report', 'tokenize_data', 'shard_folders', 'shard_records', 'check_shards',
-           'data_fingerprint', 'main']
+           'search_options', 'vocabulary', 'open_conversations', 'open_mixture', 'make_shard', 'write_shard',
+           'read_meta', 'hash_files', 'verify_shards', 'merge_report', 'tokenize_data', 'shard_folders',
+           'shard_records', 'check_shards', 'data_fingerprint', 'main']
 
 # %% ../nbs/03d_shards.ipynb #d3af0549
 import hashlib
@@ -288,8 +288,17 @@ def tokenize_batch(
 def tokenizer_fingerprint(
     tokenizer: object,  # MaskTokenizer, or anything with config (a dataclass) and state_dict
 ) -> str:  # 16 hexadecimal digits
-    "Hash what decides on the words: configuration and weights."
-    return fingerprint(asdict(tokenizer.config), tokenizer)
+    "Hash what decides on the meaning of the words: configuration and weights, not how they are searched."
+    config = asdict(tokenizer.config)
+    return fingerprint({k: v for k, v in config.items() if k not in ('candidates', 'margin')}, tokenizer)
+
+
+def search_options(
+    tokenizer: object,  # MaskTokenizer
+) -> dict:  # candidates and margin, which decide on words beside the weights; empty where nothing is searched
+    "Name how a tokenizer searches the words that it writes."
+    candidates = getattr(tokenizer.config, 'candidates', 1)
+    return dict(candidates=candidates, margin=tokenizer.config.margin) if candidates > 1 else {}
 
 
 def vocabulary(
@@ -705,7 +714,8 @@ def merge_report(
 def _plan(dataset, tokenizer, data, **parameters):  # -> dict of plain values: what decides on every shard
     plan = dict(version=1, tokenizer=tokenizer_fingerprint(tokenizer), data=data or dict(name=dataset.name))
     files = dataset.fingerprint()  # masks that were corrected are other data
-    return plan | parameters | (dict(files=files) if files else {})
+    search = search_options(tokenizer)
+    return plan | parameters | (dict(files=files) if files else {}) | (dict(search=search) if search else {})
 
 
 _FEW = 8  # records of a first shard that may all be odd; more are a wrong path

@@ -102,6 +102,8 @@ _BOUNDS = dict(  # field -> lowest and highest value; whole numbers where both a
     decay=(0.0, 1.0),
     dead_below=(0.0, 1e6),
     threshold=(-1e6, 1e6),
+    candidates=(1, 65536),
+    margin=(0.0, 1.0),
 )
 _HIERA_BOUNDS = dict(  # argument -> lowest and highest value, and how many there are (None: any number)
     embed_dim=(8, 1024, 1),
@@ -166,6 +168,8 @@ class TokenizerConfig:
     decay: float = 0.99  # of the codebooks' averages
     dead_below: float = 1.0  # see VectorQuantize
     threshold: float = 0.0  # a pixel is inside if its logit is above
+    candidates: int = 1  # codes for each mask that encode decodes to keep the best; 1: the nearest, level by level
+    margin: float = 0.0  # IoU that others must gain over the nearest codes, or these stay
 
     def __post_init__(self):  # raises ValueError for what no network can have
         for name, (low, high) in _BOUNDS.items():
@@ -404,6 +408,14 @@ class ImageEmbedding:
     def __len__(self):
         return len(self.sizes)
 
+    def one(
+        self,
+        i: int,  # number of an image
+    ) -> 'ImageEmbedding':  # of this image alone
+        "Take one image."
+        part = slice(i, i + 1)
+        return ImageEmbedding(self.features[part], [maps[part] for maps in self.fine], self.sizes[part], single=True)
+
     def per_image(
         self,
         items: list,  # one item if the embedding is of a single image, else a list of B items
@@ -447,6 +459,12 @@ def _check_regions(masks, boxes, size):  # -> masks (N,H,W) bool, boxes (N,4); M
     return masks, np.array([check_box(box, size) for box in boxes]).reshape(-1, 4)
 
 
+def _regions(embedding, masks, boxes):  # as given to encode -> for each image masks (N,H,W) bool, boxes (N,4)
+    mask_sets = embedding.per_image(masks, 'masks')
+    box_sets = [None] * len(embedding) if boxes is None else embedding.per_image(boxes, 'boxes')
+    return [_check_regions(m, b, size) for m, b, size in zip(mask_sets, box_sets, embedding.sizes)]
+
+
 def _tight_boxes(columns, rows):  # (N,W) bool, (N,H) bool: which of them a mask touches -> (N,4) float64 xyxy
     x0, y0 = columns.argmax(1), rows.argmax(1)
     x1 = columns.shape[1] - columns[:, ::-1].argmax(1)
@@ -475,6 +493,7 @@ class ImagePrompts:
     dense: torch.Tensor  # (N,1,4*grid,4*grid) float32, of mask_prompts
     corners: torch.Tensor  # (N,2,2) float32, of mask_prompts
     size: tuple  # (H,W) of the image
+    packed: np.ndarray | None = None  # (N,H,ceil(W/8)) uint8, bits of the masks, where candidates are compared
 
 
 def image_prompts(
@@ -485,7 +504,8 @@ def image_prompts(
     "Make an image and its masks ready for `MaskTokenizer.encode_prompts`; needs no network."
     masks, boxes = _check_regions(masks, None, image.shape[:2])
     dense, corners = mask_prompts(masks, boxes, config.image_size, config.grid, tight=True)
-    return ImagePrompts(prepare_image(image, config.image_size), dense, corners, image.shape[:2])
+    packed = np.packbits(masks, -1) if config.candidates > 1 else None
+    return ImagePrompts(prepare_image(image, config.image_size), dense, corners, image.shape[:2], packed)
 
 # %% ../nbs/02_tokenizer.ipynb #02185c0f
 _HUB_FILES = ['config.json', 'mask_tokenizer_*', 'mask_tokenizer/*']  # of a repository, before it is known what it is
@@ -575,6 +595,34 @@ def _check_latents(codes):  # (N,K) int64 of lookup; raises LatentError with the
         )
 
 
+def _candidate_codes(
+    quantizer, latents, nearest, n
+):  # (N,T,D), codes (N,K) -> (N,C,K), C <= n, the nearest codes first
+    codes, distances = quantizer.nearest(latents.flatten(0, 1), n)
+    codes, distances = (part.unflatten(0, latents.shape[:2]) for part in (codes, distances))  # (N,T,C,depth), (N,T,C)
+    found, total = codes[:, 0], distances[:, 0]
+    for token in range(1, latents.shape[1]):  # combine the candidates of several mask tokens
+        sums = (total[:, :, None] + distances[:, token, None]).flatten(1)
+        total, best = sums.topk(min(n, sums.shape[1]), largest=False)
+        pairs = ((found, best // codes.shape[2]), (codes[:, token], best % codes.shape[2]))
+        found = torch.cat([part.gather(1, i[..., None].expand(-1, -1, part.shape[-1])) for part, i in pairs], -1)
+    again = (found == nearest[:, None]).all(-1)
+    order = F.pad(again, (1, 0)).int().argsort(dim=1, stable=True)  # the nearest codes once, in front
+    every = torch.cat([nearest[:, None], found], 1)
+    return every.gather(1, order[..., None].expand(-1, -1, every.shape[-1]))[:, : found.shape[1]]
+
+
+def _low_iou(low, mask, threshold):  # logits (C,4h,4w), mask (H,W) bool -> (C,) float64, measured at the image's size
+    truth = torch.from_numpy(np.ascontiguousarray(mask)).to(low.device)
+    step = max(1, 2**25 // truth.numel())  # pixels at a time
+    counts = []
+    for part in low.split(step):
+        inside = F.interpolate(part[:, None], truth.shape, mode='bilinear', align_corners=False)[:, 0] > threshold
+        counts.append(torch.stack([(inside & truth).sum((1, 2)), (inside | truth).sum((1, 2))]))
+    both, either = torch.cat(counts, 1).double().cpu().numpy()
+    return both / either  # a mask that is encoded has a pixel
+
+
 def _resize_logits(low, size, threshold, keep_logits, chunk):  # (N,4h,4w) -> masks (N,H,W) bool, logits or None
     masks = [np.zeros((0, *size), bool)]
     logits = [np.zeros((0, *size), np.float32)]
@@ -641,17 +689,18 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
     ) -> torch.Tensor:  # (N,T,D) float32, or a list of them for a list of images; raises MaskError, ImageError
         "Encode masks of an image into vectors, before quantization."
         embedding = self.embed_image(image)
-        mask_sets = embedding.per_image(masks, 'masks')
-        box_sets = [None] * len(embedding) if boxes is None else embedding.per_image(boxes, 'boxes')
-        checked = [_check_regions(m, b, size) for m, b, size in zip(mask_sets, box_sets, embedding.sizes)]
-        counts = [len(regions) for regions, _ in checked]
+        latents = self._mask_latents(embedding, _regions(embedding, masks, boxes), chunk)
+        return latents[0] if embedding.single else latents
+
+    def _mask_latents(self, embedding, regions, chunk):  # of _regions -> for each image (N,T,D) float32
+        config = self.config
         prompts = [
-            mask_prompts(regions[i : i + chunk], tight[i : i + chunk], self.config.image_size, self.config.grid)
-            for regions, tight in checked
-            for i in range(0, len(regions), chunk)
+            mask_prompts(masks[i : i + chunk], boxes[i : i + chunk], config.image_size, config.grid)
+            for masks, boxes in regions
+            for i in range(0, len(masks), chunk)
         ]
-        latents = self._prompt_latents(embedding, counts, prompts, chunk)
-        return latents if embedding.single else list(latents.split(counts))
+        counts = [len(masks) for masks, _ in regions]
+        return list(self._prompt_latents(embedding, counts, prompts, chunk).split(counts))
 
     def _prompt_latents(self, embedding, counts, prompts, chunk):  # list of (dense, corners) -> (N,T,D) float32
         if not prompts:
@@ -668,32 +717,73 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
         masks: np.ndarray,  # (N,H,W) bool, of the image's size; for a list of images a list of them
         boxes: np.ndarray | None = None,  # (N,4) xyxy pixels, max exclusive; None: the tight box of each mask
         chunk: int = 16,  # masks at a time; bounds memory, does not change the result
-    ) -> np.ndarray:  # (N,K) int64 in [0,codebook_size), or a list of them; raises MaskError (LatentError), ImageError
+        candidates: int | None = None,  # codes for each mask that are decoded to keep the best; None: config.candidates
+        margin: float | None = None,  # IoU that others must gain over the nearest codes; None: config.margin
+        return_gains: bool = False,  # also return the gain in IoU over the nearest codes, (N,) float64 in [0,1]
+    ) -> np.ndarray:  # (N,K) int64 in [0,codebook_size), or (codes, gains), or lists; raises MaskError, ImageError
         "Encode masks of an image into codes, (N,K) int64; changes nothing, in training mode neither."
-        latents = self.mask_embeddings(image, masks, boxes, chunk)
-        codes = self._codes(latents if isinstance(latents, list) else [latents])
-        return codes if isinstance(latents, list) else codes[0]
+        embedding = self.embed_image(image)
+        regions = _regions(embedding, masks, boxes)
+        latents = self._mask_latents(embedding, regions, chunk)
+        found = self._codes(embedding, latents, [masks for masks, _ in regions], candidates, margin, chunk)
+        codes, gains = (part[0] for part in found) if embedding.single else found
+        return (codes, gains) if return_gains else codes
 
-    def _codes(self, latents):  # list of (N,T,D) -> list of (N,K) int64; raises LatentError
-        codes = []
-        for z in latents:
-            found = self.quantizer.lookup(z).reshape(len(z), self.config.num_codes)
-            _check_latents(found)
-            codes.append(found.cpu().numpy())
-        return codes
+    def _codes(self, embedding, latents, masks, candidates, margin, chunk):
+        # for each image latents (N,T,D) and masks (N,H,W) -> lists of codes (N,K) and of gains (N,)
+        candidates = self.config.candidates if candidates is None else candidates
+        margin = self.config.margin if margin is None else margin
+        _check_number('candidates', candidates, *_BOUNDS['candidates'])
+        _check_number('margin', margin, *_BOUNDS['margin'])
+        codes, gains = [], []
+        for i, z in enumerate(latents):
+            nearest = self.quantizer.lookup(z).reshape(len(z), self.config.num_codes)
+            _check_latents(nearest)
+            gain = np.zeros(len(z))
+            if candidates > 1 and len(z):
+                nearest, gain = self._search(embedding.one(i), z, nearest, masks[i], candidates, margin, chunk)
+            codes.append(nearest.cpu().numpy())
+            gains.append(gain)
+        return codes, gains
+
+    def _search(self, embedding, latents, nearest, masks, candidates, margin, chunk):
+        # latents (N,T,D), nearest codes (N,K), masks (N,H,W) bool -> codes (N,K) and gains (N,) of the best candidates
+        codes = nearest.clone()
+        gains = np.zeros(len(masks))
+        step = max(1, chunk // candidates)
+        for start in range(0, len(masks), step):
+            part = slice(start, start + step)
+            tried = _candidate_codes(self.quantizer, latents[part], nearest[part], candidates)  # (n,C,K)
+            by_token = tried.reshape(-1, self.config.num_mask_tokens, self.config.depth)
+            vectors = self.quantizer.get_output_from_indices(by_token)
+            (logits, _), *_ = self.decode_vectors(embedding, vectors, chunk)
+            for k, low in enumerate(logits.split(tried.shape[1]), start):
+                iou = _low_iou(low, masks[k], self.config.threshold)
+                best = iou.argmax()  # the first of equal ones, and the nearest codes come first
+                if iou[best] - iou[0] > margin:
+                    codes[k], gains[k] = tried[k - start, best], iou[best] - iou[0]
+        return codes, gains
 
     @torch.no_grad()
     def encode_prompts(
         self,
         prompts: list,  # of ImagePrompts, at least one
         chunk: int = 16,  # masks at a time; bounds memory, does not change the result
-    ) -> list:  # for each image (N,K) int64 in [0,codebook_size): what `encode` gives; raises LatentError
+        return_gains: bool = False,  # also return for each image the gains in IoU over the nearest codes
+    ) -> list:  # for each image (N,K) int64: what `encode` gives, or (list of codes, list of gains); raises LatentError
         "Encode images and masks that were made ready elsewhere, in a worker that reads files."
         pixels = self._joined([one.pixels for one in prompts], stack=True)
         embedding = ImageEmbedding(*self.image_features(pixels), [one.size for one in prompts])
         counts = [len(one.dense) for one in prompts]
         latents = self._prompt_latents(embedding, counts, [(one.dense, one.corners) for one in prompts], chunk)
-        return self._codes(latents.split(counts))
+        candidates = self.config.candidates
+        if candidates > 1 and any(one.packed is None for one in prompts):
+            raise ValueError(
+                'The masks are missing in the prompts: make them with the configuration of this tokenizer.'
+            )
+        masks = [None if p.packed is None else np.unpackbits(p.packed, -1, p.size[1]).view(bool) for p in prompts]
+        codes, gains = self._codes(embedding, latents.split(counts), masks, candidates, None, chunk)
+        return (codes, gains) if return_gains else codes
 
     def encode_words(
         self,
@@ -783,10 +873,18 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
         *,
         device: object = 'cpu',  # where the weights go: "cpu", "cuda", "cuda:1", "auto"
         dtype: object = torch.float32,  # that encode and decode compute in, see choose_device; weights stay float32
+        candidates: int | None = None,  # of encode, kept in the configuration; None: as it was saved
+        margin: float | None = None,  # likewise
         **kwargs,  # of huggingface_hub, for example revision
     ) -> 'MaskTokenizer':  # in eval mode; `report` says what was loaded; raises CheckpointError with what was wrong
         "Load a tokenizer; the file of a published one is converted once, into the cache."
         place = choose_device(device, dtype)
+        search = {k: v for k, v in dict(candidates=candidates, margin=margin).items() if v is not None}
+        try:
+            for field, value in search.items():
+                _check_number(field, value, *_BOUNDS[field])
+        except ValueError as e:
+            raise CheckpointError(str(e)) from e
         try:
             found = _find_weights(name, kwargs)
             if found.is_dir():
@@ -804,6 +902,8 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
                 f'The tokenizer {name} could not be read: {type(e).__name__}: {str(e).splitlines()[0][:200]}'
             ) from e
         model.arithmetic, model.trained_side = place.dtype, trained_side(found)
+        for field, value in search.items():
+            setattr(model.config, field, value)
         return model.to(place.device)
 
     @classmethod

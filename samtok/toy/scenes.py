@@ -22,7 +22,7 @@ import numpy as np
 from ..chat import PROMPTS, ChatDataset, ChatError, Conversation, answer_masks, answer_triplets, reading_order
 from ..masks import masks_to_boxes
 from ..runs import RunError, atomic_write, check_device, find_file, one_line, parse_args, pool_map, progress
-from ..shards import open_conversations, tokenizer_fingerprint
+from ..shards import open_conversations, search_options, tokenizer_fingerprint
 from .shapeworld import COLORS, INVERSE, LETTERS, SHAPES, SIZES, TEXTURES, ShapeWorld, check_whole, render
 from ..words import MaskVocab
 
@@ -562,6 +562,7 @@ def _read_arrays(path):  # Path of an .npz file -> dict of its arrays; raises Ru
 
 def _same_codes(path, expected):  # Path, dict of fingerprints -> path; raises RunError where the file has others
     arrays = _read_arrays(path)
+    arrays.setdefault('search', '{}')  # files of old were not searched
     differ = [k for k, v in expected.items() if k not in arrays or str(arrays[k]) != v]
     if differ:
         raise RunError(
@@ -598,7 +599,7 @@ def _encode_scenes(world, tokenizer, numbers, batch, chunk, workers):
 
 def scene_codes(
     world: ShapeWorld,  # all its scenes
-    tokenizer: object,  # MaskTokenizer
+    tokenizer: object,  # MaskTokenizer; codes are searched where its configuration says so
     out: str | Path,  # .npz file: codes (M,K) uint16, starts (n+1,) int64, fingerprints; it stays if it is finished
     batch: int = 16,  # scenes in one pass
     chunk: int = 64,  # masks in one pass
@@ -612,6 +613,7 @@ def scene_codes(
     expected = dict(
         fingerprint=tokenizer_fingerprint(tokenizer),
         world=json.dumps([world.split, world.seed, world.n, world.size, list(world.count)]),
+        search=json.dumps(search_options(tokenizer)),
     )
     if out.exists():
         return _same_codes(out, expected)
@@ -703,7 +705,9 @@ def _write_codes(options):  # dict of options -> Path, or None while other proce
         raise RunError(f'{options["workers"]} workers were asked for: give 0 for this process alone, or a number.')
     return scene_codes(
         world,
-        MaskTokenizer.from_pretrained(options['tokenizer'], device=device),
+        MaskTokenizer.from_pretrained(
+            options['tokenizer'], device=device, candidates=options['candidates'], margin=options['margin']
+        ),
         options['out'],
         workers=options['workers'],
         rank=int(os.environ.get('RANK', 0)),
@@ -721,9 +725,11 @@ def main(
         out='FILE.npz for the codes',
         device='auto, cpu or cuda',
         workers='processes that draw scenes',
+        candidates='codes for each mask that are decoded to keep the best; 1: the nearest',
+        margin='IoU that others must gain over the nearest codes',
     )
     options = parse_args(
-        dict(args={}, tokenizer='toy', out='', device='auto', workers=0),
+        dict(args={}, tokenizer='toy', out='', device='auto', workers=0, candidates=1, margin=0.0),
         argv,
         prog='python -m samtok.toy.scenes',
         help=help,
