@@ -4,6 +4,7 @@ python .ci/chaos.py [--kills 100] [--seed 0] [--only sft,grpo] [--out runs/chaos
 
 Of each run the parent process gets a signal 9 (now and then 15), sometimes when a file of its folder has just changed;
 after some kills the newest checkpoint is cut in half. Then the same command is started again, until it ends by itself.
+Where the checkpoint that was cut is the only one, a sentence must ask to restore it, and it is restored.
 It must end with the metrics and files of the run that was not killed, and after no kill may a process be left over.
 """
 
@@ -31,6 +32,11 @@ WAIT = 20  # seconds after a kill until every process of the run must have ended
 SMALL = ['--eval_n', '4']
 RUNS = {  # name -> module, options, its share of the kills
     'tokenizer': ('samtok.train_tokenizer', ['--scale', 'smoke', '--steps', '20', '--checkpoint_every', '5'], 4),
+    'tokenizer_2': (
+        'samtok.train_tokenizer',
+        '--scale smoke --steps 20 --checkpoint_every 5 --gpus 2 --device cpu --images_per_step 2'.split(),
+        2,
+    ),
     'tokenise': (
         'samtok.shards',
         ['--data', 'shapeworld', '--args', '{"n": 96}', '--tokenizer', 'toy/tokenizer_16', '--shard', '8'],
@@ -129,8 +135,19 @@ def wait_to_kill(process, out, seconds, rng):
     return False
 
 
+REFUSED = 'and there is no other one that is whole: restore it'  # what a run says to its only checkpoint when it is cut
+
+
+def restore(cut):
+    "Put back the files that are still cut, of dict path -> content -> how many."
+    still = [file for file, content in cut.items() if file.exists() and file.stat().st_size < len(content)]
+    for file in still:
+        file.write_bytes(cut[file])
+    return len(still)
+
+
 def cut_newest(out, rng):
-    "Cut a file of the newest checkpoint in half -> its name, or None where there is none."
+    "Cut a file of the newest checkpoint in half -> (path, its content), or None where there is none."
     found = [p for p in out.rglob('checkpoint*') if p.is_dir() or p.suffix in ('.pt', '.pth', '.safetensors')]
     if not found:
         return None
@@ -140,8 +157,9 @@ def cut_newest(out, rng):
     if not files:
         return None
     file = rng.choice(files)
-    os.truncate(file, file.stat().st_size // 2)
-    return str(file.relative_to(out))
+    content = file.read_bytes()
+    os.truncate(file, len(content) // 2)
+    return file, content
 
 
 def plain(value):
@@ -187,7 +205,7 @@ def torture(name, folder, kills, seconds, wanted, rng):
         out = folder / f'{name}_{count["runs"]}'
         count['runs'] += 1
         planned = min(kills - count['kills'], rng.randint(1, 4))
-        log = []
+        log, cut = [], {}
         while True:
             mark = uuid.uuid4().hex
             process = start(name, out, mark)
@@ -206,11 +224,15 @@ def torture(name, folder, kills, seconds, wanted, rng):
                     problems.append(f'{out.name}: {len(left)} processes were left after {what.name}')
                     for pid in left:
                         os.kill(pid, signal.SIGKILL)
-                if rng.random() < 0.3 and (file := cut_newest(out, rng)):
+                if rng.random() < 0.3 and (found := cut_newest(out, rng)):
                     count['cut'] += 1
-                    log.append(f'cut {file}')
+                    cut.setdefault(*found)
+                    log.append(f'cut {found[0].relative_to(out)}')
                 continue
             code = process.wait()
+            if code and REFUSED in Path(f'{out}.log').read_text(errors='replace')[-3000:] and restore(cut):
+                log.append('restored')
+                continue
             break
         if code:
             problems.append(f'{out.name}: after {", ".join(log)} the run ends with code {code}, see {out}.log')

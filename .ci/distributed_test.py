@@ -1,4 +1,7 @@
-"""Two processes on the CPU share a model in every way: train, kill, resume, read again (make distributed-test)."""
+"""Two processes on the CPU share a model in every way: train, kill, resume, read again (make distributed-test).
+
+The tokenizer's training, which shares no weights, is killed and resumed as well: it must end as if it had not been.
+"""
 
 import argparse
 import importlib
@@ -27,6 +30,17 @@ SHARED = {
 }
 LORA = dict(lora_r=4, lora_alpha=8)
 SAME = dict(scale='smoke', gpus=2, device='cpu', steps=4, log_every=1, checkpoint_every=2, bf16=False, eval_n=0)
+TOKENIZER = dict(  # codebooks are placed before step 4, checkpoints are written after steps 5 and 10
+    scale='smoke',
+    gpus=2,
+    device='cpu',
+    steps=12,
+    log_every=1,
+    checkpoint_every=5,
+    images_per_step=2,
+    start_batches=4,
+    eval_scenes=4,
+)
 # steps of grpo sample from the policy, and each process draws its own: there the losses have no reference
 OWN = dict(sft=dict(batch=2, warmup=1), grpo=dict(replies=4, batch=8, max_new_tokens=12))
 
@@ -43,8 +57,28 @@ def asked(processor):  # -> dict of tensors: a drawn scene and a question about 
 def worker(name, argv):
     "Be one rank of a run: keep the logits of its trainer, die where KILL_AT says, spoil weights where POISON says."
     module = importlib.import_module(f'samtok.{name}')
+    if name == 'train_tokenizer':
+        module.Trainer = mortal(module.Trainer)
+    else:
+        setattr(module, LOG[name], witness(getattr(module, LOG[name])))
+    sys.argv = [f'samtok.{name}', *argv]
+    module.main()
 
-    class Witness(getattr(module, LOG[name])):
+
+def mortal(trainer):  # Trainer of train_tokenizer -> the same, of which rank KILL_RANK dies within step KILL_AT
+    class Mortal(trainer):
+        def _try_batch(self, batches, quantize):
+            terms = super()._try_batch(batches, quantize)  # weights and codebooks have moved, self.step has not
+            rank = self.accelerator.process_index
+            if (self.step + 1, rank) == tuple(int(os.environ.get(k, -1)) for k in ('KILL_AT', 'KILL_RANK')):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return terms
+
+    return Mortal
+
+
+def witness(callback):  # class of a run's callback -> the same, which keeps what the trained model answers
+    class Witness(callback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
             if state.global_step == int(os.environ.get('POISON', -1)):
                 next(model.parameters()).data.fill_(float('nan'))
@@ -63,9 +97,7 @@ def worker(name, argv):
             if self.run.main:
                 torch.save(dict(inputs=dict(inputs), logits=logits), self.run.path / 'witness.pt')
 
-    setattr(module, LOG[name], Witness)
-    sys.argv = [f'samtok.{name}', *argv]
-    module.main()
+    return Witness
 
 
 def run(name, out, params, limit, **env):  # -> exit code, output of both processes
@@ -121,6 +153,40 @@ def one_way(name, way, learn, out, reference, limit):  # -> a line of the table
     return line | dict(problem='; '.join(wrong))
 
 
+def tokenizer_resumed(out, limit):  # -> lines of the table
+    "Train a tokenizer without a kill; then kill one rank, type the same command again: it must end bit for bit alike."
+    from safetensors.torch import load_file
+
+    from samtok.train_tokenizer import same_metrics
+
+    def ended(folder):
+        return read_rows(folder / 'metrics.jsonl'), load_file(folder / 'tokenizer' / 'model.safetensors')
+
+    code, text = run('train_tokenizer', out / 'tokenizer_whole', TOKENIZER, limit)
+    if code:
+        return [dict(module='train_tokenizer', way='whole', problem=f'code {code}: {text[-1500:]}')]
+    rows, weights = ended(out / 'tokenizer_whole')
+    lines = []
+    for step, rank in ((3, 0), (8, 1), (11, 0)):  # before the first checkpoint, after it, after a second one
+        way, started = f'rank {rank} killed in step {step}', time.time()
+        folder = out / f'tokenizer_{step}_{rank}'
+        killed, _ = run('train_tokenizer', folder, TOKENIZER, limit, KILL_AT=str(step), KILL_RANK=str(rank))
+        kept = sorted(file.name for file in folder.glob('checkpoint_*'))
+        code, text = run('train_tokenizer', folder, TOKENIZER, limit)
+        line = dict(module='train_tokenizer', way=way, seconds=round(time.time() - started), kept=len(kept))
+        if killed == 0 or code:
+            lines.append(line | dict(problem=f'codes {killed}, {code}: {text[-1500:]}'))
+            continue
+        again, found = ended(folder)
+        line['metrics_apart'] = same_metrics(rows, again)
+        line['weights_that_differ'] = sum(not torch.equal(found[k], v) for k, v in weights.items())
+        wrong = ['other weights'] * (found.keys() != weights.keys() or line['weights_that_differ'] > 0)
+        wrong += ['other metrics'] * (line['metrics_apart'] != 0)
+        wrong += [f'{len(kept)} checkpoints were left by the kill'] * (len(kept) != 2 * (step > 5) + 2 * (step > 10))
+        lines.append(line | dict(problem='; '.join(wrong)))
+    return lines
+
+
 def refused(out, limit):  # -> problems: what cannot work must end with a sentence before anything is written
     problems = []
     for way, learn, sentence in (
@@ -144,7 +210,7 @@ def refused(out, limit):  # -> problems: what cannot work must end with a senten
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--out', default=str(ROOT / 'runs' / 'distributed'), help='folder of the runs; it is emptied')
-    parser.add_argument('--modules', default='sft,grpo')
+    parser.add_argument('--modules', default='train_tokenizer,sft,grpo')
     parser.add_argument('--ways', default=','.join(SHARED))
     parser.add_argument('--minutes', type=float, default=45, help='time for everything')
     args = parser.parse_args()
@@ -155,7 +221,12 @@ def main():
     zero3['zero_optimization']['stage3_param_persistence_threshold'] = 0  # else tiny weights stay whole
     (out / SHARED['ZeRO-3']['deepspeed']).write_text(json.dumps(zero3))
     table, problems = [], []
-    for name in args.modules.split(','):
+    modules = args.modules.split(',')
+    if 'train_tokenizer' in modules:
+        modules.remove('train_tokenizer')
+        table += tokenizer_resumed(out, 300)
+        print(*map(json.dumps, table), sep='\n', flush=True)
+    for name in modules:
         for learn in ('full', 'lora'):
             reference = {}
             for way in args.ways.split(','):
@@ -173,11 +244,11 @@ def main():
                 line = one_way(name, way, kind, out / f'{name}_{way}_{kind}', reference.get(kind), 300)
                 print(json.dumps(line), flush=True)
                 table.append(line)
-    if 'ZeRO-3' in args.ways:
+    if modules and 'ZeRO-3' in args.ways:
         problems += refused(out / 'refused', 300)
-    problems += [
-        f'{line["module"]} {line["way"]} {line["learn"]}: {line["problem"]}' for line in table if line['problem']
-    ]
+    for line in table:
+        if line['problem']:
+            problems.append(f'{line["module"]} {line["way"]} {line.get("learn", "")}: {line["problem"]}')
     (out / 'table.json').write_text(json.dumps(table, indent=1))
     for problem in problems:
         print(problem)

@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +24,9 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = dict(walks=900, engine=1200, server=1200, trl=1200)  # seconds
@@ -262,34 +265,48 @@ def constraints(tokenizer):
     return found
 
 
+class Served(NamedTuple):
+    "A tiny model, and what transformers answers with it."
+
+    family: str
+    path: str  # folder of the model
+    asked: list[tuple]  # messages, picture
+    wanted: list[tuple]  # of `asked`: prompt ids, reply ids
+
+
+def served_models(folder, n=8):
+    "Make the tiny model of each family, n prompts, and what transformers answers greedily; yields Served."
+    for family in FAMILIES:
+        path, asked = f'{folder}/{family}', prompts(n)
+        make_model(family, path)
+        yield Served(family, path, asked, reference(path, asked, 24))
+
+
 def part_engine(args, folder):
     "vLLM in this process."
     from vllm import LLM, SamplingParams
 
     good = []
-    for family in FAMILIES:
-        path = f'{folder}/{family}'
-        make_model(family, path)
-        asked = prompts(8)
-        wanted = reference(path, asked, 24)
-        good += ask_engine(args, family, LLM(model=path, **ENGINE), SamplingParams, [m for m, _ in asked], wanted)
+    for model in served_models(folder):
+        good += ask_engine(args, model, LLM(model=model.path, **ENGINE), SamplingParams)
     return good
 
 
-def ask_engine(args, family, llm, params, asked, wanted):
+def ask_engine(args, model, llm, params):
     "Ask one engine everything."
     from samtok.grammar import vllm_structured
     from samtok.words import MaskVocab
 
-    tokenizer, good = llm.get_tokenizer(), []
+    tokenizer, good, family = llm.get_tokenizer(), [], model.family
+    asked = [messages for messages, _ in model.asked]
     loud = dict(logit_bias={tokenizer.convert_tokens_to_ids(MaskVocab().start): LOUD})
 
     def chat(**how):
         return llm.chat(asked, params(**how), use_tqdm=False)
 
     got = chat(temperature=0, max_tokens=24)
-    same = [list(g.prompt_token_ids) == ids for g, (ids, _) in zip(got, wanted)]
-    equal = [list(g.outputs[0].token_ids) == ids for g, (_, ids) in zip(got, wanted)]
+    same = [list(g.prompt_token_ids) == ids for g, (ids, _) in zip(got, model.wanted)]
+    equal = [list(g.outputs[0].token_ids) == ids for g, (_, ids) in zip(got, model.wanted)]
     figures = f'{sum(same)} of 8 prompts and {sum(equal)} of 8 replies have the same tokens'
     good.append(claim(f'{family} in process, greedy', all(same) and all(equal), figures))
     free = chat(max_tokens=TOKENS, seed=0, n=4, skip_special_tokens=False, **loud)
@@ -344,45 +361,46 @@ def start_server(path, log):
     raise RuntimeError('the server did not start: ' + log.read()[-3000:])
 
 
+@contextmanager
+def running_server(path, log_path):
+    "Run the server for a while -> process, port."
+    with open(log_path, 'w+') as log:
+        process, port = start_server(path, log)
+        try:
+            yield process, port
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
+
+
 def part_server(args, folder):
     "The OpenAI-compatible server."
-    import signal
-
     good = []
-    for family in FAMILIES:
-        path = f'{folder}/{family}'
-        make_model(family, path)
-        asked = prompts(8)
-        wanted = reference(path, asked, 24)
-        with open(f'{folder}/{family}.log', 'w+') as log:
-            process, port = start_server(path, log)
-            try:
-                good += ask_server(args, family, path, port, asked, wanted)
-                good.append(claim(f'{family} server', process.poll() is None, 'still answers after all requests'))
-            finally:
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait(60)
+    for model in served_models(folder):
+        with running_server(model.path, f'{folder}/{model.family}.log') as (process, port):
+            good += ask_server(args, model, port)
+            good.append(claim(f'{model.family} server', process.poll() is None, 'still answers after all requests'))
     return good
 
 
-def ask_server(args, family, path, port, asked, wanted):
+def ask_server(args, model, port):
     "Ask one server everything."
     from transformers import AutoTokenizer
 
     from samtok.grammar import vllm_structured
     from samtok.words import MaskVocab
 
-    tokenizer, good = AutoTokenizer.from_pretrained(path), []
+    tokenizer, good, family = AutoTokenizer.from_pretrained(model.path), [], model.family
     start_id = tokenizer.convert_tokens_to_ids(MaskVocab().start)
 
     def chat(k, **how):
-        body = dict(model='tiny', messages=asked[k % 8][0], skip_special_tokens=False, **how)
+        body = dict(model='tiny', messages=model.asked[k % 8][0], skip_special_tokens=False, **how)
         return post(port, '/v1/chat/completions', body)
 
     equal = []
     for k in range(8):
         reply = chat(k, temperature=0, max_tokens=24, return_token_ids=True)
-        equal.append((reply['prompt_token_ids'], reply['choices'][0]['token_ids']) == wanted[k])
+        equal.append((reply['prompt_token_ids'], reply['choices'][0]['token_ids']) == model.wanted[k])
     figures = f'{sum(equal)} of 8 prompts and replies have the same tokens'
     good.append(claim(f'{family} server, greedy', all(equal), figures))
     for name, answer, structured, words in constraints(tokenizer):

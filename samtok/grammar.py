@@ -29,7 +29,11 @@ def count_mask_words(
     tokenizer: PreTrainedTokenizerBase,  # of the language model
 ) -> int:  # 0 if it has none
     "Count the code words that a tokenizer knows."
-    named = [w for w in tokenizer.get_vocab() if w.startswith('<|mt_')]  # a few of some 150,000
+    return _count_code_words(tokenizer.get_vocab())
+
+
+def _count_code_words(words):  # iterable of str
+    named = [w for w in words if w.startswith('<|mt_')]  # a few of some 150,000
     return sum(bool(re.fullmatch(r'<\|mt_\d{4,}\|>', w)) for w in named)
 
 
@@ -38,7 +42,8 @@ def mask_word_ids(
     vocab: MaskVocab,  # of the mask tokenizer
 ) -> np.ndarray:  # (len(vocab),) int64, the ids of vocab.words; raises VLMError
     "Look up the ids of the mask words."
-    have, known = count_mask_words(tokenizer), tokenizer.get_vocab()
+    known = tokenizer.get_vocab()
+    have = _count_code_words(known)
     if not have:
         raise VLMError(
             'This model has no mask words: call add_mask_words(model, processor, vocab) once, train, and save both.'

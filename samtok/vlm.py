@@ -68,12 +68,16 @@ def matrices(
     return embedding, head, head.weight is embedding.weight or (place != 0 and head.weight.data_ptr() == place)
 
 # %% ../nbs/03b_vlm.ipynb #2dfbce0e
-def _mean_and_deviation(weight, known, chunk=256):
+def _mean_and_deviation(weight, known, chunk=64):
     # (V,D) weight, (n,) ids of rows -> (D,) float32 each; in one pass over parts that fit a cache of the processor
-    shift = weight[known[:chunk]].float().mean(0)  # close to the mean, so that no digits are lost to it below
+    known = known.sort().values
+    shift = weight[known[:256]].float().mean(0)  # close to the mean, so that no digits are lost to it below
     total, squares = torch.zeros_like(shift, dtype=torch.float64), torch.zeros_like(shift, dtype=torch.float64)
+    space = weight.new_empty(min(chunk, len(known)), weight.shape[1], dtype=torch.float32)
     for part in known.split(chunk):
-        rows = weight[part].float().sub_(shift)
+        first, last = int(part[0]), int(part[-1])
+        in_a_row = last - first == len(part) - 1  # as nearly all are: read where they are, without a copy
+        rows = space[: len(part)].copy_(weight[first : last + 1] if in_a_row else weight[part]).sub_(shift)
         total += rows.sum(0)
         squares += rows.square_().sum(0)
     variance = (squares - total**2 / len(known)) / (len(known) - 1)
