@@ -952,7 +952,8 @@ def _tokenize(options, rank, world):  # dict of main's options -> report, or Non
     place = choose_device(options['device'], options['dtype'])
     spec = _spec(options['data'], options['args'])
     dataset = open_mixture(spec, allow_code=not options['data'].endswith('.json'))
-    tokenizer = MaskTokenizer.from_pretrained(options['tokenizer'], device=place.device, dtype=place.dtype)
+    search = {k: options[k] for k, saved in dict(candidates=0, margin=-1.0).items() if options[k] != saved}
+    tokenizer = MaskTokenizer.from_pretrained(options['tokenizer'], device=place.device, dtype=place.dtype, **search)
     if not rank:
         print(f'samtok-tokenize: {place}. {tokenizer.report["note"]}', file=sys.stderr)
     if options['workers'] < 0:
@@ -978,6 +979,8 @@ _OPTIONS = dict(
     seed=0,
     n=0,
     workers=0,
+    candidates=0,
+    margin=-1.0,
     device='auto',
     dtype='auto',
 )
@@ -994,6 +997,8 @@ _HELP = dict(
     seed='which records a mixture takes where a weight is no whole number',
     n='only the first n records, 0: all',
     workers='processes that read ahead, 0: none; the shards are the same',
+    candidates='codes for each mask that are decoded to keep the best, such as 8; 0: as the tokenizer was saved (1)',
+    margin='IoU that others must gain over the nearest codes; -1: as the tokenizer was saved (0)',
     device='auto (a GPU where there is one), cpu or cuda',
     dtype='auto (bfloat16 on a GPU, else float32), float32 or bfloat16',
 )
