@@ -850,6 +850,7 @@ def _step(record):
 
 
 _OF_A_RUN = ('result.json', 'metrics.jsonl', 'made_of.json', 'checkpoint*.pt', 'checkpoints/checkpoint-*')
+_START = 'start.txt'  # in a run folder: what was announced when the run last began
 _PART = re.compile(r'\.\d+-[0-9a-f]{8}\.part$')  # of atomic_write
 
 
@@ -975,6 +976,16 @@ class Run:
                 file=sys.stderr,
             )
         return self.finished
+
+    def announce(
+        self,
+        sentence: str,  # where and how the run works
+    ) -> None:  # nothing is said on ranks that must not write
+        "Say one line on standard error before the work begins; `watch` says it for processes that were launched."
+        if self.main:
+            self._check_folder()
+            atomic_write(self.path / _START, sentence + '\n')
+            print(sentence, file=sys.stderr, flush=True)
 
     def log(
         self,
@@ -1378,6 +1389,7 @@ def launch(
                 raise _held('/'.join(run_dir.parts[-2:]))
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / _START).unlink(missing_ok=True)  # of an earlier start
         with open(run_dir / 'worker.log', 'ab') as log:
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     except OSError as e:
@@ -1433,11 +1445,14 @@ def watch(
     every: float = 1.0,  # seconds between two readings
 ) -> None:  # raises RunError with the end of the log if a process fails
     "Follow a run until its processes end."
-    path, seen = Path(path), 0
+    path, seen, announced = Path(path), 0, False
     with _left_on_signal():
         try:
             while True:
                 ended = proc.poll() is not None
+                if not announced and (path / _START).is_file():
+                    announced = True
+                    print((path / _START).read_text(errors='replace').strip(), file=sys.stderr, flush=True)
                 records = read_rows(path / 'metrics.jsonl', broken=[]) if on_log else []
                 if on_log and len(records) != seen:
                     on_log(records)
@@ -1463,6 +1478,7 @@ def _demo(argv=None):
     args = parse_args(dict(out='', steps=3, wait=0.0, fail=False, n=0), argv)
     run = Run(args['out'], dict(steps=args['steps']), main=os.environ.get('RANK', '0') == '0')
     with run.hold():
+        run.announce(f'The run in {run.name} has {args["steps"]} steps.')
         for s in range(args['steps']):
             run.log(s, loss=1 / (s + 1))
         time.sleep(args['wait'])

@@ -43,6 +43,7 @@ from samtok.runs import (
 )
 from samtok.sft import (
     RunLog,
+    announce_start,
     check_weights,
     full_memory,
     make_trainer,
@@ -424,6 +425,7 @@ def _train_toy(run, on_log):
     model, processor, words = build_toy_model(params, vocab)
     records = scene_records(params, vocab)
     reader = SceneProcessor(processor, records.chat.world, model) if params['cache_images'] else processor
+    announce_start(run, model, reader, records, len(words['ids']))
     log = RunLog(run, on_log)
     callbacks = [log]
     if params['freeze_steps']:
