@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, wraps
 from importlib.util import find_spec
-from pathlib import Path
 from types import MethodType
 
 import numpy as np
@@ -47,13 +46,12 @@ from samtok.runs import (
     Run,
     RunError,
     check_limits,
-    launch,
     load_scale,
     mean_ci,
     run_command,
     run_main,
+    run_watched,
     seed_everything,
-    watch,
 )
 from samtok.sft import (
     FSDPOnCPU,
@@ -64,7 +62,6 @@ from samtok.sft import (
     check_evaluation,
     check_sharding,
     check_weights,
-    checkpointing,
     data_sources,
     evaluation_tasks,
     lora_config,
@@ -76,9 +73,9 @@ from samtok.sft import (
     processes,
     ready_adapters,
     run_report,
-    sharding,
     start_sentence,
     train_and_merge,
+    trainer_config,
     training_memory,
     vision_weights,
     zero_stage,
@@ -528,10 +525,10 @@ def grpo_config(
     elif vllm:
         words = vlm.processor.tokenizer
         vllm['generation_kwargs'] = dict(bad_words=words.convert_ids_to_tokens(vision_token_ids(words)))
-    return GRPOConfig(
-        output_dir=str(Path(path) / 'checkpoints'),
-        per_device_train_batch_size=params['batch'],
-        gradient_accumulation_steps=params['accumulate'],
+    return trainer_config(
+        GRPOConfig,
+        params,
+        path,
         max_steps=params['steps'],
         num_generations=params['replies'],
         max_completion_length=params['max_new_tokens'],
@@ -541,24 +538,9 @@ def grpo_config(
         loss_type=params['loss'],
         scale_rewards=params['scale_rewards'],
         num_iterations=params['iterations'],
-        learning_rate=params['lr'],
         lr_scheduler_type='constant_with_warmup',
-        warmup_steps=params['warmup'],
-        weight_decay=params['weight_decay'],
-        max_grad_norm=params['clip'],
         steps_per_generation=params['rollout'] or None,
-        logging_steps=params['log_every'],
-        logging_nan_inf_filter=False,  # else a loss that is not finite is logged as 0
-        save_steps=params['checkpoint_every'],
-        save_total_limit=2,  # one to go back to where the newest is broken
-        seed=params['seed'],
-        bf16=bool(params['bf16']),
-        report_to='none',
-        disable_tqdm=True,
-        remove_unused_columns=False,
         mask_truncated_completions=False,
-        **checkpointing(GRPOConfig, params),
-        **sharding(params),
         **vllm,
     )
 
@@ -904,11 +886,7 @@ def run_grpo(
     on_log: Callable | None = None,  # function that is called with all rows of metrics, or None
 ) -> dict:  # the result
     "Run GRPO in this process, or in one process for each GPU, watched."
-    if check_params(params) == 1:
-        return train(params, path, on_log)
-    workers = launch('samtok.grpo', dict(out=str(path), **params), gpus=processes(params), run_dir=path)
-    watch(path, workers, on_log)
-    return Run(path, params).result
+    return run_watched('samtok.grpo', train, params, path, check_params(params), on_log)
 
 
 def main(

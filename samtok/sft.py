@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['RECIPES', 'LEARN', 'RESERVE', 'more_params', 'load_params', 'on_gpu', 'processes', 'placement', 'check_sources',
            'data_sources', 'tokenize_sources', 'MixedRecords', 'training_records', 'vision_weights', 'build_model',
-           'lora_config', 'ready_adapters', 'RunLog', 'StepBar', 'sharding', 'FSDPOnCPU', 'checkpointing', 'sft_config',
-           'sequence_tokens', 'make_trainer', 'evaluation_tasks', 'measure', 'HeldoutEvaluation', 'zero_stage',
-           'trained_numbers', 'number_bytes', 'training_memory', 'sft_memory', 'memory_sentence', 'start_sentence',
-           'batch_size', 'announce_start', 'check_weights', 'check_evaluation', 'check_sharding', 'check_params',
-           'full_memory', 'whole_model', 'trained_model', 'resume_step', 'train_and_merge', 'open_shards', 'train',
-           'run_report', 'finish', 'run_sft', 'main']
+           'lora_config', 'ready_adapters', 'RunLog', 'StepBar', 'sharding', 'FSDPOnCPU', 'checkpointing',
+           'trainer_config', 'sft_config', 'sequence_tokens', 'make_trainer', 'evaluation_tasks', 'measure',
+           'HeldoutEvaluation', 'zero_stage', 'trained_numbers', 'number_bytes', 'training_memory', 'sft_memory',
+           'memory_sentence', 'start_sentence', 'batch_size', 'announce_start', 'check_weights', 'check_evaluation',
+           'check_sharding', 'check_params', 'full_memory', 'whole_model', 'trained_model', 'resume_step',
+           'train_and_merge', 'open_shards', 'train', 'run_report', 'finish', 'run_sft', 'main']
 
 # %% ../nbs/04_sft.ipynb #90db874a
 import json
@@ -20,7 +20,6 @@ import re
 import shutil
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
@@ -37,11 +36,20 @@ from transformers.trainer_pt_utils import safe_globals
 
 from .batches import ChatCollator, left_out, row_positions
 from .benchmarks import Task, find_tasks, get_task, is_heldout, open_task
-from .checkpoints import Placement, check_saved, choose_device, expected_tensors, find_pretrained, not_finite
+from samtok.checkpoints import (
+    Placement,
+    check_moments,
+    check_saved,
+    choose_device,
+    expected_tensors,
+    find_pretrained,
+    not_finite,
+)
 from .data import Report
 from .evaluate import Evaluation, evaluate
 from .losses import StepGuard
 from samtok.runs import (
+    LIMITS,
     Run,
     RunError,
     atomic_write,
@@ -51,16 +59,15 @@ from samtok.runs import (
     find_file,
     fingerprint,
     last_checkpoint,
-    launch,
     load_scale,
     progress,
     read_json,
     read_rows,
     run_command,
     run_main,
+    run_watched,
     saving,
     seed_everything,
-    watch,
     write_rows,
 )
 from samtok.shards import (
@@ -340,8 +347,7 @@ def ready_adapters(
     return model
 
 # %% ../nbs/04_sft.ipynb #3bf63da8
-def _run_fingerprint(run):  # Run -> 16 digits that its parameters, as the folder keeps them, decide on
-    return fingerprint(read_json(run.path / 'params.json'))
+_ENDS = 'complete.json'  # beside checkpoints that are whole when they have their run.json; older releases had neither
 
 
 def _manifest(folder):  # of a checkpoint -> name of a file -> size and hash; not of those that each process writes
@@ -379,22 +385,9 @@ def _check_rng(state):  # of rng_state.pth; raises what the generators raise
     torch.Generator().set_state(state['cpu'])
 
 
-def _check_optimizer(state, model):  # of optimizer.pt; raises RunError, or what a foreign file raises
-    own = Counter(tuple(p.shape) for p in model.parameters())
-    held, moments = sum(len(group['params']) for group in state['param_groups']), state['state']
-    shapes = Counter(tuple(one[k].shape) for one in moments.values() for k in ('exp_avg', 'exp_avg_sq'))
-    if held > own.total() or any(count > 2 * own[shape] for shape, count in shapes.items()):
-        raise RunError('optimizer.pt is of a run that trains other weights')
-    if not moments:
-        raise RunError('optimizer.pt has lost its moments')
-    for one in moments.values():
-        if any(not_finite(value) for value in one.values() if isinstance(value, torch.Tensor)):
-            raise RunError('optimizer.pt holds moments that are NaN or infinite')
-
-
 def _check_checkpoint(folder, run, model):  # raises where a run of this model cannot go on from a checkpoint's folder
     about = read_json(folder / 'run.json', 'run', 'files') if (folder / 'run.json').exists() else {}
-    if about.get('run', own := _run_fingerprint(run)) != own:
+    if about.get('run', own := run.fingerprint()) != own:
         raise RunError('it is of another run')
     _check_files(folder, about.get('files', {}))
     left_out(folder / 'left_out')
@@ -404,7 +397,8 @@ def _check_checkpoint(folder, run, model):  # raises where a run of this model c
         _check_rng(_load_state(folder / name))
     shared = run.params.get('fsdp') or run.params.get('deepspeed')  # which save in parts of their own
     if not shared:
-        _check_optimizer(_load_state(folder / 'optimizer.pt'), model)
+        shapes = [p.shape for p in model.parameters()]  # the optimizer may train some of them, in another order
+        check_moments(_load_state(folder / 'optimizer.pt'), shapes, 'optimizer.pt', ordered=False)
         if not isinstance(_load_state(folder / 'scheduler.pt')['last_epoch'], int):
             raise RunError('scheduler.pt is no state of a scheduler')
     if not shared or any(folder.glob('*model*.safetensors')):
@@ -446,7 +440,10 @@ class RunLog(TrainerCallback):
         return self.run.path / 'left_out'
 
     def on_train_begin(self, args, state, control, **kwargs):
-        "Go on with the clock and the counts of a resumed run."
+        "Go on with the clock and the counts of a resumed run; in a new one note which file a checkpoint ends with."
+        folder = self.run.path / 'checkpoints'
+        if self.run.main and not any(folder.glob('checkpoint-*')):
+            atomic_write(folder / _ENDS, json.dumps(dict(last_file='run.json')))
         self.started = time.time() - self.run.last('seconds')
         self.tokens = self.run.last('tokens')
         self.guard.skipped = int(self.run.last('skipped_steps'))
@@ -517,7 +514,7 @@ class RunLog(TrainerCallback):
         write_rows(
             folder / 'metrics.jsonl', self.run.rows()
         )  # a resumed run goes on from these, whatever happens to its
-        about = dict(run=_run_fingerprint(self.run), files=_manifest(folder))
+        about = dict(run=self.run.fingerprint(), global_step=state.global_step, files=_manifest(folder))
         atomic_write(folder / 'run.json', json.dumps(about, indent=1))
 
     def row(
@@ -611,6 +608,38 @@ def checkpointing(
     return {name: params['gradient_checkpointing']}
 
 
+def trainer_config(
+    kind: type,  # SFTConfig or GRPOConfig of TRL
+    params: dict,  # of load_params
+    path: str,  # run folder
+    **options,  # further arguments of the configuration, which win
+):  # an object of that class
+    "Translate what fine-tuning and reinforcement learning share into TRL's parameters."
+    shared = dict(
+        output_dir=str(Path(path) / 'checkpoints'),
+        per_device_train_batch_size=params['batch'],
+        gradient_accumulation_steps=params['accumulate'],
+        learning_rate=params['lr'],
+        warmup_steps=params['warmup'],
+        weight_decay=params['weight_decay'],
+        max_grad_norm=params['clip'],
+        logging_steps=params['log_every'],
+        logging_nan_inf_filter=False,  # else a loss that is not finite is logged as 0
+        save_steps=params['checkpoint_every'],
+        save_total_limit=2,  # one to go back to where the newest is broken
+        seed=params['seed'],
+        bf16=bool(params['bf16']),
+        report_to='none',
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **checkpointing(kind, params),
+        **sharding(params),
+    )
+    config = kind(**shared | options)
+    config._n_gpu = min(1, config.n_gpu)  # a process has one GPU: transformers would copy the model to all of a machine
+    return config
+
+
 def sft_config(
     params: dict,  # of load_params
     path: str,  # run folder
@@ -620,34 +649,16 @@ def sft_config(
     from trl import SFTConfig
 
     options = dict(
-        output_dir=str(Path(path) / 'checkpoints'),
-        per_device_train_batch_size=params['batch'],
-        gradient_accumulation_steps=params['accumulate'],
         max_steps=params['steps'] or -1,
         num_train_epochs=1,  # the records hold all epochs
-        learning_rate=params['lr'],
         lr_scheduler_type='cosine',
-        warmup_steps=params['warmup'],
-        weight_decay=params['weight_decay'],
-        max_grad_norm=params['clip'],
         adam_beta2=params['beta2'],
-        logging_steps=params['log_every'],
-        logging_nan_inf_filter=False,  # else a loss that is not finite is logged as 0
-        save_steps=params['checkpoint_every'],
-        save_total_limit=2,  # one to go back to where the newest is broken
-        seed=params['seed'],
-        bf16=bool(params['bf16']),
-        report_to='none',
-        disable_tqdm=True,
         ddp_find_unused_parameters=not params['freeze_vision'],  # a batch without images leaves the tower unused
         dataloader_num_workers=params['workers'],
         dataset_kwargs=dict(skip_prepare_dataset=True),
-        remove_unused_columns=False,
         max_length=None,  # the collator cuts
-        **checkpointing(SFTConfig, params),
-        **sharding(params),
     )
-    return SFTConfig(**options | changes)
+    return trainer_config(SFTConfig, params, path, **options | changes)
 
 # %% ../nbs/04_sft.ipynb #ac85bb47
 def sequence_tokens(
@@ -910,29 +921,18 @@ def announce_start(
         run.announce(start_sentence(run, sft_memory(run.params, model, tokens, n, mask_words, patches)))
 
 # %% ../nbs/04_sft.ipynb #f7194784
-_LIMITS = dict(  # of fine-tuning and of reinforcement learning: name -> least, most
+_LIMITS = LIMITS | dict(  # of fine-tuning and of reinforcement learning: name -> least, most
     epochs=(0.0, 1e4),
-    steps=(0, 10**9),
     batch=(1, 10**5),
     accumulate=(1, 10**5),
-    lr=(0.0, 1e3),
-    warmup=(0.0, 1e9),
-    weight_decay=(0.0, 1e3),
-    clip=(0.0, 1e9),
-    beta2=(0.0, 0.999999999),
     lora_r=(0, 10**4),
     lora_alpha=(0, 10**6),
     lora_dropout=(0.0, 0.999),
     max_length=(0, 10**8),
     packing=(0, 10**9),
     max_pixels=(0, 10**9),
-    workers=(0, 1024),
     cpu_processes=(1, 1024),
-    log_every=(1, 10**9),
-    checkpoint_every=(1, 10**9),
     eval_n=(0, 10**8),
-    eval_every=(0, 10**9),
-    max_bad_steps=(1, 10**9),
     seed=(0, 2**32 - 1),
 )
 
@@ -1087,7 +1087,11 @@ def resume_step(
 ) -> int | None:  # raises RunError where there are checkpoints and none is whole
     "Find the newest checkpoint that a run can go on from: its own, with all its files and weights."
     folder = run.path / 'checkpoints'
-    return last_checkpoint(folder, check=lambda step: _check_checkpoint(folder / f'checkpoint-{step}', run, model))
+    last_file = 'run.json' if (folder / _ENDS).exists() else 'trainer_state.json'
+    pattern = f'checkpoint-{{step}}/{last_file}'
+    return last_checkpoint(
+        folder, pattern, check=lambda step: _check_checkpoint(folder / f'checkpoint-{step}', run, model)
+    )
 
 
 def train_and_merge(
@@ -1171,12 +1175,11 @@ def _train(run, on_log):
 def run_report(
     run: Run,  # of a training
     report: Report | None = None,  # what was left out before the training
-) -> dict:  # left_out: reason -> count and first case; skipped_steps; damaged_lines of the metrics, if there are any
+) -> dict:  # left_out: reason -> count and first case; skipped_steps; damaged_lines of the metrics over the whole run
     "Say what a training left out, for its result."
     found = left_out(run.path / 'left_out').merge(report or Report())
     counts = {reason: found.entry(reason) for reason in sorted(found)}
-    read_rows(run.metrics_path, broken := [])
-    damaged = dict(damaged_lines=len(broken)) if broken else {}
+    damaged = dict(damaged_lines=run.damaged_lines) if run.damaged_lines else {}
     return dict(left_out=counts, skipped_steps=int(run.last('skipped_steps')), **damaged)
 
 
@@ -1203,11 +1206,7 @@ def run_sft(
     on_log: Callable | None = None,  # function that is called with all rows of metrics, or None
 ) -> dict:  # the result
     "Fine-tune in this process, or in one process for each GPU, watched."
-    if check_params(params) == 1:
-        return train(params, path, on_log)
-    workers = launch('samtok.sft', dict(out=str(path), **params), gpus=processes(params), run_dir=path)
-    watch(path, workers, on_log)
-    return Run(path, params).result
+    return run_watched('samtok.sft', train, params, path, check_params(params), on_log)
 
 
 def main(

@@ -30,15 +30,14 @@ from samtok.runs import (
     RunError,
     data_file,
     find_file,
-    launch,
     load_scale,
     mean_ci,
     pool_map,
     read_json,
     run_command,
     run_main,
+    run_watched,
     seed_everything,
-    watch,
     write_rows,
 )
 from samtok.sft import (
@@ -461,11 +460,7 @@ def run_toy_sft(
     on_log: Callable | None = None,  # function that is called with all rows of metrics, or None
 ) -> dict:  # the result
     "Train in this process, or in one process for each GPU, watched."
-    if check_toy_params(params) == 1:
-        return train_toy(params, path, on_log)
-    workers = launch('samtok.toy.train', dict(out=str(path), **params), gpus=processes(params), run_dir=path)
-    watch(path, workers, on_log)
-    return Run(path, params).result
+    return run_watched('samtok.toy.train', train_toy, params, path, check_toy_params(params), on_log)
 
 
 def main(
