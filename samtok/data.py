@@ -35,7 +35,7 @@ from .files import read_image as read_image
 from .files import short_path as short_path
 from .files import walk_files as walk_files
 from .masks import MaskError, check_masks, id_map_to_masks, masks_to_boxes, resize_mask
-from .runs import escape_markdown
+from .show import escape_markdown
 
 # %% ../nbs/00e_data.ipynb #4cdedbb4
 @dataclass(eq=False)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PALETTE', 'color_of', 'outline', 'overlay', 'faded', 'new_axes', 'plain_text', 'figure_png', 'show_image',
            'show_grid', 'error_image', 'show_comparison', 'plot_curves', 'compare_curves', 'LiveFigure', 'words_html',
-           'changes_html', 'table', 'usage_image']
+           'changes_html', 'escape_markdown', 'table', 'usage_image']
 
 # %% ../nbs/00b_show.ipynb #a53ddb37
 import difflib
@@ -122,13 +122,17 @@ def new_axes(
     return fig, list(axes[:n])
 
 
+def _printable(text):  # one line -> the same without control characters
+    return ''.join(c if c.isprintable() else '\ufffd' for c in text)
+
+
 def plain_text(
     text: object,  # a label, a title; None: nothing
     most: int = 80,  # characters of a line
 ) -> dict:  # s and parse_math, arguments of matplotlib's texts
     "Make a label safe to draw: no formula, no control character, at most four lines of some length."
     lines = [''] if text is None else str(text)[: 5 * most].splitlines()[:4]
-    lines = [''.join(c if c.isprintable() else '\ufffd' for c in line.replace('\t', ' ')) for line in lines]
+    lines = [_printable(line.replace('\t', ' ')) for line in lines]
     lines = [line if len(line) <= most else line[: most - 1] + '…' for line in lines]
     return dict(s='\n'.join(lines), parse_math=False)
 
@@ -426,9 +430,12 @@ def _cell(value):  # -> str
     return str(value)
 
 
-def _markdown_cell(value):  # -> str, one line that Markdown shows as text: no HTML, no link, no end of the cell
-    text = html.escape(_cell(value), quote=False).replace('\\', '&#92;')
-    return ' '.join(text.replace('](', ']\\(').replace('|', '\\|').split())
+def escape_markdown(
+    value: object,  # any; None is a dash
+) -> str:  # one line that Markdown and HTML show as text
+    "Write a value as text for Markdown: no HTML, no link, no control character, no end of a table cell."
+    text = '-' if value is None else html.escape(str(value), quote=False).replace('\\', '&#92;')
+    return _printable(' '.join(text.replace('](', ']\\(').replace('|', '\\|').split()))
 
 
 class table(list):
@@ -451,8 +458,8 @@ class table(list):
 
     def _repr_markdown_(self):
         columns = self.columns()
-        lines = [[_markdown_cell(str(name).replace('_', ' ')) for name in columns], ['---' for _ in columns]]
-        lines += [[_markdown_cell(row.get(name)) for name in columns] for row in self]
+        lines = [[escape_markdown(str(name).replace('_', ' ')) for name in columns], ['---' for _ in columns]]
+        lines += [[escape_markdown(_cell(row.get(name))) for name in columns] for row in self]
         shown = ['| ' + ' | '.join(line) + ' |' for line in lines]
         return '\n'.join(shown + ['', self.note] * bool(self.note))
 

@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 from samtok.checkpoints import (
     CheckpointError,
     Placement,
+    check_moments,
     choose_device,
     find_pretrained,
     load_checked,
@@ -60,6 +61,7 @@ from .losses import StepGuard, candidate_loss, logit_iou, mask_terms
 from .masks import mask_iou_pairs, masks_to_boxes
 from .quantizer import code_usage
 from samtok.runs import (
+    LIMITS,
     Run,
     RunError,
     atomic_write,
@@ -73,7 +75,6 @@ from samtok.runs import (
     mean_ci,
     progress,
     read_json,
-    read_rows,
     run_command,
     run_main,
     seed_everything,
@@ -178,7 +179,7 @@ _AT_LEAST_ONE = (
 )
 
 
-_LIMITS = dict(  # name -> least, most
+_LIMITS = LIMITS | dict(  # name -> least, most
     steps=(1, 10**9),
     images_per_step=(1, 10**5),
     masks_per_image=(1, 10**5),
@@ -186,17 +187,8 @@ _LIMITS = dict(  # name -> least, most
     points=(1, 10**7),
     start_batches=(1, 10**6),
     eval_scenes=(1, 10**7),
-    eval_every=(0, 10**9),
-    warmup=(0, 10**9),
-    log_every=(1, 10**9),
-    checkpoint_every=(1, 10**9),
-    max_bad_steps=(1, 10**9),
+    warmup=(0, 10**9),  # whole steps
     shuffle=(0, 10**8),
-    workers=(0, 1024),
-    lr=(0.0, 1e3),
-    weight_decay=(0.0, 1e3),
-    clip=(0.0, 1e9),
-    beta2=(0.0, 0.999999999),
 )
 _CANDIDATES = ('chosen', 'best', 'relaxed')  # of candidate_loss
 
@@ -640,7 +632,9 @@ def _check_state(state, model, optimizer, name):  # raises CheckpointError, or w
     )
     if own != others:
         raise CheckpointError(f'{name} is of a run that trains other weights ({others} tensors for {own}).')
-    _check_moments(state, optimizer, name)
+    shapes = [p.shape for group in optimizer.param_groups for p in group['params']]
+    count = state.get('moments', len(state['opt']['state']) or bool(state['step']))
+    check_moments(state['opt'], shapes, name, count)
     _check_finite(state, name)
     torch.Generator().set_state(state['torch_rng'])
     if 'cuda_rng' in state and torch.cuda.is_available():
@@ -654,16 +648,6 @@ def _check_state(state, model, optimizer, name):  # raises CheckpointError, or w
         raise CheckpointError(f'{name} is damaged: it holds counts that are none.')
     if not all(isinstance(record, dict) for record in state.get('metrics', [])):
         raise CheckpointError(f'{name} is damaged: it holds metrics that are none.')
-
-
-def _check_moments(state, optimizer, name):  # the averages of AdamW, of each weight that had a gradient
-    shapes = [p.shape for group in optimizer.param_groups for p in group['params']]
-    moments = state['opt']['state']
-    fit = all(one[k].shape == shapes[i] for i, one in moments.items() for k in ('exp_avg', 'exp_avg_sq'))
-    if not fit or not all('step' in one for one in moments.values()):
-        raise CheckpointError(f'{name} holds averages of the optimizer that are of other weights.')
-    if len(moments) != state.get('moments', len(moments)) or (state['step'] and not moments and 'moments' not in state):
-        raise CheckpointError(f'{name} has lost averages of the optimizer.')
 
 
 def load_checkpoint(
@@ -716,7 +700,6 @@ class Trainer:
         self.saved = []  # steps of the newest two checkpoints
         self.guard = StepGuard(params['max_bad_steps'])
         self.masks_seen = 0.0  # by all processes, up to the last logged step
-        self.damaged = 0  # lines of metrics.jsonl that had to be restored
         self.codes = []  # of the last steps, (N,K) each: their usage is logged
         torch.manual_seed(params['seed'] + self.accelerator.process_index)
         self._resume()
@@ -728,16 +711,13 @@ class Trainer:
         decay = self.params['weight_decay']
         return torch.optim.AdamW(learn, lr=self.params['lr'], betas=betas, weight_decay=decay, fused=True)
 
-    def _fingerprint(self):  # of the parameters, as the folder keeps them
-        return fingerprint(read_json(self.run.path / 'params.json'))
-
     def _check(self, step):  # the files of all ranks, so that all agree
         for rank in range(self.accelerator.num_processes):
             file = self.run.path / _CHECKPOINT.format(step=step, rank=rank)
             state = read_training_state(file, self.model, self.optimizer)
             if state['step'] != step:
                 raise CheckpointError(f'{file.name} is of another step.')
-            if state.get('run', own := self._fingerprint()) != own:
+            if state.get('run', own := self.run.fingerprint()) != own:
                 raise CheckpointError(f'{file.name} is of another run.')
 
     def _resume(self):
@@ -756,7 +736,7 @@ class Trainer:
                 part.report.clear()  # what was counted when it was opened, was counted before
                 part.report.update(counts)
         if self.accelerator.is_main_process:
-            self.damaged = self.run.truncate(self.step, metrics)
+            self.run.truncate(self.step, metrics)
         seen = [record.get('masks') for record in metrics or self.run.rows() if last is not None]
         self.masks_seen = sum(count for count in seen if isinstance(count, (int, float)))
 
@@ -817,7 +797,7 @@ class Trainer:
         "Write this rank's checkpoint; when all ranks have written theirs, delete all but this and the one before."
         path = self._checkpoint_path(self.step)
         more = dict(guard=self.guard.state_dict(), reports=[dict(part.report) for part in self.parts])
-        more |= dict(run=self._fingerprint(), metrics=self.run.rows())
+        more |= dict(run=self.run.fingerprint(), metrics=self.run.rows())
         save_checkpoint(path, self.step, self.model, self.optimizer, None, self.taken, **more)
         self.accelerator.wait_for_everyone()
         self.saved = [*self.saved, self.step][-2:]
@@ -873,8 +853,7 @@ class Trainer:
         found = evaluate_tokenizer(self.model, heldout_data(params), workers=params['workers'])
         metrics = summarise(found, params['codebook_size'])
         metrics |= dict(masks_seen=self.masks_seen, skipped_steps=self.guard.skipped)
-        read_rows(self.run.metrics_path, broken := [])
-        if damaged := self.damaged + len(broken):
+        if damaged := self.run.damaged_lines:
             metrics['damaged_lines'] = damaged
         if left_out := {k: v for k, v in (report or {}).items() if k not in ('ok', 'masks')}:
             metrics['left_out'] = left_out

@@ -30,19 +30,19 @@ from samtok.runs import (
     RunError,
     data_file,
     find_file,
-    launch,
     load_scale,
     mean_ci,
     pool_map,
     read_json,
     run_command,
     run_main,
+    run_watched,
     seed_everything,
-    watch,
     write_rows,
 )
 from samtok.sft import (
     RunLog,
+    announce_start,
     check_weights,
     full_memory,
     make_trainer,
@@ -424,6 +424,7 @@ def _train_toy(run, on_log):
     model, processor, words = build_toy_model(params, vocab)
     records = scene_records(params, vocab)
     reader = SceneProcessor(processor, records.chat.world, model) if params['cache_images'] else processor
+    announce_start(run, model, reader, records, len(words['ids']))
     log = RunLog(run, on_log)
     callbacks = [log]
     if params['freeze_steps']:
@@ -459,11 +460,7 @@ def run_toy_sft(
     on_log: Callable | None = None,  # function that is called with all rows of metrics, or None
 ) -> dict:  # the result
     "Train in this process, or in one process for each GPU, watched."
-    if check_toy_params(params) == 1:
-        return train_toy(params, path, on_log)
-    workers = launch('samtok.toy.train', dict(out=str(path), **params), gpus=processes(params), run_dir=path)
-    watch(path, workers, on_log)
-    return Run(path, params).result
+    return run_watched('samtok.toy.train', train_toy, params, path, check_toy_params(params), on_log)
 
 
 def main(
