@@ -103,7 +103,8 @@ def tokenizer_config(
     params: dict,  # of load_params
 ) -> dict:  # arguments of MaskTokenizer
     "Select the fields of TokenizerConfig from a run's parameters."
-    return {f.name: params[f.name] for f in fields(TokenizerConfig) if f.name in params}
+    shape = {f.name for f in fields(TokenizerConfig)} - {'candidates', 'margin'}  # of a run they are the loss's
+    return {name: params[name] for name in sorted(shape) if name in params}
 
 
 def run_device(
