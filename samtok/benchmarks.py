@@ -271,7 +271,7 @@ def is_heldout(
 
 # %% ../nbs/07b_benchmarks.ipynb #fe4f75bb
 @lru_cache(2)
-def _row_group(path, group):  # -> pyarrow.Table: the records of one group of a parquet file
+def _row_group(path, changed, group):  # -> pyarrow.Table: the records of one group of a parquet file, in this state
     import pyarrow.parquet as pq
 
     return pq.ParquetFile(path).read_row_group(group)
@@ -320,7 +320,8 @@ class ShardChat(ChatDataset):
     ) -> Conversation:  # raises DataError
         "Load a conversation, and decode its masks."
         path, group, at = record
-        row = _row_group(path, group).slice(at, 1).to_pylist()[0]
+        found = os.stat(path)
+        row = _row_group(path, (found.st_size, found.st_mtime_ns), group).slice(at, 1).to_pylist()[0]
         if len(row['images']) != 1:
             raise DataError(
                 f'A conversation about {len(row["images"])} images: shards do not say which one a mask is of.'

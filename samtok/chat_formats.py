@@ -12,6 +12,7 @@ import heapq
 import inspect
 import io
 import json
+import numbers
 import os
 import pickle
 import re
@@ -49,6 +50,7 @@ from samtok.files import (
 from .formats import open_dataset
 from .masks import MaskError, mask_iou_pairs
 from .runs import import_object, read_records
+from .words import MaskVocab
 
 # %% ../nbs/03c_chat_formats.ipynb #e4936977
 class _Plain(
@@ -827,14 +829,41 @@ class OpenPsg(ChatDataset):
         return Conversation(messages, [path], masks, id=str(graph['image_id']), dataset=self.name, task='psg')
 
 # %% ../nbs/03c_chat_formats.ipynb #dee4b60a
-_GROUP = re.compile(r'<\|mt_start\|>.*?<\|mt_end\|>')  # of mask words, of whatever codebooks
+_GROUP = re.compile(r'<\|mt_start\|>(?:<\|mt_[0-9]{4,}\|>)+<\|mt_end\|>')  # of mask words, of whatever codebooks
+_MASK_WORD = re.compile(r'<\|mt_\w*\|>')  # in a group or not
+
+
+def _file_state(path):  # -> what tells a file that was written anew; raises OSError
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
 
 
 @lru_cache(2)
-def _record_group(path, group):  # -> pyarrow.Table: some records of a parquet file
+def _record_group(path, state, group):  # -> pyarrow.Table: some records of a parquet file in this state
     import pyarrow.parquet as pq
 
     return pq.ParquetFile(path).read_row_group(group)
+
+
+def _stored_masks(value):  # of a record: a list, perhaps as one JSON text -> list; raises ChatError
+    if isinstance(value, str):
+        value = _from_json(value) if value.strip() else []
+    if not isinstance(value, (list, dict, type(None))):
+        raise ChatError(f'its masks are {str(value)[:60]}; give a list with an RLE for each group of mask words')
+    return [value] if isinstance(value, dict) else value or []
+
+
+def _from_json(text):  # -> value; raises ChatError
+    try:
+        return json.loads(text)
+    except ValueError as e:
+        raise ChatError(f'its masks hold {text[:60]!r}, which is no JSON; give an RLE') from e
+
+
+def _word_groups(answer):  # -> list of str: its groups of mask words; raises ChatError
+    if rest := _MASK_WORD.search(_GROUP.sub(' ', answer)):
+        raise ChatError(f'its answer has {rest[0]} outside of a whole group of mask words')
+    return _GROUP.findall(answer)
 
 
 class SamtokPrompts(ChatDataset):
@@ -860,6 +889,8 @@ class SamtokPrompts(ChatDataset):
         super().__init__()
         if keep not in ('words', 'masks'):
             raise ChatError(f"keep is {keep!r}; use 'words' (as they are written) or 'masks' (to be written again).")
+        if not isinstance(min_iou, numbers.Real) or isinstance(min_iou, bool) or not 0 <= min_iou <= 1:
+            raise ChatError(f'min_iou is {min_iou!r}; give a number from 0 to 1.')
         if min_iou and tokenizer is None:
             raise ChatError('min_iou compares words with masks; give the tokenizer that wrote the words.')
         self.file, self.folder, self.keep, self.min_iou, self.source = str(file), images, keep, min_iou, source
@@ -867,6 +898,7 @@ class SamtokPrompts(ChatDataset):
             tokenizer = import_object('samtok.tokenizer:MaskTokenizer').from_pretrained(tokenizer)
         self.tokenizer = tokenizer
         try:
+            self.state = _file_state(file)
             about = pq.ParquetFile(file)
         except (OSError, ValueError) as e:
             raise DataError(f'The file {Path(file).name} cannot be read as parquet ({e}).') from e
@@ -881,13 +913,20 @@ class SamtokPrompts(ChatDataset):
         "List the names of all images."
         import pyarrow.parquet as pq
 
-        for batch in pq.ParquetFile(self.file).iter_batches(columns=['images.list.element.path']):
+        self._check_file()
+        file = pq.ParquetFile(self.file)
+        columns = [file.schema.column(i).path for i in range(len(file.schema))]
+        columns = [
+            c for c in columns if c.startswith('images.') and c.endswith('.path')
+        ]  # .list.element. or .list.item.
+        for batch in file.iter_batches(columns=columns) if columns else ():
             yield from (entry['path'] for entries in batch['images'].to_pylist() for entry in entries or ())
 
     def records(self):  # iterator of (row group, place in it)
         "List the records by their places."
         import pyarrow.parquet as pq
 
+        self._check_file()
         file = pq.ParquetFile(self.file)
         for group, size in enumerate(self.sizes):
             column = file.read_row_group(group, ['source'])['source'].to_pylist() if self.source else [''] * size
@@ -899,25 +938,45 @@ class SamtokPrompts(ChatDataset):
     ) -> Conversation:  # raises ChatError, MaskError
         "Read a question with its answer."
         group, at = record
-        row = _record_group(self.file, group).slice(at, 1).to_pylist()[0]
+        self._check_file()
+        row = _record_group(self.file, self.state, group).slice(at, 1).to_pylist()[0]
         number = sum(self.sizes[:group]) + at
         image, place = self._image(row), f'{self.name}, record {number}'
         turns = [dict(role=r, content=_only(row[k], k)) for r, k in (('user', 'problem'), ('assistant', 'answer'))]
-        messages, stored = llava_messages(turns, 1), row['masks'] or []
-        groups = _GROUP.findall(messages[1]['content'])
+        messages, stored = llava_messages(turns, 1), _stored_masks(row['masks'])
+        groups = _word_groups(messages[1]['content'])
+        if any(kind == 'mask' for kind, _ in places(messages[1]['content'])):
+            raise ChatError('its answer holds <mask:...>, which stands for a mask in a message')
         if len(groups) != len(stored):
             raise ChatError(f'its answer has {len(groups)} groups of mask words, and there are {len(stored)} masks')
         masks = []
         if self.keep == 'masks' or self.tokenizer is not None:
-            stored = [json.loads(m) if isinstance(m, str) else m for m in stored]
+            stored = [_from_json(m) if isinstance(m, str) else m for m in stored]
             masks = [fit_mask(m, image_frame(image), self.report, place) for m in stored]
         if self.tokenizer is not None and groups:
             self._compare(image, groups, masks, place)
+        elif self.keep == 'words':
+            self._count_unknown(groups, place)
         if self.keep == 'masks':
             count = iter(range(len(groups)))
             messages[1]['content'] = _GROUP.sub(lambda _: f'<mask:{next(count)}>', messages[1]['content'])
         about = dict(id=f'{Path(self.file).stem}_{number}', dataset=self.name, task=row.get('source') or '')
         return Conversation(messages, [image], masks if self.keep == 'masks' else [], **about)
+
+    def _check_file(self):  # raises DataError: the places of the records are those of the file that was opened
+        try:
+            same = _file_state(self.file) == self.state
+        except OSError as e:
+            raise DataError(f'The file {Path(self.file).name} cannot be opened any more: {e.strerror}.') from e
+        if not same:
+            raise DataError(f'The file {Path(self.file).name} was written anew after it was opened: open it again.')
+
+    def _count_unknown(
+        self, groups, place
+    ):  # without a tokenizer nobody knows; the published words are the likely ones
+        bad = [span for span in MaskVocab().parse(''.join(groups)) if not span.ok]
+        if bad:
+            self.report.add('other words than the published 2 x 256: kept', f'{place}: {bad[0].text[:80]}')
 
     def _image(self, row):  # -> bytes, or a path
         images = row['images'] or []
@@ -930,9 +989,12 @@ class SamtokPrompts(ChatDataset):
         return _image_path(self, images[0].get('path'))
 
     def _compare(self, image, groups, masks, place):  # counts how well words and masks agree; raises what is wrong
+        bad = [span for span in self.tokenizer.vocab.parse(''.join(groups)) if not span.ok]
+        if bad:
+            raise ChatError(
+                f'its answer has mask words that the tokenizer does not know ({bad[0].text[:80]}: {bad[0].problem})'
+            )
         decoded = self.tokenizer.decode_words(image, ''.join(groups))
-        if len(decoded) != len(masks):
-            raise ChatError('its answer has mask words that the tokenizer does not know')
         agree = mask_iou_pairs(decoded, np.stack(masks))
         for k, iou in enumerate(agree):
             level = 'at least .75' if iou >= 0.75 else '.5 to .75' if iou >= 0.5 else 'below .5'

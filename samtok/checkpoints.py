@@ -17,6 +17,7 @@ import re
 import warnings
 from collections import Counter
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import is_zipfile
@@ -566,18 +567,28 @@ def published_file(
     return found[0] if found else None
 
 
-def content_key(
-    path: str | Path,  # file
-) -> str:  # 16 hexadecimal digits
-    "Name the content of a file: by its SHA-256, which the hub's cache has as the name of a file already."
-    stored = Path(os.path.realpath(path)).name
-    if re.fullmatch('[0-9a-f]{64}', stored):
-        return stored[:16]
+@lru_cache(64)
+def _sha256(path, *state):  # str; its state is in the key, so that a file that was changed is read again
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         while part := file.read(2**22):
             digest.update(part)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
+
+
+def content_key(
+    path: str | Path,  # file; it is read once by a process, and again when its size or a time of it is another
+) -> str:  # 16 hexadecimal digits; raises CheckpointError for a damaged file of the hub's cache
+    "Name the content of a file by its SHA-256."
+    real = Path(os.path.realpath(path))
+    found = os.stat(real)
+    key = _sha256(str(real), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    if re.fullmatch('[0-9a-f]{64}', real.name) and key != real.name:  # the hub's cache names a file by its content
+        raise CheckpointError(
+            f'{Path(path).name} is damaged: it does not hold what the cache of the hub named it for. '
+            f'Remove {real} and download it again.'
+        )
+    return key[:16]
 
 # %% ../nbs/01b_checkpoints.ipynb #a228ee6d
 def to_published(
@@ -619,6 +630,8 @@ def choose_device(
     dtype: object = 'auto',  # "auto", a name of DTYPES or a torch.dtype
 ) -> Placement:  # device, dtype; raises RunError for a device that is not there and for an unknown dtype
     "Choose where to compute, and in which precision: a GPU in bfloat16 where there is one, else the CPU in float32."
+    if not isinstance(device, (str, int, torch.device)):
+        raise RunError(f'There is no device {device!r}: use cpu, cuda or auto.')
     device = str(check_device(device))
     if device == 'cuda':  # torchrun starts a process for each GPU
         device = f'cuda:{int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()}'
@@ -627,6 +640,13 @@ def choose_device(
         raise RunError(f'The device {device} was asked for, and this machine has {torch.cuda.device_count()} GPUs.')
     if where.type == 'meta':
         raise RunError('The device meta holds no values: use cpu, cuda or auto.')
+    if where.type not in ('cpu', 'cuda'):
+        try:
+            torch.zeros(1, device=where)
+        except Exception as e:  # torch has an exception of its own for each kind
+            raise RunError(
+                f'The device {device} was asked for, and torch finds none here: use cpu, cuda or auto.'
+            ) from e
     if dtype == 'auto':
         dtype = torch.bfloat16 if where.type == 'cuda' else torch.float32
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype

@@ -14,8 +14,9 @@ import os
 import shutil
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,7 +57,7 @@ from .coco_index import cache_folders
 from .data import join_tensors, read_image
 from .masks import MaskError, check_box, check_masks
 from .quantizer import CodeError, LatentError, ResidualVQ
-from .runs import RunError, lock, read_json
+from .runs import RunError, atomic_write, fingerprint, lock, read_json
 from .words import MaskVocab
 
 # %% ../nbs/02_tokenizer.ipynb #e69599ce
@@ -511,6 +512,28 @@ def image_prompts(
 _HUB_FILES = ['config.json', 'mask_tokenizer_*', 'mask_tokenizer/*']  # of a repository, before it is known what it is
 
 
+_HUB_OPTIONS = (  # arguments of huggingface_hub that from_pretrained takes
+    *('revision', 'token', 'cache_dir', 'local_files_only', 'force_download', 'local_dir', 'repo_type', 'endpoint'),
+    *('headers', 'user_agent', 'etag_timeout', 'max_workers', 'ignore_patterns', 'tqdm_class'),
+)
+
+
+def _check_options(given):  # dict of arguments for the hub; raises CheckpointError
+    if unknown := [name for name in given if name not in _HUB_OPTIONS]:
+        raise CheckpointError(
+            f'MaskTokenizer.from_pretrained takes no {unknown[0]!r}: it knows device, dtype, candidates and margin, '
+            f'and for the hub {", ".join(_HUB_OPTIONS)}.'
+        )
+
+
+def _config_of(folder):  # -> dict of its config.json; empty where there is none that can be read
+    try:
+        found = read_json(folder / 'config.json')
+    except RunError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _find_weights(name, hub):  # folder, file, hub id, "toy"; arguments of the hub -> Path of a .pth or of a folder
     if Path(name).suffix in ('.pth', '.pt') and Path(name).is_file():
         return Path(name)
@@ -519,11 +542,11 @@ def _find_weights(name, hub):  # folder, file, hub id, "toy"; arguments of the h
         folder = fetch_files(name, _HUB_FILES, **hub)
     if (folder / 'mask_tokenizer').is_dir():  # in the folder of a language model that was saved here
         return folder / 'mask_tokenizer'
-    config = folder / 'config.json'
-    own = config.is_file() and 'codebook_size' in config.read_text(encoding='utf-8', errors='ignore')
+    config = _config_of(folder)
+    own = 'codebook_size' in config and 'model_type' not in config
     if not own and (published := published_file(folder)):
         return published
-    if config.is_file() and 'model_type' in config.read_text(encoding='utf-8', errors='ignore'):
+    if 'model_type' in config:
         raise CheckpointError(
             f'{name} is a language model without a mask tokenizer: it has neither mask_tokenizer_*.pth nor a folder '
             'mask_tokenizer. Name the tokenizer that it was trained with.'
@@ -543,28 +566,78 @@ def _convert(cls, file):  # class, Path of a published .pth -> model with its re
     return model.eval()
 
 
+_KEPT = ('config.json', 'model.safetensors')  # files of a conversion, whose checksums are in its report.json
+
+
+def _checksum(path):  # of the content of a file
+    found = 0
+    with open(path, 'rb') as file:
+        while part := file.read(2**22):
+            found = zlib.crc32(part, found)
+    return f'{found:08x}'
+
+
+def _keep(model, folder):  # write a converted model into a folder of the cache, whole or not at all; raises OSError
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}') as part:
+        made = Path(part) / folder.name
+        try:
+            model.save_pretrained(made)
+        except CheckpointError as e:  # the disk gives back something else
+            raise OSError(str(e)) from e
+        about = dict(report=model.report, files={name: _checksum(made / name) for name in _KEPT})
+        atomic_write(made / 'report.json', json.dumps(dict(about, checksum=fingerprint(about))))
+        if folder.is_dir() and not folder.is_symlink():  # damaged
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            folder.unlink(missing_ok=True)
+        os.replace(made, folder)
+
+
+def _read_kept(cls, folder):  # -> model and '', or None and what is wrong; '' where there is no conversion
+    if not os.path.lexists(folder):
+        return None, ''
+    try:
+        about = read_json(folder / 'report.json', 'report', 'files', 'checksum', error=CheckpointError)
+        if about.pop('checksum') != fingerprint(about):
+            return None, 'report.json is not what was written'
+        for name in _KEPT:
+            if _checksum(folder / name) != about['files'][name]:
+                return None, f'{name} is not what was written'
+        model = _load_folder(cls, folder)
+    except (OSError, ValueError) as e:  # of the package too: whatever it is, the source is still there
+        return None, str(e).splitlines()[0][:200]
+    model.report = about['report']
+    return model, ''
+
+
 def _load_published(cls, file):  # class, Path of a .pth -> model, converted once into a folder of the cache
     beside = file.with_suffix('.json')
     name = f'tokenizer-{content_key(file)}' + (f'-{content_key(beside)[:8]}' if beside.is_file() else '')
-    for top in map(Path, cache_folders()):
+    for folder in (Path(top) / name for top in cache_folders()):
+        model, _ = _read_kept(cls, folder)
+        if model is not None:
+            return model, 'read from', folder
         try:
-            top.mkdir(parents=True, exist_ok=True)
-            with lock(top / f'{name}.lock', 600.0):  # of several processes one converts
-                if not (top / name / 'report.json').is_file():
-                    model = _convert(cls, file)
-                    with tempfile.TemporaryDirectory(dir=top, prefix=f'.{name}') as part:
-                        made = Path(part) / name
-                        model.save_pretrained(made)
-                        (made / 'report.json').write_text(json.dumps(model.report))
-                        shutil.rmtree(top / name, ignore_errors=True)  # of a conversion that was cut off
-                        os.replace(made, top / name)
-                    return model, 'converted into', top / name
-            model = _load_folder(cls, top / name)
-            model.report = read_json(top / name / 'report.json', error=CheckpointError)
-            return model, 'read from', top / name
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with lock(folder.with_name(f'{name}.lock'), 600.0):  # of several processes one converts
+                model, why = _read_kept(cls, folder)
+                if model is not None:
+                    return model, 'read from', folder
+                model = _convert(cls, file)
+                _keep(model, folder)
         except (OSError, RunError):
             continue
-    return _convert(cls, file), 'not kept, since no folder of the cache can be written:', top
+        if why:
+            warnings.warn(
+                f'The conversion in {folder} was damaged ({why}): {file.name} was converted again.', stacklevel=3
+            )
+        return model, 'converted into', folder
+    return _convert(cls, file), 'not kept, since no folder of the cache can be written:', folder.parent
+
+
+def _flush(file):  # to the disk, before it takes the place of another; not every file system can
+    with suppress(OSError), open(file, 'r+b') as opened:
+        os.fsync(opened.fileno())
 
 
 def _load_folder(cls, folder):  # class, Path -> model; raises CheckpointError
@@ -773,7 +846,9 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
     ) -> list:  # for each image (N,K) int64: what `encode` gives, or (list of codes, list of gains); raises LatentError
         "Encode images and masks that were made ready elsewhere, in a worker that reads files."
         pixels = self._joined([one.pixels for one in prompts], stack=True)
-        embedding = ImageEmbedding(*self.image_features(pixels), [one.size for one in prompts])
+        with self._precision():
+            features, fine = self.image_features(pixels)
+        embedding = ImageEmbedding(features, fine, [one.size for one in prompts])
         counts = [len(one.dense) for one in prompts]
         latents = self._prompt_latents(embedding, counts, [(one.dense, one.corners) for one in prompts], chunk)
         candidates = self.config.candidates
@@ -875,9 +950,10 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
         dtype: object = torch.float32,  # that encode and decode compute in, see choose_device; weights stay float32
         candidates: int | None = None,  # of encode, kept in the configuration; None: as it was saved
         margin: float | None = None,  # likewise
-        **kwargs,  # of huggingface_hub, for example revision
+        **kwargs,  # of huggingface_hub, for example revision; one that it does not know is refused
     ) -> 'MaskTokenizer':  # in eval mode; `report` says what was loaded; raises CheckpointError with what was wrong
         "Load a tokenizer; the file of a published one is converted once, into the cache."
+        _check_options(kwargs)
         place = choose_device(device, dtype)
         search = {k: v for k, v in dict(candidates=candidates, margin=margin).items() if v is not None}
         try:
@@ -943,6 +1019,8 @@ class MaskTokenizer(TokenizerNetwork, PyTorchModelHubMixin):
             with tempfile.TemporaryDirectory(dir=folder, prefix='.') as part:
                 super().save_pretrained(part, **{k: kwargs[k] for k in ('config', 'model_card_kwargs') if k in kwargs})
                 check_saved(Path(part) / 'model.safetensors', expected_tensors(self))
+                for file in Path(part).iterdir():
+                    _flush(file)
                 for file in sorted(Path(part).iterdir(), key=lambda file: file.name == 'config.json'):
                     if file.name != 'README.md' or not (folder / 'README.md').exists():
                         os.replace(file, folder / file.name)

@@ -574,8 +574,14 @@ def _batch(processor, texts, images):  # -> tensors, prompts padded on the left
     given = dict(text=texts, images=images or None, padding=True, padding_side='left', add_special_tokens=False)
     try:
         return processor(**given, return_tensors='pt')
-    except ValueError:  # PerceptionLM: images of different shapes have different numbers of tiles
-        parts = processor(**given)
+    except ValueError as e:  # PerceptionLM: images of different shapes have different numbers of tiles
+        try:
+            parts = processor(**given)
+        except ValueError:
+            raise VLMError(
+                f'The processor of this model does not take the prompt ({" ".join(str(e).split())[:200]}): does its '
+                'chat template write a place for each image? Copy the template that was saved with the weights.'
+            ) from e
         tiles = torch.cat([torch.as_tensor(t) for t in parts.pop('pixel_values')])[None]
         return BatchFeature({k: torch.as_tensor(v) for k, v in parts.items()} | dict(pixel_values=tiles))
 
@@ -627,6 +633,15 @@ def _check_prompt(text, vocab):  # raises VLMError for mask words that are not t
                 f'The prompt holds mask words that this model does not read ({span.text[:60]}: {span.problem}): '
                 'encode the masks with its own tokenizer.'
             )
+
+
+def _check_rendered(text, rows):  # prompt, the messages that the template got; raises VLMError
+    asked = [part['text'] for row in rows if row['role'] == 'user' for part in row['content'] if part['type'] == 'text']
+    if asked and ''.join(asked[-1].split()) not in ''.join(text.split()):  # some templates strip what they write
+        raise VLMError(
+            f'The chat template of this model leaves out the question (it writes {text[:60]!r}): copy the '
+            'template that was saved with the weights.'
+        )
 
 
 def _expressions(image, text):  # of MaskVLM.segment -> images, texts, as many of each; raises VLMError
@@ -771,6 +786,7 @@ class MaskVLM:
             if row['role'] == 'system':  # some templates take no parts here
                 row['content'] = ''.join(part['text'] for part in row['content'])
         text = render_chat(self.processor, rows, add_generation_prompt=True)
+        _check_rendered(text, rows)
         shown = [Image.fromarray(read_image(images[i])) for i in order]
         if warn_larger(self.tokenizer.trained_side, [(image.height, image.width) for image in shown]):
             self.tokenizer.trained_side = 0  # it was said once

@@ -420,6 +420,7 @@ def load_tiny(
     return tiny_model(family, processor, **TINY_SIZES | sizes, seed=seed), processor
 
 # %% ../../nbs/toy/02_tiny_models.ipynb #12234e5f
+_PUBLISHED = ('qwen3_vl', 'qwen2_5_vl')  # families of the published models
 _BYTE_PAIRS = 151_643  # tokens of Qwen's vocabulary before the special ones
 _SPECIAL = (  # special tokens from id 151,643 on, of Qwen2.5-VL
     *('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|object_ref_start|>', '<|object_ref_end|>'),
@@ -461,12 +462,17 @@ def save_published(
     family: str = 'qwen3_vl',  # "qwen3_vl" or "qwen2_5_vl"
     seed: int = 0,  # of the random weights of the language model
     **sizes,  # other sizes than TINY_SIZES, see tiny_model
-) -> Path:  # the folder
+) -> Path:  # the folder; raises ValueError
     "Write a folder in the layout of the published models, with random weights and tiny layers."
     from samtok.checkpoints import to_published
     from samtok.tokenizer import MaskTokenizer
 
-    folder, masks = Path(folder), MaskTokenizer.from_pretrained('toy')
+    folder = Path(folder)
+    if family not in _PUBLISHED:
+        raise ValueError(f'There is no published layout of {family!r}: choose from {", ".join(_PUBLISHED)}.')
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f'{folder} is a file: give a folder, or a name that is free.')
+    masks = MaskTokenizer.from_pretrained('toy')
     processor = tiny_processor(
         family, published_vocabulary(family, masks.vocab.words), TINY_IMAGE['patch'], (TINY_IMAGE['side'] ** 2,) * 2
     )
