@@ -13,12 +13,19 @@ import heapq
 import itertools
 import logging
 import os
+import queue
 import re
+import signal
+import sys
+import threading
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from multiprocessing import Pipe, Process
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -718,40 +725,109 @@ def add_counts(
         leaf.report.merge(found)
 
 
-class _Work:  # a torch data set: an item of the sampler -> pickled (result, error)
-    def __init__(self, work):
-        self.work = work
+def _try_work(work, item):  # -> pickled (result, error)
+    try:
+        done = work(item), None
+    except Exception as e:
+        done = None, e
+    try:
+        return ForkingPickler.dumps(done)  # tensors go through shared memory
+    except Exception as e:
+        error = DataError(f'What a worker read cannot be sent ({type(e).__name__}: {e}): read with workers=0.')
+        return ForkingPickler.dumps((None, error))
 
-    def __getitem__(self, item):
+
+def _serve(work, channel, others):  # what a worker does: it sends results until None comes, and ends with its parent
+    for other in others:  # a fork has the ends of the parent, too: while they are open, nobody hears that it ended
+        other.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if 'torch' in sys.modules:
+        sys.modules['torch'].set_num_threads(1)
+    items, over = queue.SimpleQueue(), threading.Event()
+
+    def receive():
         try:
-            done = self.work(item), None
-        except Exception as e:
-            done = None, e
+            for item in iter(channel.recv, None):
+                items.put(item)
+        except Exception:
+            os._exit(1)
+        over.set()
+        items.put(None)
+
+    threading.Thread(target=receive, daemon=True).start()
+    with ThreadPoolExecutor(1) as sender:  # the next item is read while a large result waits to be taken
+        for (item,) in iter(items.get, None):
+            if over.is_set():
+                break
+            sender.submit(channel.send_bytes, _try_work(work, item))
+
+
+def _take(process, channel):  # the next result of a worker, and its error
+    try:
+        return ForkingPickler.loads(channel.recv_bytes())
+    except (OSError, EOFError, RuntimeError) as e:
+        process.join(1)
+        code = process.exitcode
+        how = (
+            str(e) if code is None else f'exit code {code}' if code >= 0 else f'killed by {signal.Signals(-code).name}'
+        )
+        raise DataError(
+            f'A worker that reads ended ({how}): give fewer workers, '
+            'or more memory (in a container also shared memory, --shm-size).'
+        ) from e
+
+
+def _start_workers(work, n):  # -> list of (process, the parent's end of its pipe)
+    started = []
+    for _ in range(n):
+        here, there = Pipe()
+        ends = [here, *(channel for _, channel in started)]
+        process = Process(target=_serve, args=(work, there, ends), daemon=True)
+        process.start()
+        there.close()  # the worker alone has it: when it is killed, the pipe ends at once
+        started.append((process, here))
+    return started
+
+
+def _end_workers(started):
+    for _, channel in started:
+        with suppress(OSError):
+            channel.send(None)
+        channel.close()
+    for process, _ in started:
+        process.join(5)
+        process.kill()
+        process.join()
+
+
+def _results(items, work, workers, ahead):  # of read_ahead, behind one None that comes when the workers are started
+    owner, started = os.getpid(), _start_workers(work, workers)
+    source, turns, waiting = iter(items), itertools.cycle(started), deque()
+
+    def hand_out(n):
         try:
-            return bytes(ForkingPickler.dumps(done))  # tensors go through shared memory
-        except Exception as e:
-            error = DataError(f'What a worker read cannot be sent ({type(e).__name__}: {e}): read with workers=0.')
-            return bytes(ForkingPickler.dumps((None, error)))
+            for worker, item in zip(itertools.islice(turns, n), source):
+                with suppress(OSError):  # of a worker that was killed: it is noticed when it is its turn
+                    worker[1].send((item,))
+                waiting.append(worker)
+        except Exception as e:  # of the items
+            waiting.append(e)
 
-
-def _as_it_is(result):
-    return result
-
-
-def _results(pickled):  # iterator of a DataLoader
-    while True:
-        try:
-            result, error = ForkingPickler.loads(next(pickled))
-        except StopIteration:
-            return
-        except RuntimeError as e:
-            raise DataError(
-                f'A worker that reads ended ({str(e).splitlines()[0]}): give fewer workers, '
-                'or more memory (in a container also shared memory, --shm-size).'
-            ) from e
-        if error is not None:
-            raise error
-        yield result
+    try:
+        hand_out(workers * ahead)
+        yield None
+        while waiting:
+            if isinstance(worker := waiting.popleft(), Exception):
+                raise worker
+            result, error = _take(*worker)
+            hand_out(1)
+            if error is not None:
+                raise error
+            yield result
+    finally:
+        if os and os.getpid() == owner:  # a fork has a copy of this; when Python ends, modules are None
+            _end_workers(started)
 
 
 def read_ahead(
@@ -763,12 +839,9 @@ def read_ahead(
     "Work on items in other processes; the results are the same, in the same order, for every number of workers."
     if not workers:
         return map(work, items)
-    import torch
-    from torch.utils.data import DataLoader
-
-    own = torch.Generator()  # a loader would draw from that of the training
-    options = dict(collate_fn=_as_it_is, prefetch_factor=ahead, generator=own)
-    return _results(iter(DataLoader(_Work(work), None, sampler=items, num_workers=workers, **options)))
+    results = _results(items, work, workers, ahead)
+    next(results)
+    return results
 
 
 def pins_memory(
