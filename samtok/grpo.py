@@ -46,6 +46,7 @@ from samtok.runs import (
     Run,
     RunError,
     check_limits,
+    check_world,
     load_scale,
     mean_ci,
     run_command,
@@ -356,8 +357,9 @@ def reply_scores(
     targets: torch.Tensor,  # (N,) int64, the tokens that were written; below 0: the row is left out
     changes: list,  # of (rows, tokens, keep), see Grammar.changes; rows in none of them allow every token
     temperature: float = 1.0,  # the scores are divided by it
-) -> tuple:  # log-probability and entropy, (N,) float32 each; 0 where left out or forbidden
+) -> tuple:  # log-probability and entropy, (N,) float32 each; 0 where left out or forbidden; raises RunError
     "Score replies under a grammar, in chunks: no tensor of (N,V) is made, and backward makes the chunks again."
+    check_limits(dict(temperature=temperature), _LIMITS)
     live = targets >= 0
     free, groups = live.clone(), []
     for rows, tokens, keep in changes:
@@ -639,6 +641,7 @@ def grpo_memory(
     mask_words: int = 514,  # of the tokenizer; where only embedding rows are trained, these are
 ) -> dict:  # part -> bytes on each GPU; "peak": at the worst moment
     "Calculate the memory of a run: weights, reference, gradients, optimizer, activations, log-probabilities, cache."
+    check_limits(dict(prompt_tokens=prompt_tokens), dict(prompt_tokens=(0, 10**9)))
     length = prompt_tokens + params['max_new_tokens']
     base = training_memory(params, model, params['batch'] * length, n, mask_words, merger=True)
     text, (own, part) = model.config.get_text_config(), number_bytes(params)
@@ -694,6 +697,7 @@ def train(
 ) -> dict:  # the result; None on ranks that do not write
     "Run GRPO; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
     _check_rewards(params)  # a misspelt name ends here, before anything is loaded or written
+    check_world(processes(params), 'run_grpo()')
     check_sharding(params)
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.skip():
@@ -726,10 +730,6 @@ def _train(run, on_log):
     terms = [r.__name__ for r in mask_rewards(params, vlm.tokenizer)[0]]
     log = RewardLog(run, terms, on_log)
     trainer = make_trainer(params, run.path, vlm, prompts, [log, HeldoutEvaluation(run, vlm, tasks)])
-    if (n := trainer.accelerator.num_processes) != processes(params):
-        raise RunError(
-            f'{n} processes run, {processes(params)} were asked for: start with torchrun or through run_grpo().'
-        )
     _check_prompts(len(prompts), trainer.args)
     log.rewards = [r.reward for r in trainer.reward_funcs]
     memory = (

@@ -6,9 +6,10 @@
 __all__ = ['ADDED', 'WORDS', 'RENAMED', 'LIMITS', 'RunError', 'saving', 'atomic_write', 'decode_text', 'read_json',
            'read_json_lines', 'read_records', 'fingerprint', 'lock', 'last_checkpoint', 'data_file', 'find_file',
            'import_object', 'resolve_scale', 'new_names', 'load_scale', 'check_names', 'check_device', 'check_gpus',
-           'check_limits', 'seed_everything', 'environment', 'read_rows', 'write_rows', 'Run', 'bootstrap_replicates',
-           'quantile_interval', 'mean_ci', 'parse_args', 'run_help', 'papermill_option', 'run_command', 'leave_group',
-           'one_line', 'run_main', 'progress', 'pool_map', 'launch', 'watch', 'run_watched']
+           'check_world', 'check_limits', 'seed_everything', 'environment', 'read_rows', 'write_rows', 'Run',
+           'bootstrap_replicates', 'quantile_interval', 'mean_ci', 'parse_args', 'run_help', 'papermill_option',
+           'run_command', 'leave_group', 'one_line', 'run_main', 'progress', 'pool_map', 'launch', 'watch',
+           'run_watched']
 
 # %% ../nbs/00c_runs.ipynb #66953e55
 import argparse
@@ -650,21 +651,33 @@ def check_names(
 
 # %% ../nbs/00c_runs.ipynb #0e515c5c
 def check_device(
-    device: object,  # "cpu", "cuda", "cuda:1", "auto" or a torch.device
+    device: object,  # "cpu", "cuda", "cuda:1", "auto", a number of a GPU or a torch.device
 ):  # what torch takes; raises RunError for a device that is not there
     "Refuse with a sentence a device that is not there."
     import torch
 
-    if device == 'auto':
+    if isinstance(device, str) and device == 'auto':
         return 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
-        kind = torch.device(device).type
-        if kind == 'cpu' and (torch.device(device).index or 0) > 0:
+        where = torch.device(device)
+        if where.type == 'cpu' and (where.index or 0) > 0:
             raise RuntimeError(device)
-    except RuntimeError as e:
+    except (RuntimeError, TypeError, ValueError) as e:
         raise RunError(f'There is no device {device!r}: use cpu, cuda or auto.') from e
-    if kind == 'cuda' and not torch.cuda.is_available():
-        raise RunError(f'The device {device} was asked for, and torch finds no GPU here: use cpu.')
+    if where.type == 'meta':
+        raise RunError('The device meta holds no values: use cpu, cuda or auto.')
+    if where.type == 'cuda':
+        if not torch.cuda.is_available():
+            raise RunError(f'The device {device} was asked for, and torch finds no GPU here: use cpu.')
+        if where.index is not None and where.index >= torch.cuda.device_count():
+            raise RunError(f'The device {device} was asked for, and this machine has {torch.cuda.device_count()} GPUs.')
+    elif where.type != 'cpu':
+        try:
+            torch.zeros(1, device=where)
+        except Exception as e:  # torch has an exception of its own for each kind
+            raise RunError(
+                f'The device {device} was asked for, and torch finds none here: use cpu, cuda or auto.'
+            ) from e
     return device
 
 
@@ -684,6 +697,16 @@ def check_gpus(
             f'{gpus} GPUs were asked for and this machine has {have}: set gpus to {have}'
             + (' (the CPU).' if not have else '.')
         )
+
+
+def check_world(
+    asked: int,  # processes that the run asks for
+    starter: str = 'launch()',  # what starts them beside torchrun
+) -> None:  # raises RunError
+    "Refuse with a sentence a process that was started together with more or fewer than its run asks for."
+    have = int(os.environ.get('WORLD_SIZE', 1))
+    if have != asked:
+        raise RunError(f'{have} processes run, {asked} were asked for: start with torchrun or through {starter}.')
 
 
 def check_limits(
@@ -1274,6 +1297,8 @@ def _sentence(error):
     ours = any(c.__module__.split('.')[0] in ('samtok', '__main__') for c in type(error).__mro__)
     if ours and isinstance(error, ValueError):
         return str(error)
+    if re.match(r'DataLoader worker .* (is killed by signal|exited unexpectedly)', str(error)):
+        return f'A worker that reads ended ({str(error).splitlines()[0]}): give fewer workers, or more memory.'
     if isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate memory", str(error)):
         return f'The memory is full ({str(error).splitlines()[0] if str(error) else "RAM"}): give a smaller batch.'
     if why := _full(error):
@@ -1432,6 +1457,24 @@ def _last_lines(lines, n=12):
     return [line for line in lines if not re.match(r'[WEI]\d{4} .*torch/distributed/', line)][-n:]
 
 
+def _signal_sentence(code, log):
+    "A sentence on the process that a signal ended: its own exit code, or the summary of torch's launcher in its log."
+    who, number = 'The process', -code
+    if code > 0:
+        summary = log.rpartition('\nFailures:')[2] if log.rstrip().endswith('=' * 20) else ''
+        found = re.findall(r'rank +: (\d+) .*\n +exitcode +: -(\d+) +\(pid: (\d+)\)', summary)
+        forced = re.findall(r'Unable to shutdown process (\d+) ', log)  # the launcher's own work, as SIGTERM is
+        first = summary.rpartition('Root Cause')[2]
+        ended = [(rank, int(n)) for rank, n, pid in found[::-1] if pid not in forced and int(n) != signal.SIGTERM]
+        if not ended and (root := re.search(r'rank +: (\d+) .*\n +exitcode +: -(\d+)', first)):
+            ended = [(root[1], int(root[2]))]
+        if not ended:
+            return ''
+        who, number = f'The process of rank {ended[0][0]}', ended[0][1]
+    memory = '; perhaps the memory was full' * (number == signal.SIGKILL)
+    return f'\n{who} was ended by {signal.Signals(number).name}{memory}.'
+
+
 def _end(proc, seconds=10.0):
     "End a launched process and all of its group."
     if proc.poll() is None:
@@ -1494,11 +1537,12 @@ def watch(
         raise RunError(f'The folder {"/".join(path.parts[-2:])} of the run is gone: it was deleted or moved.')
     if proc.returncode:
         log = path / 'worker.log'
-        lines = log.read_text(errors='replace').splitlines() if log.exists() else []
+        text = log.read_text(errors='replace') if log.exists() else ''
         killed = ' (killed; perhaps the memory was full)' * (proc.returncode == -signal.SIGKILL)
         raise RunError(
             f'The workers ended with code {proc.returncode}{killed}. Their last lines:\n'
-            + '\n'.join(_last_lines(lines))
+            + '\n'.join(_last_lines(text.splitlines()))
+            + _signal_sentence(proc.returncode, text)
         )
 
 

@@ -55,6 +55,7 @@ from samtok.runs import (
     atomic_write,
     check_gpus,
     check_limits,
+    check_world,
     data_file,
     find_file,
     fingerprint,
@@ -815,6 +816,9 @@ def _layer_bytes(config, tokens, params):  # activations that one layer keeps fo
     return tokens * (4 * config.hidden_size * own + part * inner)
 
 
+_SIZES = dict(n=(1, 10**7), tokens=(0, 2**63), mask_words=(0, 10**9), prompt_tokens=(0, 2**62))
+
+
 def training_memory(
     params: dict,  # of load_params
     model: torch.nn.Module,  # before training; on the device "meta" it needs no memory
@@ -823,7 +827,8 @@ def training_memory(
     mask_words: int = 514,  # as in trained_numbers
     merger: bool = False,  # as in trained_numbers
 ) -> dict:  # weights, gradients, optimizer, activations, reserve: bytes on each GPU
-    "Calculate what fine-tuning and reinforcement learning both hold."
+    "Calculate what fine-tuning and reinforcement learning both hold; raises RunError for odd numbers."
+    check_limits(dict(n=n, tokens=tokens, mask_words=mask_words), _SIZES)
     text, stage = model.config.get_text_config(), zero_stage(params)
     numbers, trained = sum(p.numel() for p in model.parameters()), trained_numbers(params, model, mask_words, merger)
     own, part = number_bytes(params)
@@ -991,6 +996,11 @@ def check_sharding(
         unknown = set(fsdp.split()) - {'full_shard', 'shard_grad_op', 'offload', 'auto_wrap'}
         if unknown or not fsdp.split():
             raise RunError(f'fsdp is {fsdp!r}: give full_shard or shard_grad_op, and offload if you like.')
+        if 'offload' in fsdp.split() and not on_gpu(params):
+            raise RunError(
+                f'fsdp is {fsdp!r}: offload keeps the weights of a GPU in the memory of the CPU, and this run computes '
+                'on the CPU: leave offload out.'
+            )
     else:
         config = read_json(find_file(deepspeed))
         zero = config.get('zero_optimization') if isinstance(config, dict) else None
@@ -1139,7 +1149,8 @@ def train(
     on_log: Callable | None = None,  # function that is called with all rows of metrics, or None
 ) -> dict:  # the result; None on ranks that do not write
     "Fine-tune; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
-    check_sharding(params)  # a process of torchrun comes here at once
+    check_world(processes(params), 'run_sft()')  # a process of torchrun comes here at once
+    check_sharding(params)
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.skip():
         return run.result
@@ -1161,10 +1172,6 @@ def _train(run, on_log):
     log = RunLog(run, on_log)
     callbacks = [log, HeldoutEvaluation(run, vlm, tasks)]
     trainer = make_trainer(params, run.path, model, processor, words['ids'], records, callbacks)
-    if (n := trainer.accelerator.num_processes) != processes(params):
-        raise RunError(
-            f'{n} processes run, {processes(params)} were asked for: start with torchrun or through run_sft().'
-        )
     trained = train_and_merge(trainer, run, full_memory(params))
     if not run.main:
         return None

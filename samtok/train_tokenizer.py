@@ -67,6 +67,7 @@ from samtok.runs import (
     atomic_write,
     check_gpus,
     check_limits,
+    check_world,
     find_file,
     fingerprint,
     last_checkpoint,
@@ -190,6 +191,12 @@ _LIMITS = LIMITS | dict(  # name -> least, most
     eval_scenes=(1, 10**7),
     warmup=(0, 10**9),  # whole steps
     shuffle=(0, 10**8),
+)
+_READING = dict(  # of training_batches
+    images=(1, 10**5),
+    limit=(0, 2**63),
+    skip=(0, 2**63),
+    **{name: _LIMITS[name] for name in ('masks_per_image', 'truth_size', 'workers', 'shuffle')},
 )
 _CANDIDATES = ('chosen', 'best', 'relaxed')  # of candidate_loss
 
@@ -399,7 +406,9 @@ def training_batches(
     exact_images: bool = True,  # False: a large JPEG is decoded at a half or less of its size where that is enough
     device: str = 'auto',  # that the batches will be copied to: with workers they are in pinned memory for a GPU
 ) -> TrainingBatches:  # iterator of Batch with `taken`, `lost` and `close`
-    "Read what training steps eat."
+    "Read what training steps eat; raises RunError for numbers that cannot be meant."
+    numbers = dict(images=images, masks_per_image=masks_per_image, truth_size=truth_size, workers=workers, skip=skip)
+    check_limits(numbers | dict(shuffle=shuffle, limit=0 if limit is None else limit), _READING)
     stream = dataset.stream(seed, rank=rank, world=world, shuffle=shuffle, skip=skip)
     draw = masks_per_image, (seed, rank), 0 if exact_images else config.image_size
     read = partial(_read_part, dataset, config, draw, truth_size)
@@ -689,9 +698,6 @@ class Trainer:
             torch.cuda.set_device(place.device)
         half = place.dtype == torch.bfloat16
         self.accelerator = Accelerator(cpu=place.device == 'cpu', mixed_precision='bf16' if half else 'no')
-        ranks, wanted = self.accelerator.num_processes, max(1, params['gpus'])
-        if ranks != wanted:
-            raise RunError(f'{ranks} processes run, {wanted} were asked for: start with torchrun or through launch().')
         torch.set_flush_denormal(True)  # tiny gradients of the first steps would slow a CPU down
         seed_everything(params['seed'])
         self.model, self.report = build_tokenizer(params)
@@ -922,6 +928,7 @@ def step_memory(
     processes: int = 1,  # of the run; with several, gradients are gathered in buffers of their size
 ) -> dict:  # weights, gradients, optimizer, activations in bytes, and their sum, peak; the same in each process
     "Calculate the memory of a training step."
+    check_limits(dict(processes=processes), dict(processes=(1, 10**7)))
     with torch.random.fork_rng(devices=()):
         model = MaskTokenizer(**tokenizer_config(params))
     _freeze(model, params)
@@ -963,6 +970,7 @@ def train(
     on_log: Callable | None = None,  # called with the list of all records so far after each logged step
 ) -> dict | None:  # the run's result; None on other ranks than 0
     "Train a tokenizer; writes metrics.jsonl, checkpoints, the tokenizer and result.json into the run folder."
+    check_world(max(1, params['gpus']))  # a process of torchrun comes here at once
     check_params(params)
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.skip():

@@ -28,6 +28,7 @@ from ..masks import mask_iou_pairs, masks_to_boxes
 from samtok.runs import (
     Run,
     RunError,
+    check_world,
     data_file,
     find_file,
     load_scale,
@@ -408,6 +409,7 @@ def train_toy(
     on_log: Callable | None = None,  # function that is called with all rows of metrics, or None
 ) -> dict:  # the result; None on ranks that do not write
     "Train the toy VLM; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
+    check_world(processes(params), 'run_toy_sft()')
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.skip():
         return run.result
@@ -432,10 +434,6 @@ def _train_toy(run, on_log):
     unused = not params['freeze_vision'] or bool(params['freeze_steps'])
     options = dict(ddp_find_unused_parameters=unused, train_sampling_strategy='sequential')
     trainer = make_trainer(params, run.path, model, reader, words['ids'], records, callbacks, **options)
-    if (n := trainer.accelerator.num_processes) != processes(params):
-        raise RunError(
-            f'{n} processes run, {processes(params)} were asked for: start with torchrun or through run_toy_sft().'
-        )
     inner = trainer.accelerator.unwrap_model(trainer.model)
     if params['vision_pretrain_steps'] and not resume_step(run, inner):
         pretrain_stage(params, inner, processor, vocab, run)
