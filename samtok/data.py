@@ -12,8 +12,8 @@ import hashlib
 import heapq
 import itertools
 import logging
+import multiprocessing
 import os
-import queue
 import re
 import signal
 import sys
@@ -21,11 +21,11 @@ import threading
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from multiprocessing import Pipe, Process
+from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -725,109 +725,78 @@ def add_counts(
         leaf.report.merge(found)
 
 
-def _try_work(work, item):  # -> pickled (result, error)
-    try:
-        done = work(item), None
-    except Exception as e:
-        done = None, e
-    try:
-        return ForkingPickler.dumps(done)  # tensors go through shared memory
-    except Exception as e:
-        error = DataError(f'What a worker read cannot be sent ({type(e).__name__}: {e}): read with workers=0.')
-        return ForkingPickler.dumps((None, error))
+_work = None  # in a worker: what it does with an item
 
 
-def _serve(work, channel, others):  # what a worker does: it sends results until None comes, and ends with its parent
-    for other in others:  # a fork has the ends of the parent, too: while they are open, nobody hears that it ended
-        other.close()
+def _start_worker(work):
+    global _work
+    _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if 'torch' in sys.modules:
         sys.modules['torch'].set_num_threads(1)
-    items, over = queue.SimpleQueue(), threading.Event()
-
-    def receive():
-        try:
-            for item in iter(channel.recv, None):
-                items.put(item)
-        except Exception:
-            os._exit(1)
-        over.set()
-        items.put(None)
-
-    threading.Thread(target=receive, daemon=True).start()
-    with ThreadPoolExecutor(1) as sender:  # the next item is read while a large result waits to be taken
-        for (item,) in iter(items.get, None):
-            if over.is_set():
-                break
-            sender.submit(channel.send_bytes, _try_work(work, item))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _take(process, channel):  # the next result of a worker, and its error
+def _end_with_parent():  # a worker of a killed process would wait for ever
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _try_work(item):  # in a worker -> pickled (result, error); tensors go through shared memory
     try:
-        return ForkingPickler.loads(channel.recv_bytes())
-    except (OSError, EOFError, RuntimeError) as e:
-        process.join(1)
-        code = process.exitcode
-        how = (
-            str(e) if code is None else f'exit code {code}' if code >= 0 else f'killed by {signal.Signals(-code).name}'
-        )
+        done = _work(item), None
+    except Exception as e:
+        done = None, e
+    try:
+        return bytes(ForkingPickler.dumps(done))
+    except Exception as e:
+        error = DataError(f'What a worker read cannot be sent ({type(e).__name__}: {e}): read with workers=0.')
+        return bytes(ForkingPickler.dumps((None, error)))
+
+
+def _result(future, processes):  # raises DataError where a worker has died, and what the work raised
+    try:
+        result, error = ForkingPickler.loads(future.result())
+    except (BrokenProcessPool, OSError, EOFError) as e:
+        for process in processes:
+            process.join(1)
+        codes = [p.exitcode for p in processes if p.exitcode not in (None, 0, -signal.SIGTERM)]  # the pool ends others
+        how = str(e) if not codes else f'killed by {signal.Signals(-codes[0]).name}' if codes[0] < 0 else ''
         raise DataError(
-            f'A worker that reads ended ({how}): give fewer workers, '
+            f'A worker that reads ended ({how or f"exit code {codes[0]}"}): give fewer workers, '
             'or more memory (in a container also shared memory, --shm-size).'
         ) from e
+    if error is not None:
+        raise error
+    return result
 
 
-def _start_workers(work, n):  # -> list of (process, the parent's end of its pipe)
-    started = []
-    for _ in range(n):
-        here, there = Pipe()
-        ends = [here, *(channel for _, channel in started)]
-        process = Process(target=_serve, args=(work, there, ends), daemon=True)
-        process.start()
-        there.close()  # the worker alone has it: when it is killed, the pipe ends at once
-        started.append((process, here))
-    return started
-
-
-def _end_workers(started):
-    for _, channel in started:
-        with suppress(OSError):
-            channel.send(None)
-        channel.close()
-    for process, _ in started:
-        process.join(5)
-        process.kill()
-        process.join()
-
-
-def _results(items, work, workers, ahead):  # of read_ahead, behind one None that comes when the workers are started
-    owner, started = os.getpid(), _start_workers(work, workers)
-    source, turns, waiting = iter(items), itertools.cycle(started), deque()
+def _results(items, workers, ahead, pool):  # of read_ahead, behind one None that comes when the workers are started
+    owner, source, waiting = os.getpid(), iter(items), deque()
+    before = set(multiprocessing.active_children())
 
     def hand_out(n):
         try:
-            for worker, item in zip(itertools.islice(turns, n), source):
-                with suppress(OSError):  # of a worker that was killed: it is noticed when it is its turn
-                    worker[1].send((item,))
-                waiting.append(worker)
+            waiting.extend(pool.submit(_try_work, item) for item in itertools.islice(source, n))
+        except BrokenProcessPool:  # said by the next result
+            return
         except Exception as e:  # of the items
             waiting.append(e)
 
     try:
         hand_out(workers * ahead)
+        processes = set(multiprocessing.active_children()) - before
         yield None
         while waiting:
-            if isinstance(worker := waiting.popleft(), Exception):
-                raise worker
-            result, error = _take(*worker)
+            if isinstance(future := waiting.popleft(), Exception):
+                raise future
+            result = _result(future, processes)
             hand_out(1)
-            if error is not None:
-                raise error
             yield result
     finally:
         if os and os.getpid() == owner:  # a fork has a copy of this; when Python ends, modules are None
-            _end_workers(started)
+            pool.shutdown(cancel_futures=True)
 
 
 def read_ahead(
@@ -839,7 +808,8 @@ def read_ahead(
     "Work on items in other processes; the results are the same, in the same order, for every number of workers."
     if not workers:
         return map(work, items)
-    results = _results(items, work, workers, ahead)
+    fork = multiprocessing.get_context('fork')  # so that `work` need not be pickled
+    results = _results(items, workers, ahead, ProcessPoolExecutor(workers, fork, _start_worker, (work,)))
     next(results)
     return results
 
