@@ -229,21 +229,19 @@ def suspicion(
     names = ('area', 'best', 'edges', 'shared')
     columns = masks if isinstance(masks, dict) else {k: [m[k] for m in masks] for k in names}
     area, best, edges, shared = (np.asarray(columns[k], np.float64) for k in names)
-    signals = np.stack([1 - best, 1 - edges, shared])
-    away = _distances(signals, np.ones(len(area), bool))
-    number = np.digitize(area, AREAS[1:-1])
+    words, number = _distances(1 - best), np.digitize(area, AREAS[1:-1])
     for k in np.unique(number):
         if (number == k).sum() >= _FEW:
-            away[:, number == k] = _distances(signals, number == k)
+            words[number == k] = _distances(1 - best[number == k])
+    away = np.stack([words, _distances(1 - edges), _distances(shared)])
     return away.max(0), away.argmax(0)
 
 
-def _distances(signals, chosen):  # (3,N), (N,) bool -> (3,n) of the chosen, in units of their spread, at least 0
-    values = signals[:, chosen]
-    if not values.size:
+def _distances(values):  # (N,) -> (N,) in units of their spread, at least 0
+    if not len(values):
         return values
-    middle, high = np.quantile(values, [0.5, 0.9], axis=1)
-    return np.maximum(0, values - middle[:, None]) / np.maximum(high - middle, _LEAST)[:, None]
+    middle, high = np.quantile(values, [0.5, 0.9])
+    return np.maximum(0, values - middle) / max(high - middle, _LEAST)
 
 # %% ../nbs/12_audit.ipynb #e6a21f0c
 _LIMITS = dict(  # of audit_data: name -> least, most
@@ -348,7 +346,7 @@ def _write_parts(dataset, tokenizer, out, todo, plan, batch, workers):
         _write_part(_part_path(out, s), dataset, tokenizer, islice(found, size), plan['candidates'], batch)
 
 # %% ../nbs/12_audit.ipynb #63d53a54
-_PANEL = 150  # pixels: the longer side of a picture in the gallery
+_PANEL = 128  # pixels: the longer side of a picture in the gallery
 _STYLE = (
     'body{font:14px sans-serif;margin:2em;max-width:70em}figure{display:inline-block;margin:.5em 1em .5em 0}'
     'figcaption{max-width:40em}img{image-rendering:pixelated}'
@@ -387,7 +385,8 @@ def gallery(
     for heading, items in sections:
         lines.append(f'<h2>{html.escape(heading)}</h2>')
         for strip, caption in items:
-            Image.fromarray(strip).save(file := io.BytesIO(), 'PNG', optimize=True)
+            few = Image.fromarray(strip).quantize(64, dither=Image.Dither.NONE)  # small files
+            few.save(file := io.BytesIO(), 'PNG', optimize=True)
             data, text = base64.b64encode(file.getvalue()).decode(), html.escape(caption)
             lines.append(
                 f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption>'
