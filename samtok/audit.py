@@ -33,7 +33,6 @@ from .chat_formats import DatasetWrapper
 from samtok.data import (
     SKIPPED_REGIONS,
     DataError,
-    ImageError,
     MaskDataset,
     NoRegions,
     Report,
@@ -44,7 +43,7 @@ from samtok.data import (
     read_record,
 )
 from .formats import GENERATED, REGISTRY, TOOLS, open_dataset
-from .masks import MaskError, mask_iou_pairs, mask_to_box, mask_to_rle, rle_iou
+from .masks import mask_iou_pairs, mask_to_box, mask_to_rle, rle_iou
 from .metrics import boundary_f
 from samtok.runs import (
     Run,
@@ -277,7 +276,9 @@ def _read_images(dataset, item):  # in a worker: (number, (epoch, record)) -> nu
     report = Report()
     try:
         images = _found(sample, report)
-    except (MaskError, ImageError, OSError) as e:
+    except (NameError, ImportError, MemoryError):
+        raise
+    except Exception as e:
         place, report, images = f'{sample.dataset}, {sample.id}', Report(), []
         _count_lost(report, type(e).__name__, place, e, len(sample))
     counts[0].merge(report)
@@ -314,11 +315,32 @@ def _part_path(out, s):
     return out / 'parts' / f'part-{s:06d}.jsonl'
 
 
-def _write_part(path, dataset, tokenizer, found, candidates, batch):  # found: iterator of what _read_images gives
+def _order(dataset, records):  # yields (epoch, record) and counts nothing: listing was counted with the length
+    leaves, order = leaf_datasets(dataset), islice(dataset.stream().order, records)
+    while True:
+        reports = [leaf.report for leaf in leaves]
+        for leaf in leaves:
+            leaf.report = Report()
+        item = next(order, None)
+        for leaf, report in zip(leaves, reports):
+            leaf.report = report
+        if item is None:
+            return
+        yield item
+
+
+def _new_reports(dataset):  # -> Report of what was counted before; cases that count once stay known
+    before = Report()
     for leaf in leaf_datasets(dataset):
+        before.merge(leaf.report)
         listed, leaf.report = leaf.report.listed, Report()
         leaf.report.listed = listed
-    report, counts, lines = Report(), Counter(), []
+    return before
+
+
+def _write_part(path, dataset, tokenizer, found, candidates, batch, before):
+    # found: iterator of what _read_images gives; before: Report of what is counted in this part beside its records
+    report, counts, lines = Report().merge(before), Counter(), []
 
     def images():
         for _, some, reports in found:
@@ -330,20 +352,20 @@ def _write_part(path, dataset, tokenizer, found, candidates, batch):  # found: i
     while some := list(islice(waiting, batch)):
         counts['images'] += len(some)
         lines += _lines(tokenizer, some, candidates, report)
-    for leaf in leaf_datasets(dataset):
-        report.merge(leaf.report)
+    report.merge(_new_reports(dataset))
     left_out = {reason: report.entry(reason) for reason in sorted(report) if reason not in ('ok', 'masks')}
     write_rows(path, [*lines, dict(counts, masks=len(lines), left_out=left_out)])
 
 
 def _write_parts(dataset, tokenizer, out, todo, plan, batch, workers):
-    order = islice(dataset.stream().order, plan['records'])
+    before = _new_reports(dataset)  # of opening the files and of listing them: the first part keeps it
     part, wanted = plan['part'], set(todo)
-    items = ((number, item) for number, item in enumerate(order) if number // part in wanted)
+    items = (one for one in enumerate(_order(dataset, plan['records'])) if one[0] // part in wanted)
     found = read_ahead(items, partial(_read_images, dataset), workers)
     for s in progress(todo, f'parts of {out.name}'):
-        size = min(part, plan['records'] - s * part)
-        _write_part(_part_path(out, s), dataset, tokenizer, islice(found, size), plan['candidates'], batch)
+        some = islice(found, min(part, plan['records'] - s * part))
+        said = before if s == 0 else Report()
+        _write_part(_part_path(out, s), dataset, tokenizer, some, plan['candidates'], batch, said)
 
 # %% ../nbs/12_audit.ipynb #63d53a54
 _PANEL = 128  # pixels: the longer side of a picture in the gallery
@@ -460,8 +482,8 @@ def _gallery_page(out, dataset, tokenizer, plan, worst):  # reads the images of 
     wanted = {}  # number of a record -> ids and numbers of its masks
     for line in chain.from_iterable(kept.values()):
         wanted.setdefault(line['record'], set()).add(line['key'])
-    pictures, order = {}, islice(dataset.stream().order, plan['records'])
-    for item in ((number, item) for number, item in enumerate(order) if number in wanted):
+    pictures = {}
+    for item in (one for one in enumerate(_order(dataset, plan['records'])) if one[0] in wanted):
         for found in _read_images(dataset, item)[1]:
             (audited,) = _audited(tokenizer, [found['image']], [found['masks']], plan['candidates'])
             for mask, (line, drawn) in zip(found['masks'], audited):
