@@ -431,6 +431,7 @@ def _columns(paths):  # of all parts -> dict of arrays, Counter, Report
     names = ('record', 'area', 'iou', 'best', 'boundary', 'edges', 'shared', 'overlap', 'pieces', 'holes')
     columns, counts, report = {k: [] for k in names}, Counter(), Report()
     for path in paths:
+        line = {}
         for line in _part_lines(path):
             if 'left_out' in line:
                 counts.update({k: v for k, v in line.items() if k != 'left_out'})
@@ -439,6 +440,8 @@ def _columns(paths):  # of all parts -> dict of arrays, Counter, Report
                 continue
             for k in names:
                 columns[k].append(line[k])
+        if 'left_out' not in line:
+            raise RunError(f'{path.name} is cut: delete this file, and the audit goes on there.')
     return {k: np.array(v, np.float64) for k, v in columns.items()}, counts, report
 
 
