@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'LEARN', 'RESERVE', 'more_params', 'load_params', 'on_gpu', 'processes', 'placement', 'check_sources',
-           'data_sources', 'tokenize_sources', 'MixedRecords', 'training_records', 'vision_weights', 'build_model',
-           'lora_config', 'ready_adapters', 'RunLog', 'StepBar', 'sharding', 'FSDPOnCPU', 'checkpointing',
-           'trainer_config', 'sft_config', 'sequence_tokens', 'make_trainer', 'evaluation_tasks', 'measure',
-           'HeldoutEvaluation', 'zero_stage', 'trained_numbers', 'number_bytes', 'training_memory', 'sft_memory',
-           'memory_sentence', 'start_sentence', 'batch_size', 'announce_start', 'check_weights', 'check_evaluation',
-           'check_sharding', 'check_params', 'full_memory', 'whole_model', 'trained_model', 'resume_step',
-           'train_and_merge', 'open_shards', 'train', 'run_report', 'finish', 'run_sft', 'main']
+           'data_sources', 'tokenize_sources', 'MixedRecords', 'weighed_order', 'training_records', 'vision_weights',
+           'build_model', 'lora_config', 'ready_adapters', 'RunLog', 'StepBar', 'sharding', 'FSDPOnCPU',
+           'checkpointing', 'trainer_config', 'sft_config', 'sequence_tokens', 'make_trainer', 'evaluation_tasks',
+           'measure', 'HeldoutEvaluation', 'zero_stage', 'trained_numbers', 'number_bytes', 'training_memory',
+           'sft_memory', 'memory_sentence', 'start_sentence', 'batch_size', 'announce_start', 'check_weights',
+           'check_evaluation', 'check_sharding', 'check_params', 'full_memory', 'whole_model', 'trained_model',
+           'resume_step', 'train_and_merge', 'open_shards', 'train', 'run_report', 'finish', 'run_sft', 'main']
 
 # %% ../nbs/04_sft.ipynb #90db874a
 import json
@@ -252,6 +252,19 @@ class MixedRecords:
         return self.parts[p][0][int(k)]
 
 # %% ../nbs/04_sft.ipynb #4b6f4b23
+def weighed_order(
+    weights: list,  # of float, or None: 1
+    times: float,  # passes over the data
+    seed: int = 0,  # which records a broken number of times picks
+) -> np.ndarray:  # int: numbers of records, each about weight * times times; the total is exact to one record
+    "Repeat and leave out records so that each counts by its weight."
+    wanted = np.array([1.0 if w is None else w for w in weights]) * times
+    rng = np.random.default_rng([seed, len(wanted)])
+    order = rng.permutation(len(wanted))
+    ends = np.floor(np.cumsum(wanted[order]) + rng.random()).astype(int)
+    return np.repeat(order, np.diff(ends, prepend=0))
+
+
 def training_records(
     params: dict,  # of load_params: epochs, heldout, seed
     shards: list[dict],  # of tokenize_sources: path and weight
@@ -264,7 +277,10 @@ def training_records(
         if params['heldout']:
             kept = [i for i, name in enumerate(records['id']) if not is_heldout(name, params['heldout'])]
             records = records.select(kept)
-        parts.append((records, s.get('weight', 1.0) * params['epochs']))
+        weight = s.get('weight', 1.0) * params['epochs']
+        if 'weight' in records.column_names:  # of an audit: each record as often as its own weight says
+            records, weight = records.select(weighed_order(records['weight'], weight, params['seed'])), 1
+        parts.append((records, weight))
     return MixedRecords(parts, params['seed'])
 
 # %% ../nbs/04_sft.ipynb #11deab2f

@@ -93,6 +93,7 @@ def chat_row(
         task=conversation.task,
         messages=json.dumps(messages, ensure_ascii=False),
         images=[store(image) for image in conversation.images],
+        **{k: v for k, v in conversation.truth.items() if k == 'weight'},  # of an audit
     )
 
 # %% ../nbs/03d_shards.ipynb #91f63f60
@@ -357,6 +358,9 @@ def open_conversations(
         ) from e
 
 
+_GATE = ('audit', 'gate', 'weigh')  # of samtok.audit.gated: masks are read through an audit
+
+
 def open_mixture(
     spec: dict | list,  # name and arguments, or a list of these with weights
     allow_code: bool = False,  # may a name be "module:class"? Never for names that were read from a file
@@ -369,8 +373,10 @@ def open_mixture(
         weight = entry.get('weight', 1.0)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise DataError(f'The weight of {entry["name"]} is {weight!r}; give a number of passes, at least 0.')
-        arguments = {k: v for k, v in entry.items() if k != 'weight'}
-        parts.append((open_conversations(allow_code=allow_code, **arguments), weight))
+        gate = {k: entry[k] for k in _GATE if k in entry}
+        arguments = {k: v for k, v in entry.items() if k != 'weight' and k not in gate}
+        dataset = open_conversations(allow_code=allow_code, **arguments)
+        parts.append((import_object('samtok.audit:gated')(dataset, **gate) if gate else dataset, weight))
     return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else Mixture(parts)
 
 # %% ../nbs/03d_shards.ipynb #f8d2774b
@@ -430,6 +436,9 @@ def _schema(meta):  # dict that the file keeps -> pyarrow schema
     import pyarrow as pa
 
     columns = [(k, pa.string()) for k in ('id', 'dataset', 'task', 'messages')] + [('images', pa.list_(pa.binary()))]
+    data = meta.get('plan', {}).get('data')
+    if any(isinstance(part, dict) and part.get('weigh') for part in (data if isinstance(data, list) else [data])):
+        columns.append(('weight', pa.float32()))
     return pa.schema(columns, {'samtok': json.dumps(meta, sort_keys=True)})
 
 
@@ -770,6 +779,9 @@ def tokenize_data(
     if not records:
         why = f' First case: {next(iter(listed.examples.values()))}' if listed.examples else ''
         raise DataError(f'The data set {dataset.name} has no record; is the path right?{why}')
+    for leaf in leaf_datasets(dataset):
+        if hasattr(leaf, 'check_tokenizer'):  # an audit is of one tokenizer
+            leaf.check_tokenizer(tokenizer)
     plan = _plan(dataset, tokenizer, data, records=records, shard=shard, epochs=epochs, seed=seed)
     out = Path(out)
     plan = Run(out, plan, main=rank == 0).params
@@ -951,6 +963,8 @@ def _tokenize(options, rank, world):  # dict of main's options -> report, or Non
         raise RunError('Say which mask tokenizer writes the words: --tokenizer, a folder, a hub id, or "toy".')
     place = choose_device(options['device'], options['dtype'])
     spec = _spec(options['data'], options['args'])
+    if gate := {k: options[k] for k in _GATE if options[k]}:
+        spec = {**gate, **spec} if isinstance(spec, dict) else [{**gate, **entry} for entry in spec]
     dataset = open_mixture(spec, allow_code=not options['data'].endswith('.json'))
     search = {k: options[k] for k, saved in dict(candidates=0, margin=-1.0).items() if options[k] != saved}
     tokenizer = MaskTokenizer.from_pretrained(options['tokenizer'], device=place.device, dtype=place.dtype, **search)
@@ -981,6 +995,9 @@ _OPTIONS = dict(
     workers=0,
     candidates=0,
     margin=-1.0,
+    audit='',
+    gate=0.0,
+    weigh=False,
     device='auto',
     dtype='auto',
 )
@@ -999,6 +1016,9 @@ _HELP = dict(
     workers='processes that read ahead, 0: none; the shards are the same',
     candidates='codes for each mask that are decoded to keep the best, such as 8; 0: as the tokenizer was saved (1)',
     margin='IoU that others must gain over the nearest codes; -1: as the tokenizer was saved (0)',
+    audit='folder of samtok-audit: masks below the gate are left out and counted',
+    gate='IoU that a mask needs, 0: 0.75 where an audit is named',
+    weigh='with an audit: give records a weight for fine-tuning, and leave nothing out',
     device='auto (a GPU where there is one), cpu or cuda',
     dtype='auto (bfloat16 on a GPU, else float32), float32 or bfloat16',
 )
