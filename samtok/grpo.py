@@ -697,8 +697,8 @@ def train(
 ) -> dict:  # the result; None on ranks that do not write
     "Run GRPO; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
     _check_rewards(params)  # a misspelt name ends here, before anything is loaded or written
-    check_world(processes(params), 'run_grpo()')
     check_sharding(params)
+    check_world(processes(params), 'run_grpo()')
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.skip():
         return run.result

@@ -1165,8 +1165,8 @@ def train(
     on_log: Callable | None = None,  # function that is called with all rows of metrics, or None
 ) -> dict:  # the result; None on ranks that do not write
     "Fine-tune; writes metrics.jsonl, checkpoints, the model and result.json into the run folder."
-    check_world(processes(params), 'run_sft()')  # a process of torchrun comes here at once
-    check_sharding(params)
+    check_sharding(params)  # a process of torchrun comes here at once
+    check_world(processes(params), 'run_sft()')
     run = Run(path, params, main=os.environ.get('RANK', '0') == '0')
     if run.skip():
         return run.result
