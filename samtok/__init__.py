@@ -24,6 +24,7 @@ EXTRAS = dict(  # package that the core does not need -> the extra that brings i
     peft='train',
     datasets='train',
     pyarrow='train',
+    sklearn='train',
     matplotlib='notebooks',
     ipywidgets='notebooks',
     IPython='notebooks',

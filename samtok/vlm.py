@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from safetensors import SafetensorError
-from .confidence import Calibrator, TokenRecorder, assess, choose_reply, merge_masks
 from transformers import AddedToken, BatchFeature, LogitsProcessorList
 from transformers.initialization import no_init_weights
 
@@ -51,6 +51,7 @@ from samtok.checkpoints import (
     tensor_shapes,
     warn_larger,
 )
+from .confidence import Calibrator, TokenRecorder, assess, choose_reply, merge_masks
 from .data import read_image
 from .grammar import AnswerGrammar, MaskGrammar, VLMError, count_mask_words, mask_word_ids
 from .runs import import_object, read_json
@@ -634,10 +635,13 @@ def _find_mask_tokenizer(name, hub):  # folder, hub id or "kind/rest"; arguments
 
 
 def _find_calibrator(name, vocab, hub):  # folder, hub id or "kind/rest" -> Calibrator or None; raises CalibrationError
-    folder = Path(name)
-    if not folder.is_dir() and not _split_kind(name):
-        folder = fetch_files(name, [Calibrator.file], **hub)
-    return Calibrator.load(folder, vocab) if Path(folder).is_dir() else None
+    if Path(name).is_dir():
+        return Calibrator.load(name, vocab)
+    if _split_kind(name):
+        return None
+    where = {k: hub[k] for k in ('cache_dir', 'revision') if k in hub}
+    file = try_to_load_from_cache(str(name), Calibrator.file, **where)  # it came with the model's other JSON files
+    return Calibrator.load(file, vocab) if isinstance(file, str) else None
 
 
 def _check_prompt(text, vocab):  # raises VLMError for mask words that are not those of the model
