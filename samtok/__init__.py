@@ -32,6 +32,7 @@ EXTRAS = dict(  # package that the core does not need -> the extra that brings i
 )
 LEVELS = ('tokenizer', 'vlm', 'train')  # each extra includes those before it
 MODULES = {  # module -> its extra, where that is larger than the one of the first package that it imports
+    'samtok.zoom': 'tokenizer',
     'samtok.grammar': 'vlm',
     'samtok.vlm': 'vlm',
     'samtok.benchmarks': 'vlm',

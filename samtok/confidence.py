@@ -7,7 +7,7 @@ __all__ = ['FEATURES', 'SELECTORS', 'CalibrationError', 'Reply', 'read_logprobs'
            'word_agreement', 'mask_features', 'best_ious', 'Calibrator', 'assess', 'merge_masks', 'reply_agreement',
            'choose_reply', 'risk_coverage', 'Selective', 'NoTargetPoint', 'count_confidence']
 
-# %% ../nbs/08a_confidence.ipynb #4e6aa665
+# %% ../nbs/08a_confidence.ipynb #55550e67
 import json
 import math
 import re
@@ -22,7 +22,7 @@ from .metrics import Metric, MetricError, ratio
 from .runs import atomic_write, read_json
 from .words import MaskVocab
 
-# %% ../nbs/08a_confidence.ipynb #69988b0a
+# %% ../nbs/08a_confidence.ipynb #15aa44cf
 class CalibrationError(ValueError):
     "Log-probabilities or a calibrator that cannot be used, and what to do."
 
@@ -58,7 +58,7 @@ class Reply(str):
         end = start + len(text)
         return Reply(text, [token for token, (a, b) in zip(self.tokens, spans) if b > start and a < end])
 
-# %% ../nbs/08a_confidence.ipynb #e5c5ceca
+# %% ../nbs/08a_confidence.ipynb #1a5005f3
 def _read_token(row, i):  # dict of a server, its number -> dict token, logprob; raises CalibrationError
     token, value = (row.get('token'), row.get('logprob')) if isinstance(row, dict) else (None, None)
     number = isinstance(value, (int, float)) and not math.isnan(value) and value <= 1e-3
@@ -94,7 +94,7 @@ def read_logprobs(
         tokens.append(token | dict(top_logprobs=[_read_token(top, i) for top in row.get('top_logprobs') or ()]))
     return tokens
 
-# %% ../nbs/08a_confidence.ipynb #b06f4943
+# %% ../nbs/08a_confidence.ipynb #bd75f7ca
 class TokenRecorder(LogitsProcessor):
     "Record while a model writes: the log-probability of each token and of the likeliest others, before any grammar."
 
@@ -143,7 +143,7 @@ class TokenRecorder(LogitsProcessor):
             replies.append(Reply(text, tokens))
         return replies
 
-# %% ../nbs/08a_confidence.ipynb #dcc1ce56
+# %% ../nbs/08a_confidence.ipynb #8d3e74c5
 _NO_TARGET, _FLOOR = 'No target.', -30.0
 
 
@@ -161,7 +161,7 @@ def no_target_odds(
     no = np.logaddexp.reduce(no) if no else left
     return float(np.clip(yes - no, _FLOOR, -_FLOOR))
 
-# %% ../nbs/08a_confidence.ipynb #cca50023
+# %% ../nbs/08a_confidence.ipynb #b5070134
 FEATURES = dict(  # what is known of a mask that a model wrote, beside its pixels
     sum='log-probabilities of its code words, added',
     min='log-probability of its least likely code word',
@@ -203,7 +203,7 @@ def word_agreement(
         sums[:, i, level] += weight, weight * iou, 1, iou
     return sums[1] / sums[0], sums[3] / sums[2]
 
-# %% ../nbs/08a_confidence.ipynb #95f8c3b7
+# %% ../nbs/08a_confidence.ipynb #d0d1854d
 @dataclass(frozen=True)
 class _Word:  # a code word of a reply
     logprob: float
@@ -287,7 +287,7 @@ def mask_features(
         )
     return rows
 
-# %% ../nbs/08a_confidence.ipynb #da335d72
+# %% ../nbs/08a_confidence.ipynb #201ff1f0
 def best_ious(
     masks: np.ndarray,  # (N,H,W) bool, or a list of (H,W)
     truths: list,  # of (H,W) bool; [] where there is no target
@@ -297,7 +297,7 @@ def best_ious(
         return np.zeros(len(masks))
     return mask_iou(masks, truths).max(1)
 
-# %% ../nbs/08a_confidence.ipynb #8b13bbaf
+# %% ../nbs/08a_confidence.ipynb #8442e81b
 def _sigmoid(x):
     return 1 / (1 + np.exp(-np.clip(x, -50, 50)))
 
@@ -442,7 +442,7 @@ class Calibrator:
             )
         return calibrator
 
-# %% ../nbs/08a_confidence.ipynb #728f4004
+# %% ../nbs/08a_confidence.ipynb #0b9c5b53
 def assess(
     found: list,  # Instances of samtok.vlm, changed in place: features and score of its masks, no_target, confidence
     spans: list,  # of MaskSpan, one for each mask
@@ -467,7 +467,7 @@ def assess(
     found.confidence = float(np.mean([i.score for i in found])) if found else sure_of_none
     return found
 
-# %% ../nbs/08a_confidence.ipynb #9bdea555
+# %% ../nbs/08a_confidence.ipynb #40e6196e
 def merge_masks(
     replies: list,  # of Instances: several replies to one question
     same: float = 0.7,  # IoU from which two masks are the same
@@ -487,7 +487,7 @@ def merge_masks(
         instance.probability = len(seen) / len(replies)
     return [instance for instance, _ in sorted(kept, key=lambda pair: (-pair[0].probability, -pair[0].score))]
 
-# %% ../nbs/08a_confidence.ipynb #17827e5f
+# %% ../nbs/08a_confidence.ipynb #55c3c35d
 def reply_agreement(
     replies: list,  # R Instances of one question
 ) -> np.ndarray:  # (R,) float64: mean IoU of the joined masks of each with those of the others
@@ -519,7 +519,7 @@ def choose_reply(
         )
     return int(np.argmax([reply.confidence for reply in replies]))
 
-# %% ../nbs/08a_confidence.ipynb #96ca4068
+# %% ../nbs/08a_confidence.ipynb #f973189f
 def risk_coverage(
     confidence: np.ndarray,  # (N,) float
     iou: np.ndarray,  # (N,) float in [0,1]
@@ -536,7 +536,7 @@ def risk_coverage(
         mIoU=np.cumsum(iou[order]) / count,
     )
 
-# %% ../nbs/08a_confidence.ipynb #423218cc
+# %% ../nbs/08a_confidence.ipynb #9962f4e6
 def _by_value(values, weights, *columns):  # (N,); (B,N); (N,) each -> sums of weights * column of equal values, rising
     order = np.argsort(values, kind='stable')
     first = np.flatnonzero(np.r_[True, np.diff(values[order]) > 0])
@@ -598,7 +598,7 @@ class Selective(Metric):
             for k in sorted(set(number.tolist()))
         ]
 
-# %% ../nbs/08a_confidence.ipynb #132a4f3f
+# %% ../nbs/08a_confidence.ipynb #fb7c16c2
 class NoTargetPoint(Metric):
     'Answer "No target." from the log-odds on that keep T_acc at what is asked: the N_acc that this gives.'
 
@@ -654,7 +654,7 @@ class NoTargetPoint(Metric):
 def _first(mask):  # (B,G) bool -> (B,G) bool: only the first True of each row
     return mask & (np.cumsum(mask, 1) == 1)
 
-# %% ../nbs/08a_confidence.ipynb #39d81ecc
+# %% ../nbs/08a_confidence.ipynb #a0bf2799
 def count_confidence(
     selective: Selective,  # counts how sure a prediction is against what came true
     point: NoTargetPoint | None,  # counts the log-odds of "No target."; None: nobody asked
