@@ -664,6 +664,9 @@ class Scorer:
             return may and self._count(sample, truth, _NO_PREDICTION)
         last = self.metric.rows[-1] if self.metric.rows else {}
         count_confidence(self.selective, self.point, sample.id, prediction, truth, last.get('IoU'), self.group(sample))
+        if self.point is not None and prediction['no_target'] is None:
+            why = f'{sample.id}: it was answered without log-probabilities, so that T_acc cannot be chosen.'
+            self.report.add('no log-odds of "No target."', why)
         scores = prediction['predicted_ious']
         if 'IoU' in last and len(prediction['masks']) == 1 == len(scores):
             if isinstance(scores[0], float) and 0 <= scores[0] <= 1:
@@ -788,7 +791,8 @@ class Score:
 
     def rows(self) -> list:  # of dict
         "List the figures that tables show."
-        shown = [k for k in SHOWN[self.task.metric] if k in self.figures] or [None]
+        shown = [k for k in SHOWN[self.task.metric] if k in self.figures]
+        shown = shown + [k for k in self.figures if k.startswith('N_acc_at_T')] or [None]
         about = dict(samples=self.total, problems=sum(self.report.values()))
         return [
             dict(task=self.task.name, figure=k, value=self.figures.get(k), n=self.figures[k]['n'] if k else self.n)
