@@ -36,7 +36,7 @@ from form import form
 ROOT = Path(__file__).resolve().parents[1]
 NBS, LIB, FLOORS = ROOT / 'nbs', ROOT / 'samtok', json.loads((ROOT / '.ci/floors.json').read_text())
 RUN_NOTEBOOKS = (  # these have one cell tagged `parameters`
-    r'(02a_|02b_|02c_|02d_|04_|06_|08_|09_|12_|toy/04_|toy/06_|tutorials/quickstart|tutorials/your_own_data'
+    r'(02a_|02b_|02c_|02d_|04_|06_|08_|08a_|09_|12_|toy/04_|toy/06_|tutorials/quickstart|tutorials/your_own_data'
     r'|paper/tokenizer_ablation|paper/tokenizer_cost|paper/scale)'
 )
 PAGES = r'(toy/06_)'  # numbered notebooks without a module: pages

@@ -25,6 +25,7 @@ EXTRAS = dict(  # package that the core does not need -> the extra that brings i
     peft='train',
     datasets='train',
     pyarrow='train',
+    sklearn='train',
     matplotlib='notebooks',
     ipywidgets='notebooks',
     IPython='notebooks',
@@ -32,6 +33,7 @@ EXTRAS = dict(  # package that the core does not need -> the extra that brings i
 )
 LEVELS = ('tokenizer', 'vlm', 'train')  # each extra includes those before it
 MODULES = {  # module -> its extra, where that is larger than the one of the first package that it imports
+    'samtok.zoom': 'tokenizer',
     'samtok.grammar': 'vlm',
     'samtok.vlm': 'vlm',
     'samtok.zoom': 'tokenizer',

@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable
 from copy import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,7 @@ from samtok.benchmarks import (
 )
 from .chat import ChatDataset, Conversation, fill, mask_array
 from .checkpoints import choose_device
+from .confidence import Calibrator, NoTargetPoint, Reply, Selective, count_confidence
 from .data import Report
 from .files import ImageError, image_frame, read_image
 from .masks import MaskError, mask_iou_pairs, mask_to_rle, rle_area, rle_to_mask
@@ -273,10 +274,14 @@ def prediction(
     tokenizer: MaskTokenizer,  # that decodes the words
     policy: str = 'strict',  # how broken groups are read, see MaskVocab.parse
     threshold: float | None = None,  # logit above which a pixel is inside; None: the tokenizer's own
+    calibrator: Calibrator | None = None,  # for the scores, where the reply has log-probabilities
 ) -> dict:  # a line of a predictions file
-    "Read a reply: its masks as RLE, their labels, what is written about them."
+    "Read a reply: its masks as RLE, their labels, what is written about them, and how sure it is."
     answer = _answer(reply)
-    found = decode_reply(answer, embedding, tokenizer, policy, most=10_000, threshold=threshold)
+    if isinstance(reply, Reply):
+        answer = reply if answer == reply else reply.part(answer)
+    how = dict(most=10_000, threshold=threshold, calibrator=calibrator)
+    found = decode_reply(answer, embedding, tokenizer, policy, **how)
     row = dict(
         id=sample.id,
         reply=reply,
@@ -285,6 +290,12 @@ def prediction(
         scores=[round(i.score, 4) for i in found],
         skipped=len(found.skipped),
     )
+    if found.no_target is not None:
+        row['no_target'] = round(found.no_target, 4)
+        row['features'] = [{k: round(v, 5) for k, v in i.features.items()} for i in found]
+    if found.confidence is not None:
+        row['confidence'] = round(found.confidence, 5)
+        row['predicted_ious'] = [round(i.predicted_iou, 4) for i in found]
     if '"predicate"' in reply:
         row['relations'] = relations_of(reply, [i.words for i in found])
     return row
@@ -297,7 +308,7 @@ def _answer(reply):  # the part of a reply whose masks count
 class UpperBound(MaskVLM):
     "A model that replies with the words of the true masks: what is lost is lost by the mask tokenizer."
 
-    constrained, policy = True, 'strict'
+    constrained, policy, calibrator = True, 'strict', None
 
     def __init__(
         self,
@@ -438,6 +449,9 @@ def _check_prediction(row, sample, size, report):
         reply='' if reply is None else str(reply),
         relations=relations,
         scores=scores,
+        predicted_ious=row.get('predicted_ious') or scores,
+        confidence=row.get('confidence'),
+        no_target=row.get('no_target'),
         skipped=row['skipped'] if isinstance(row.get('skipped'), int) else None,
         failed=False,
     )
@@ -561,6 +575,7 @@ class Scorer:
         judge: 'str | Callable | None' = None,  # see Judge; None: the task's
         missing: str = 'skip',  # a sample without a usable prediction: 'skip', or 'zero' (a wrong empty answer)
         codes: bool | None = None,  # compare codes as well; None: where there is a tokenizer
+        t_acc: float | None = None,  # T_acc that must be kept: the N_acc that the log-odds of "No target." give then
         **how,  # convention, similarity, and other options of the metric
     ):
         if missing not in ('skip', 'zero'):
@@ -579,7 +594,8 @@ class Scorer:
         self.parts = [
             (scoring[0](**(how if i == 0 else {})), scoring[1]) for i, scoring in enumerate(scorings(task.metric))
         ]
-        self.calibration = Calibration()
+        self.calibration, self.selective = Calibration(), Selective()
+        self.point = None if t_acc is None else NoTargetPoint(t_acc)
         compare = tokenizer is not None and codes is not False and task.metric not in _WITHOUT_CODES
         self.codes = _CodeComparison(tokenizer, self.policy, data, self.report) if compare else None
         if tokenizer is not None:
@@ -647,7 +663,11 @@ class Scorer:
             may = self.missing == 'zero' and not any(map(_is_broken, truth['masks'] + truth['ignore']))
             return may and self._count(sample, truth, _NO_PREDICTION)
         last = self.metric.rows[-1] if self.metric.rows else {}
-        scores = prediction['scores']
+        count_confidence(self.selective, self.point, sample.id, prediction, truth, last.get('IoU'), self.group(sample))
+        if self.point is not None and prediction['no_target'] is None:
+            why = f'{sample.id}: it was answered without log-probabilities, so that T_acc cannot be chosen.'
+            self.report.add('no log-odds of "No target."', why)
+        scores = prediction['predicted_ious']
         if 'IoU' in last and len(prediction['masks']) == 1 == len(scores):
             if isinstance(scores[0], float) and 0 <= scores[0] <= 1:
                 self.calibration.update(scores[0], min(1.0, last['IoU']), id=sample.id)
@@ -721,7 +741,8 @@ class Scorer:
         if self.codes:
             self.codes.flush()
         out, self.problems = {}, []
-        for metric in (*self.metrics, self.calibration):
+        sure = [self.calibration, self.selective] + [self.point] * (self.point is not None)
+        for metric in (*self.metrics, *sure):
             part = metric if group is None else metric.only(group)
             if not len(part):
                 continue
@@ -770,7 +791,8 @@ class Score:
 
     def rows(self) -> list:  # of dict
         "List the figures that tables show."
-        shown = [k for k in SHOWN[self.task.metric] if k in self.figures] or [None]
+        shown = [k for k in SHOWN[self.task.metric] if k in self.figures]
+        shown = shown + [k for k in self.figures if k.startswith('N_acc_at_T')] or [None]
         about = dict(samples=self.total, problems=sum(self.report.values()))
         return [
             dict(task=self.task.name, figure=k, value=self.figures.get(k), n=self.figures[k]['n'] if k else self.n)
@@ -974,6 +996,7 @@ def reply_batch(
     constrained: bool | str | None = None,  # see MaskVLM.generate; None: the model's own setting
     threshold: float | None = None,  # logit above which a pixel is inside; None: the tokenizer's own
     known_codes: 'Callable | None' = None,  # (sample, tokenizer) -> (K,) codes of its masks, or None: encode them
+    logprobs: bool | None = None,  # keep what tells how sure a reply is; None: where the model has a calibrator
 ) -> list:  # of dict, the lines of the predictions file
     "Let a model answer some samples."
     truth = _gives_truth(model, task)
@@ -986,14 +1009,17 @@ def reply_batch(
     if truth:
         replies = [fill(sample.messages[-1]['content'], w) for sample, w in zip(batch, words)]
     else:
-        replies = model.generate(asked, task.max_new_tokens, constrained, chunk=len(asked), words=words)
+        record = (model.calibrator is not None if logprobs is None else logprobs) and task.metric not in _WITHOUT_MASKS
+        how = dict(chunk=len(asked), words=words, logprobs=record)
+        replies = model.generate(asked, task.max_new_tokens, constrained, **how)
     keys = [image_key(sample.images[0]) for sample in batch]
     missing = [s.images[0] for s, k, r in zip(batch, keys, replies) if k not in seen and '<|mt_' in r]
     seen |= model.embed_images(missing) if missing else {}
     rows = []
     for sample, key, reply in zip(batch, keys, replies):
         try:
-            rows.append(prediction(sample, reply, seen.get(key), model.tokenizer, policy or task.policy, threshold))
+            how = dict(policy=policy or task.policy, threshold=threshold, calibrator=model.calibrator)
+            rows.append(prediction(sample, reply, seen.get(key), model.tokenizer, **how))
         except Exception as e:
             _stop(e)
             rows.append(_undecoded(sample, reply, e))
@@ -1014,6 +1040,7 @@ def predict(
     threshold: float | None = None,  # logit above which a pixel is inside; None: the tokenizer's own
     known_codes: 'Callable | None' = None,  # see reply_batch
     workers: int = 0,  # processes that read ahead; 0: none
+    logprobs: bool | None = None,  # see reply_batch
 ) -> int:  # samples that were asked now; raises EvaluateError
     "Answer the samples of a task that have no answer yet."
     if batch < 1:
@@ -1023,7 +1050,7 @@ def predict(
         model.generate([], task.max_new_tokens, constrained, words=[])
 
     def answer(part, task=task):
-        return reply_batch(model, task, part, policy, constrained, threshold, known_codes)
+        return reply_batch(model, task, part, policy, constrained, threshold, known_codes, logprobs)
 
     def ask_one(part):
         answer(part, replace(task, max_new_tokens=1))
@@ -1130,6 +1157,8 @@ def _settings(model, task, policy, constrained, threshold):  # what shapes a rep
     found = dict(policy=policy or task.policy, constrained=constrained, threshold=threshold)
     if model.tokenizer.arithmetic != torch.float32:  # its weights do not tell
         found['arithmetic'] = str(model.tokenizer.arithmetic)
+    if model.calibrator is not None and task.metric not in _WITHOUT_MASKS:
+        found['calibrator'] = fingerprint(asdict(model.calibrator))[:12]
     return found
 
 
@@ -1188,6 +1217,7 @@ def evaluate(
     world: int | None = None,  # processes that share the samples; only where it is 1, figures are computed
     workers: int = 0,  # processes of each of these that read ahead; 0: none; the batches are the same
     dtype: str = 'auto',  # of the weights; "auto": bfloat16 on a GPU, else float32
+    t_acc: float | None = None,  # T_acc that must be kept, see Scorer
 ) -> Evaluation:
     "Ask a model the questions of some benchmarks, and count; what was answered before is not asked again."
     tasks = find_tasks(tasks)
@@ -1207,13 +1237,14 @@ def evaluate(
     if gpus > 1 and world == 1:
         _launch(given, gpus)
     counting = dict(n_boot=n_boot, seed=seed, judge=judge, missing=missing, codes=codes)
-    counting |= dict(tokenizer=model.tokenizer, policy=policy or None, workers=workers)
+    counting |= dict(tokenizer=model.tokenizer, policy=policy or None, workers=workers, t_acc=t_acc)
     for (task, data), store in progress(list(zip(opened, stores)), 'tasks'):
         start = time.perf_counter()
         few = n and n <= 1000 and not workers  # listed once; what workers have read is never held in memory
         chosen = list(samples(task, data, n)) if few else data
         known = getattr(data, 'known_codes', None)
-        predict(model, task, store, chosen, n, batch, rank, world, known_codes=known, workers=workers, **reading)
+        more = dict(known_codes=known, workers=workers, logprobs=True if t_acc is not None else None)
+        predict(model, task, store, chosen, n, batch, rank, world, **more, **reading)
         if world == 1:
             alike = similarity if task.metric in ('gcg', 'instances') else None
             scores[task.name] = _score_store(task, store, chosen, data, n, start, **counting, similarity=alike)
@@ -1400,6 +1431,7 @@ _OPTIONS = dict(
     batch='samples in one pass (default 32)',
     seed='of the bootstrap (default 0)',
     workers='processes that read ahead; 0: none (default)',
+    t_acc='T_acc that must be kept, such as .98: the N_acc that the log-odds of "No target." give then',
 )
 
 
@@ -1427,6 +1459,7 @@ def _arguments(argv):  # list of str, None: of this process -> argparse.Namespac
         batch=dict(type=int, default=32),
         seed=dict(type=int, default=0),
         workers=dict(type=int, default=0),
+        t_acc=dict(type=float),
     )
     for name, text in _OPTIONS.items():
         p.add_argument(f'--{name}', *(['--samples'] if name == 'n' else []), help=text, **settings.get(name, {}))
@@ -1457,6 +1490,7 @@ def _score_file(a, task):  # arguments, Task -> Score
         judge=a.judge,
         missing=a.missing,
         workers=a.workers,
+        t_acc=a.t_acc,
         **{k: v for k, v in dict(convention=a.convention, similarity=a.similarity).items() if v},
     )
     if a.requests:
@@ -1477,7 +1511,7 @@ def _evaluate_model(a, tasks, argv):  # arguments, list of Task, what was typed 
     if os.environ.get('RANK', '0') == '0':
         print(f'samtok-eval: {a.model} {choose_device(a.device, a.dtype)}.', file=sys.stderr)
     same = ('tokenizer', 'root', 'policy', 'constrained', 'threshold', 'device', 'dtype', 'batch', 'gpus')
-    same += ('seed', 'judge', 'missing', 'similarity', 'workers')
+    same += ('seed', 'judge', 'missing', 'similarity', 'workers', 't_acc')
     found = evaluate(a.model, tasks, a.n or None, a.out or 'runs/evaluate', **{k: getattr(a, k) for k in same})
     if a.save and found.scores:
         found.save(a.save, a.model, shlex.join(['samtok-eval', *argv]), time.perf_counter() - start)

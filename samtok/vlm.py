@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AddedToken, BatchFeature, LogitsProcessorList
@@ -50,6 +51,7 @@ from samtok.checkpoints import (
     tensor_shapes,
     warn_larger,
 )
+from .confidence import Calibrator, TokenRecorder, assess, choose_reply, merge_masks
 from .data import read_image
 from .grammar import AnswerGrammar, MaskGrammar, VLMError, count_mask_words, mask_word_ids
 from .runs import import_object, read_json
@@ -519,8 +521,14 @@ class Instance:
     label: str | None  # what the reply calls it; None: nothing
     mask: np.ndarray  # (H,W) bool, of the size of the image
     codes: tuple  # (K,) int in [0,codebook_size); -1: a later code that is missing
-    score: float  # IoU in [0,1] that the mask decoder predicts
+    score: float  # in [0,1]: the probability that it is right, where there is a calibrator; else the predicted IoU
     words: str  # the mask words as they stand in the reply
+    predicted_iou: float | None = None  # IoU in [0,1] that the mask decoder predicts; None: the score
+    features: dict | None = None  # what the score is made of, see samtok.confidence; None: no log-probabilities
+    probability: float | None = None  # share of several replies that have this mask; None: there was one reply
+
+    def __post_init__(self):
+        self.predicted_iou = self.score if self.predicted_iou is None else self.predicted_iou
 
     def __repr__(self):
         return f'Instance({self.label!r}, {int(self.mask.sum())} pixels, score {self.score:.2f})'
@@ -537,6 +545,9 @@ class Instances(list):
     ):
         super().__init__(items)
         self.reply, self.skipped = reply, list(skipped)
+        self.confidence = None  # in [0,1]: is the whole reply right? None: there is no calibrator
+        self.no_target = None  # log-odds that the reply begins with "No target."; None: no log-probabilities
+        self.candidates = []  # Instances of each reply, where several were written
 
     @property
     def union(self) -> np.ndarray | None:  # (H,W) bool; None without masks
@@ -550,6 +561,7 @@ def decode_reply(
     tokenizer: MaskTokenizer,  # whose words the reply holds
     policy: str = 'strict',  # how broken groups are read, see MaskVocab.parse
     most: int = 100,  # masks of a reply at most; more are skipped with a reason
+    calibrator: Calibrator | None = None,  # for the scores, where the reply has log-probabilities
     **kwargs,  # threshold, chunk: see MaskTokenizer.decode
 ) -> Instances:  # in reading order; spans that cannot be decoded are in its `skipped`
     "Decode the masks of a reply in one pass."
@@ -559,14 +571,15 @@ def decode_reply(
     skipped += [(span, f'more than {most} masks') for _, span in readable[most:]]
     readable = readable[:most]
     if not readable:
-        return Instances((), reply, skipped)
+        return assess(Instances((), reply, skipped), [], tokenizer, embedding, calibrator)
     codes = tokenizer.vocab.codes([span for _, span in readable])
     masks, scores = tokenizer.decode(embedding, codes, return_scores=True, **kwargs)
     found = [
         Instance(label, mask, span.codes, float(score), span.text)
         for (label, span), mask, score in zip(readable, masks, scores)
     ]
-    return Instances(found, reply, skipped)
+    spans = [span for _, span in readable]
+    return assess(Instances(found, reply, skipped), spans, tokenizer, embedding, calibrator)
 
 # %% ../nbs/03b_vlm.ipynb #c3c4c505
 def _batch(processor, texts, images):  # -> tensors, prompts padded on the left
@@ -593,13 +606,15 @@ def write_replies(
     prompts: list,  # of (text of the whole prompt, list of PIL images)
     max_new_tokens: int,  # tokens of a reply at most
     grammar: MaskGrammar | AnswerGrammar | None = None,  # what may be written; None: anything
+    record: TokenRecorder | None = None,  # the replies are Reply with log-probabilities then
     **kwargs,  # of transformers' generate; replies are greedy unless do_sample=True
 ) -> list[str]:  # one reply for each prompt
     "Write the replies to one batch of prompts."
     texts = [text for text, _ in prompts]
     batch = _batch(processor, texts, [i for _, images in prompts for i in images]).to(model.device)
     start = batch['input_ids'].shape[1]
-    rules = LogitsProcessorList([grammar.starting_at(start, max_new_tokens)] if grammar else [])
+    rules = LogitsProcessorList([record] if record else [])  # it sees the scores before the grammar changes them
+    rules += [grammar.starting_at(start, max_new_tokens)] if grammar else []
     options = {'do_sample': False, **kwargs}
     out = model.generate(**batch, max_new_tokens=max_new_tokens, logits_processor=rules, **options)
     end = model.generation_config.eos_token_id
@@ -609,7 +624,10 @@ def write_replies(
     for tokens in out[:, start:].tolist():
         length = next((i for i, t in enumerate(tokens) if t in stop), len(tokens))
         replies.append(tokens[:length])
-    return [t.strip() for t in processor.tokenizer.batch_decode(replies, skip_special_tokens=False)]
+    texts = [t.strip() for t in processor.tokenizer.batch_decode(replies, skip_special_tokens=False)]
+    if record is None:
+        return texts
+    return record.replies(texts, out[:, start:], [len(tokens) for tokens in replies], processor.tokenizer)
 
 # %% ../nbs/03b_vlm.ipynb #56eae94b
 _NO_TOKENIZER = 'comes without a mask tokenizer: name it, tokenizer=... (a folder, a hub id, or "toy").'
@@ -624,6 +642,16 @@ def _find_mask_tokenizer(name, hub):  # folder, hub id or "kind/rest"; arguments
     if published := published_file(folder):
         return published
     raise VLMError(f'{Path(name).name} {_NO_TOKENIZER}')
+
+
+def _find_calibrator(name, vocab, hub):  # folder, hub id or "kind/rest" -> Calibrator or None; raises CalibrationError
+    if Path(name).is_dir():
+        return Calibrator.load(name, vocab)
+    if _split_kind(name):
+        return None
+    where = {k: hub[k] for k in ('cache_dir', 'revision') if k in hub}
+    file = try_to_load_from_cache(str(name), Calibrator.file, **where)  # it came with the model's other JSON files
+    return Calibrator.load(file, vocab) if isinstance(file, str) else None
 
 
 def _check_prompt(text, vocab):  # raises VLMError for mask words that are not those of the model
@@ -657,6 +685,35 @@ def _expressions(image, text):  # of MaskVLM.segment -> images, texts, as many o
     return images, texts
 
 
+_SAMPLING = ('do_sample', 'temperature', 'top_p', 'top_k', 'min_p', 'typical_p')  # arguments that a greedy reply lacks
+
+
+def _check_choice(n, select, min_score):  # of MaskVLM.segment; raises VLMError
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise VLMError(f'{n!r} sampled replies were asked for: give a whole number of at least 0.')
+    if not 0 <= min_score <= 1:
+        raise VLMError(f'min_score is {min_score}; scores lie in 0..1.')
+    if select is not None and not n:
+        raise VLMError('There is one reply, and nothing to select from: give n as well, for example n=8.')
+
+
+def _choose(replies, select):  # Instances of one question, the greedy one first -> Instances
+    if select is None:
+        found = Instances(merge_masks(replies), replies[0].reply, replies[0].skipped)
+        found.confidence, found.no_target = replies[0].confidence, replies[0].no_target
+    else:
+        found = replies[choose_reply(replies, select)]
+    found.candidates = replies
+    return found
+
+
+def _without_unsure(found, min_score):  # Instances, changed in place -> the same
+    unsure = [i for i in found if i.score < min_score]
+    found.skipped += [(i, f'score {i.score:.2f} is below {min_score:g}') for i in unsure]
+    found[:] = [i for i in found if i.score >= min_score]
+    return found
+
+
 def _filled(messages, words):  # messages and the words of their masks -> messages with words
     return [dict(m, content=fill(m['content'], words)) for m in messages]
 
@@ -678,6 +735,7 @@ class MaskVLM:
     ):
         self.model, self.processor, self.tokenizer = model.eval(), processor, tokenizer
         self.constrained, self.policy = constrained, policy
+        self.calibrator = None  # samtok.confidence.Calibrator: it turns evidence into the score of a mask
         self.ids = mask_word_ids(processor.tokenizer, tokenizer.vocab)
         rows = min(_rows(layer) for layer in matrices(model)[:2] if layer is not None)
         about = getattr(model.config, 'mask_words', None)
@@ -728,7 +786,9 @@ class MaskVLM:
         if not isinstance(tokenizer, MaskTokenizer):
             short = place.dtype if torch.device(place.device).type == 'cuda' else torch.float32
             tokenizer = MaskTokenizer.from_pretrained(tokenizer, device=place.device, dtype=short)
-        return cls(model.to(place.device), processor, tokenizer.to(place.device))
+        loaded = cls(model.to(place.device), processor, tokenizer.to(place.device))
+        loaded.calibrator = _find_calibrator(name, loaded.vocab, {k: v for k, v in kwargs.items() if k in _HUB})
+        return loaded
 
     def save_pretrained(
         self,
@@ -739,6 +799,8 @@ class MaskVLM:
             self.model.save_pretrained(folder)
             self.processor.save_pretrained(folder)
             self.tokenizer.save_pretrained(Path(folder) / 'mask_tokenizer')
+            if self.calibrator is not None:
+                self.calibrator.save(folder)
         except Exception as e:
             if not isinstance(e, (OSError, SafetensorError)) and 'os error' not in str(e):  # as tokenizers says it
                 raise
@@ -808,18 +870,22 @@ class MaskVLM:
         constrained: bool | str | None = None,  # see MaskVLM; None: the model's own setting
         chunk: int = 16,  # conversations at a time
         words: list | None = None,  # for each conversation the words of its masks; None: they are encoded
+        logprobs: bool = False,  # the replies are samtok.confidence.Reply then: str with their log-probabilities
         **kwargs,  # of transformers' generate
     ) -> list[str]:  # one reply for each conversation; raises VLMError
         "Write a reply to each conversation."
         grammar = self._grammar(constrained)
         if kwargs.get('num_beams', 1) > 1 or kwargs.get('num_return_sequences', 1) > 1:
             chunk = 1  # prompts are repeated then, and not every family repeats its images with them
+        if logprobs and kwargs.get('num_beams', 1) > 1:
+            raise VLMError('Log-probabilities of a beam search are not recorded: use num_beams=1, or logprobs=False.')
+        record = TokenRecorder() if logprobs else None
         words = self.words(conversations) if words is None else words
         prompts = [self.prompt(_filled(c.messages, w), c.images) for c, w in zip(conversations, words)]
         replies = []
         for i in range(0, len(prompts), chunk):
             part = prompts[i : i + chunk]
-            replies += write_replies(self.model, self.processor, part, max_new_tokens, grammar, **kwargs)
+            replies += write_replies(self.model, self.processor, part, max_new_tokens, grammar, record, **kwargs)
         return replies
 
     def segment(
@@ -828,15 +894,29 @@ class MaskVLM:
         text: str | list,  # an expression; or a list: one for each image, or several for one image
         prompt: str = 'refer',  # name in PROMPTS, or a question with {phrase}
         policy: str | None = None,  # how broken groups are read, see MaskVocab.parse; None: the model's own setting
-        **kwargs,  # of generate: constrained, max_new_tokens, chunk, do_sample, ...
-    ) -> 'Instances | list[Instances]':  # a list where `text` is one; raises VLMError
+        min_score: float = 0.0,  # masks whose score is below are left out and named in `.skipped`
+        n: int = 0,  # replies that are sampled beside the greedy one; the distinct masks of all come back
+        select: str | None = None,  # with n, one reply instead: the surest ("confidence") or the "medoid"
+        **kwargs,  # of generate: constrained, max_new_tokens, chunk, logprobs, do_sample, temperature (with n: .7), ...
+    ) -> 'Instances | list[Instances]':  # a list where `text` is one; raises VLMError, CalibrationError
         "Find the masks that an expression means: a list of Instance (label, mask, score, words), its text in `.reply`."
         images, texts = _expressions(image, text)
+        _check_choice(n, select, min_score)
         question, policy = PROMPTS.get(prompt, prompt), policy or self.policy
         asked = [_ask(i, question.format(phrase=t)) for i, t in zip(images, texts)]
-        replies = self.generate(asked, **kwargs)
-        embeddings = self.embed_images([i for i, r in zip(images, replies) if self.vocab.parse(r, policy)])
-        found = [decode_reply(r, embeddings.get(image_key(i)), self.tokenizer, policy) for i, r in zip(images, replies)]
+        kwargs = dict(logprobs=self.calibrator is not None and kwargs.get('num_beams', 1) == 1) | kwargs
+        drawn = []
+        if n:
+            sampling = dict(do_sample=True, temperature=0.7) | kwargs
+            drawn = self.generate([a for a in asked for _ in range(n)], **sampling)
+            kwargs = {k: v for k, v in kwargs.items() if k not in _SAMPLING}
+        replies = [[r, *drawn[n * i : n * i + n]] for i, r in enumerate(self.generate(asked, **kwargs))]
+        written = [i for i, rs in zip(images, replies) if any(self.vocab.parse(r, policy) for r in rs)]
+        embeddings, found = self.embed_images(written), []
+        for i, rs in zip(images, replies):
+            e = embeddings.get(image_key(i))
+            read = [decode_reply(r, e, self.tokenizer, policy, calibrator=self.calibrator) for r in rs]
+            found.append(_without_unsure(_choose(read, select) if n else read[0], min_score))
         return found if isinstance(text, (list, tuple)) else found[0]
 
     def describe(
@@ -886,10 +966,13 @@ class MaskVLM:
             if message['role'] == 'system':
                 continue
             prompt = self.prompt(past, images)
-            reply = write_replies(self.model, self.processor, [prompt], most, grammar, **kwargs)[0]
+            record = TokenRecorder() if self.calibrator is not None and kwargs.get('num_beams', 1) == 1 else None
+            reply = write_replies(self.model, self.processor, [prompt], most, grammar, record, **kwargs)[0]
             embedding = embeddings[image_key(images[image])] if images else None
             found.append(
-                decode_reply(reply, embedding, self.tokenizer, self.policy) if images else Instances((), reply)
+                decode_reply(reply, embedding, self.tokenizer, self.policy, calibrator=self.calibrator)
+                if images
+                else Instances((), reply)
             )
             given = history == 'given' and after.get('role') == 'assistant'
             past.append(dict(role='assistant', content=after['content'] if given else reply))
