@@ -36,7 +36,6 @@ MODULES = {  # module -> its extra, where that is larger than the one of the fir
     'samtok.zoom': 'tokenizer',
     'samtok.grammar': 'vlm',
     'samtok.vlm': 'vlm',
-    'samtok.zoom': 'tokenizer',
     'samtok.benchmarks': 'vlm',
     'samtok.evaluate': 'vlm',
     'samtok.toy.tasks': 'vlm',
