@@ -826,8 +826,10 @@ def compare(
     out = {}
     for name, start in before.scores.items():
         end = after.scores[name]
+        metrics = [m for m in start.scorer.metrics if len(m)]
+        of_samples = {figure for metric in metrics for figure in metric.compute()}  # ECE, AUROC are of all together
         for figure in start.figures:
-            if figure not in end.figures or figure == 'ECE':  # a figure of all samples together
+            if figure not in of_samples or figure not in end.figures:
                 continue
             out[f'{name}/{figure}_before'] = start.figures[figure]
             out[f'{name}/{figure}_after'] = end.figures[figure]
