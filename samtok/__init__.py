@@ -35,6 +35,7 @@ LEVELS = ('tokenizer', 'vlm', 'train')  # each extra includes those before it
 MODULES = {  # module -> its extra, where that is larger than the one of the first package that it imports
     'samtok.zoom': 'tokenizer',
     'samtok.grammar': 'vlm',
+    'samtok.confidence': 'vlm',
     'samtok.vlm': 'vlm',
     'samtok.benchmarks': 'vlm',
     'samtok.evaluate': 'vlm',
@@ -42,6 +43,7 @@ MODULES = {  # module -> its extra, where that is larger than the one of the fir
     'samtok.toy.tiny_models': 'vlm',
     'samtok.toy.vision_pretraining': 'vlm',
     'samtok.shards': 'train',
+    'samtok.audit': 'train',
     'samtok.batches': 'train',
     'samtok.train_tokenizer': 'train',
     'samtok.sft': 'train',

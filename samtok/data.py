@@ -726,6 +726,7 @@ def add_counts(
 
 
 _work = None  # in a worker: what it does with an item
+_of_parents = []  # in a fork: pools that are another process's
 
 
 def _start_worker(work):
@@ -795,8 +796,10 @@ def _results(items, workers, ahead, pool):  # of read_ahead, behind one None tha
             hand_out(1)
             yield result
     finally:
-        if os and os.getpid() == owner:  # a fork has a copy of this; when Python ends, modules are None
+        if os and os.getpid() == owner:  # when Python ends, modules are None
             pool.shutdown(cancel_futures=True)
+        elif os:
+            _of_parents.append(pool)  # a fork has a copy; to drop it takes a lock that a thread of the parent may hold
 
 
 def read_ahead(

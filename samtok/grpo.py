@@ -711,7 +711,10 @@ def _announce_start(run, vlm, prompts, tried=16):  # the longest of some prompts
     for p in prompts.select(range(min(tried, len(prompts)))):
         text = _render_question(vlm.processor, p['prompt'][0]['content'])
         lengths.append(len(vlm.processor(text=[text], images=[p['image']])['input_ids'][0]))
-    memory = grpo_memory(run.params, vlm.model, max(lengths), processes(run.params), len(vlm.ids))
+    try:
+        memory = grpo_memory(run.params, vlm.model, max(lengths), processes(run.params), len(vlm.ids))
+    except (AttributeError, TypeError):  # of a family that describes its layers in another way
+        memory = None
     run.announce(start_sentence(run, memory, 'rollout_batch or max_new_tokens'))
 
 

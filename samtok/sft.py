@@ -825,11 +825,19 @@ def number_bytes(
 
 def _layer_bytes(config, tokens, params):  # activations that one layer keeps for its backward pass
     own, part = number_bytes(params)
-    heads = getattr(config, 'num_attention_heads', None) or config.num_heads
-    head = getattr(config, 'head_dim', None) or config.hidden_size // heads
-    cached = 2 * getattr(config, 'num_key_value_heads', heads) * head
-    inner = 3 * heads * head + 2 * cached + 4 * config.intermediate_size
-    return tokens * (4 * config.hidden_size * own + part * inner)
+    width = _found(config, 'embed_dim', 'hidden_size', 'width')  # of Qwen2-VL's tower hidden_size is what comes out
+    heads = _found(config, 'num_attention_heads', 'num_heads', 'attention_heads')
+    head = getattr(config, 'head_dim', None) or width // heads
+    cached = 2 * (getattr(config, 'num_key_value_heads', None) or heads) * head
+    within = getattr(config, 'intermediate_size', None) or int(width * getattr(config, 'mlp_ratio', 4))
+    return tokens * (4 * width * own + part * (3 * heads * head + 2 * cached + 4 * within))
+
+
+def _found(config, *names):  # the first of some names that a configuration has; families differ in them
+    for name in names:
+        if isinstance(value := getattr(config, name, None), int) and value > 0:
+            return value
+    raise AttributeError(f'The configuration has none of {", ".join(names)}.')
 
 
 _SIZES = dict(n=(1, 10**7), tokens=(0, 2**63), mask_words=(0, 10**9), prompt_tokens=(0, 2**62))
@@ -872,7 +880,7 @@ def sft_memory(
     found = training_memory(params, model, tokens, n, mask_words)
     if params['learn'] == 'full' and not params['freeze_vision'] and patches:
         tower = model.config.vision_config
-        layers = getattr(tower, 'depth', None) or tower.num_hidden_layers
+        layers = _found(tower, 'depth', 'num_hidden_layers', 'num_layers', 'layers')
         found['activations'] += layers * _layer_bytes(tower, patches, params)
     part = number_bytes(params)[1]
     words, width = matrices(model)[0].weight.shape
@@ -904,7 +912,7 @@ def memory_sentence(
 
 def start_sentence(
     run: Run,  # whose parameters say where it computes
-    memory: dict,  # of sft_memory or grpo_memory
+    memory: dict | None,  # of sft_memory or grpo_memory; None: it is not known
     lower: str = 'max_length or max_pixels',  # as in memory_sentence
 ) -> str:  # one line
     "Say where a run computes, in which precision, and what memory it will need."
@@ -913,7 +921,8 @@ def start_sentence(
     where = f'{place}{", computing in bfloat16" * bool(run.params["bf16"] and place.dtype == torch.float32)}'
     idle = ' A GPU is there, which device cuda (or gpus) would use.' * (gpu is None and torch.cuda.is_available())
     processes_there = f' in {n} processes' * (n > 1 and gpu is None)
-    return f'The run in {run.name} works {where}{processes_there}.{idle} {memory_sentence(memory, n, gpu, lower)}'
+    need = memory_sentence(memory, n, gpu, lower) if memory else 'Its memory is not calculated for this family.'
+    return f'The run in {run.name} works {where}{processes_there}.{idle} {need}'
 
 
 def batch_size(
@@ -939,7 +948,11 @@ def announce_start(
     if run.main:
         tokens, patches = batch_size(run.params, processor, records)
         n = processes(run.params)
-        run.announce(start_sentence(run, sft_memory(run.params, model, tokens, n, mask_words, patches)))
+        try:
+            memory = sft_memory(run.params, model, tokens, n, mask_words, patches)
+        except (AttributeError, TypeError):  # of a family that describes its layers in another way
+            memory = None
+        run.announce(start_sentence(run, memory))
 
 # %% ../nbs/04_sft.ipynb #f7194784
 _LIMITS = LIMITS | dict(  # of fine-tuning and of reinforcement learning: name -> least, most
