@@ -178,33 +178,29 @@ def audit_masks(
 
 def _audited(tokenizer, images, masks, candidates):  # -> for each image (dict, decoded mask) for each mask
     embedding = tokenizer.embed_image(list(images))
-    nearest = codes = tokenizer.encode(embedding, masks, candidates=1)
-    if candidates > 1:
-        codes = tokenizer.encode(embedding, masks, candidates=candidates, margin=0.0)
-    drawn = tokenizer.decode(embedding, nearest)
+    codes, gains = tokenizer.encode(embedding, masks, candidates=candidates, margin=0.0, return_gains=True)
     best = tokenizer.decode(embedding, codes, return_scores=True)
-    return [_measured(*one) for one in zip(images, masks, drawn, best)]
+    return [_measured(*one) for one in zip(images, masks, gains, best)]
 
 
-def _measured(image, masks, drawn, best):  # of one image -> list of (dict, decoded mask)
+def _measured(image, masks, gains, best):  # of one image -> list of (dict, decoded mask)
     (best, scores), steps, image_hash = best, image_steps(image), _image_hash(image)
-    nearest_iou, best_iou = mask_iou_pairs(drawn, masks), mask_iou_pairs(best, masks)
+    best_iou = mask_iou_pairs(best, masks)
     found = []
     for k, (mask, beside) in enumerate(zip(masks, compare_masks(masks))):
-        redrawn = best[k] if best_iou[k] > nearest_iou[k] else drawn[k]  # the search compares small drawings
         pieces, holes = count_pieces(mask)
         figures = dict(
-            iou=nearest_iou[k],  # of the mask that the nearest codes draw
-            best=max(best_iou[k], nearest_iou[k]),  # of the search's
+            iou=best_iou[k] - gains[k],  # of the mask that the nearest codes draw
+            best=best_iou[k],  # of the search's
             predicted=scores[k],  # IoU that the decoder believes to have reached
-            boundary=_boundary(redrawn, mask),  # F measure of the outlines
+            boundary=_boundary(best[k], mask),  # F measure of the outlines
             edges=edge_support(steps, mask),
             **beside,
         )
         figures = {k: v if v is None or isinstance(v, int) else round(float(v), 4) for k, v in figures.items()}
         place = dict(key=_key(image_hash, mask), pixels=int(mask.sum()), area=float(f'{mask.mean():.4g}'))
         box = mask_to_box(mask).astype(int).tolist()
-        found.append((dict(place, box=box, pieces=pieces, holes=holes, **figures), redrawn))
+        found.append((dict(place, box=box, pieces=pieces, holes=holes, **figures), best[k]))
     return found
 
 
